@@ -1,0 +1,1 @@
+"""algorithms/old_policy"""

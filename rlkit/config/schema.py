@@ -1,0 +1,293 @@
+"""The typed schema of a recipe: every key, its type, its default and what it means.
+
+Defaults are the vetted recipe. Components (algorithm pieces, engine, budget, rewards, data
+sources, teachers) are open: a mapping with `_target_`, an import path to a dataclass, whose other
+keys are that dataclass's fields. They are checked against those fields at config time, so a
+plug-in needs no entry here. The string under a field is its documentation; `docs/config.md` is
+generated from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+Component = dict[str, Any]
+
+
+@dataclass
+class ModelConfig:
+    """Where the policy comes from. Exactly one of `path` and `architecture` is given."""
+
+    path: str | None = None
+    """Folder or hub name of a pretrained model (safetensors)."""
+    architecture: dict[str, Any] | None = None
+    """transformers config of a model to create from scratch: `model_type` and its settings."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; default: the model's own."""
+    alphabet: str | None = None
+    """Make a character tokenizer of these characters (tiny models only) instead of loading one."""
+    chat_template: str | None = None
+    """Jinja chat template that replaces the tokenizer's own."""
+    dtype: str = "auto"
+    """Weights' dtype: float32, bfloat16, or auto (bfloat16 on devices that have it fast, else float32)."""
+    attention: str = "sdpa"
+    """transformers attention implementation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class DatasetConfig:
+    """One data set: where rows come from and how a row becomes a prompt."""
+
+    source: Component = MISSING
+    """Component that yields rows: rlkit.data.sources.{LocalFile,HubDataset,ReasoningGym}."""
+    prompt: str = "{question}"
+    """Template of the user's text from a row's fields, e.g. "{question}" or "{metadata[expression]}="."""
+    reference: str | None = "{answer}"
+    """Template of the reference answer; null where the reward needs none."""
+    completion: Component | None = None
+    """Component that writes the target completion of a row (warm start), or null."""
+    system: str | None = None
+    """System message, for chat recipes."""
+    chat: bool = False
+    """Render with the tokenizer's chat template and a generation prompt."""
+    id_field: str | None = None
+    """Field with a unique id; default: the row number."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out and counted."""
+    limit: int | None = None
+    """Use only the first rows."""
+    shuffle: bool = True
+    """Order rows by (seed, epoch); evaluation sets keep file order."""
+
+
+@dataclass
+class DataConfig:
+    """Training prompts and held-out sets."""
+
+    train: DatasetConfig = field(default_factory=DatasetConfig)
+    """What the policy trains on."""
+    eval: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Held-out sets by name; metrics are eval/<name>/..."""
+
+
+@dataclass
+class RewardConfig:
+    """Verifiers: named rewards with weights, scored in killable, sandboxed subprocesses."""
+
+    rewards: dict[str, Component] = field(default_factory=dict)
+    """name -> {_target_, weight, settings}; the score is the weighted sum."""
+    workers: int = 2
+    """Verifier processes."""
+    timeout_s: float = 5.0
+    """Wall-clock limit for one sample; past it the sample is unscored, dropped and counted."""
+    sandbox: str = "strict"
+    """strict (seccomp and limits) or limits (where seccomp is not available)."""
+    max_unscored_frac: float = 0.5
+    """Stop when a step leaves more than this share of its samples unscored."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """A GRPO variant as a composition of four pieces."""
+
+    advantage: Component = MISSING
+    """Scores of a step's samples -> advantages (rlkit.algorithms.advantages)."""
+    loss: Component = MISSING
+    """Log-probs and advantages -> loss of each token (rlkit.algorithms.losses)."""
+    aggregation: Component = MISSING
+    """Weight of each sequence's tokens in the step's loss (rlkit.algorithms.aggregation)."""
+    kl: Component = field(default_factory=lambda: {"_target_": "rlkit.algorithms.kl.NoKL"})
+    """Penalty against the reference model (rlkit.algorithms.kl)."""
+    entropy_coefficient: float = 0.0
+    """Entropy bonus per token; 0 is off."""
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled."""
+
+    engine: Component = MISSING
+    """rlkit.rollout.transformers_engine.TransformersEngine."""
+    max_completion_tokens: int = 1024
+    """Longest completion; a longer one ends with finish_reason "length"."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs are taken at the same temperature everywhere."""
+    top_p: float = 1.0
+    """Must be 1: truncated sampling biases the ratio."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, besides the end-of-sequence token."""
+    slice_samples: int = 64
+    """Samples of one lease: the unit of work a worker takes from the buffer."""
+    lease_timeout_s: float = 600.0
+    """A lease not renewed for this long is taken back."""
+
+
+@dataclass
+class BufferConfig:
+    """The versioned buffer."""
+
+    url: str | None = None
+    """SQLAlchemy URL; default: SQLite file buffer.db in the run folder."""
+    keep_payloads: bool = False
+    """Keep trained rollouts' tokens in the buffer (they are in rollouts/ as Parquet anyway)."""
+
+
+@dataclass
+class LearnerConfig:
+    """Optimisation."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: str = "constant"
+    """After warm-up: constant, linear or cosine (to 0 at the last optimiser step)."""
+    warmup_steps: int = 10
+    """Optimiser steps of linear warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW betas."""
+    epsilon: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (matrices only)."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 is off."""
+    updates_per_step: int = 1
+    """Optimiser steps on one batch; groups are split between them whole."""
+    max_tokens_per_microbatch: int = 16384
+    """Padded tokens of one forward pass; sequences are bucketed by length."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits exist at a time in the log-prob head."""
+    mixed_precision: str = "auto"
+    """no, bf16, or auto (bf16 where the device has it fast)."""
+    deterministic: bool = False
+    """Deterministic kernels and fixed threads: bit-for-bit reproducible on one machine."""
+    num_threads: int | None = None
+    """CPU threads for torch; default: torch's choice."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints: the only commit point of a run."""
+
+    every_steps: int = 50
+    """Write one every so many learner steps, and always at the end or on interruption."""
+    keep: int = 2
+    """Keep the newest so many."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation with standard errors."""
+
+    samples: int = 4
+    """k of avg@k, pass@k and maj@k."""
+    every_steps: int = 0
+    """Evaluate every so many steps; 0: only before and after training."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation; 0 is greedy (then samples must be 1)."""
+    seed: int = 1234
+    """Fixed, so that checkpoints and runs see the same draws."""
+    batch_samples: int = 256
+    """Samples generated at a time."""
+
+
+@dataclass
+class SftConfig:
+    """Warm start by supervised fine-tuning; loss on completions only."""
+
+    data: DatasetConfig = field(default_factory=DatasetConfig)
+    """Rows with a `completion` component."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Sequences of a step."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """constant, linear or cosine."""
+    warmup_steps: int = 50
+    """Optimiser steps of linear warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW betas."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (matrices only)."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm."""
+    max_completion_tokens: int = 1024
+    """Rows with longer completions are left out and counted."""
+    max_tokens_per_microbatch: int = 16384
+    """Padded tokens of one forward pass."""
+    seed: int = 0
+    """Seed of initial weights and order: the warm start is the same for every run seed."""
+    cache_dir: str = "outputs/cache"
+    """Finished warm starts by hash of what they depend on; later runs reuse them."""
+    checkpoint_every_steps: int = 500
+    """An interrupted warm start goes on from here."""
+
+
+@dataclass
+class TelemetryConfig:
+    """Where metrics go. JSON lines are always written."""
+
+    console: bool = True
+    """Progress bar and a line a step."""
+    wandb: str = "off"
+    """off, offline (no account needed) or online."""
+    wandb_project: str = "rlkit"
+    """wandb project."""
+    save_rollouts: bool = True
+    """Write every step's rollouts to rollouts/step_N.parquet."""
+    report: bool = True
+    """Write report.html at the end."""
+
+
+@dataclass
+class Config:
+    """A whole experiment."""
+
+    name: str = "run"
+    """Run folder: <output_dir>/<name>."""
+    output_dir: str = "outputs"
+    """Parent of run folders."""
+    seed: int = 0
+    """Fixes prompt order and every sampled token."""
+    steps: int = 100
+    """Learner steps: batches taken from the buffer."""
+    prompts_per_step: int = 32
+    """Groups in a learner step."""
+    samples_per_prompt: int = 8
+    """Completions per prompt, where the budget is uniform."""
+    max_staleness: int = 0
+    """How many policy versions old a token may be when it is trained on; 0 is synchronous."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint; never: move an existing run folder aside."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    budget: Component = field(
+        default_factory=lambda: {"_target_": "rlkit.budget.uniform.UniformBudget"}
+    )
+    """How many samples each prompt gets (rlkit.budget)."""
+    old_policy: Component = field(
+        default_factory=lambda: {"_target_": "rlkit.algorithms.old_policy.rollout.RolloutAnchor"}
+    )
+    """Whose log-probs are the ratio's denominator (rlkit.algorithms.old_policy)."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sft: SftConfig | None = None
+    """Warm start, or null to start from the model as it is."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -1,0 +1,48 @@
+"""What a rollout worker needs of an inference engine: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """Sample number `index` of group `ordinal`; both key its random numbers."""
+
+    ordinal: int
+    index: int
+    prompt_token_ids: IntArray
+
+
+class Engine(Protocol):
+    """Implemented by the embedded transformers engine and, later, by vLLM servers."""
+
+    engine_id: str
+
+    @property
+    def version(self) -> int:
+        """Version of the weights new tokens are sampled from."""
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
+    ) -> AsyncIterator[Rollout]:
+        """Yield a rollout for every request, in the order they finish.
+
+        Behaviour log-probs are those of the sampling distribution, version spans the engine's own.
+        """
+
+    async def score(
+        self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
+    ) -> list[FloatArray]:
+        """Log-prob of every completion token under the current weights, for verification."""
+
+    async def update_weights(self, version: int, snapshot: Path | None) -> None:
+        """Serve `version` from now on; `snapshot` is None where the weights are shared in process."""
+
+    async def close(self) -> None:
+        """Stop the engine; idempotent."""

@@ -1,0 +1,140 @@
+"""The data model: what travels between data set, buffer, engine, verifier and learner.
+
+All classes are frozen and slotted; arrays are numpy, one-dimensional, and read-only by convention.
+T = number of generated tokens of one rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One task, rendered and tokenised.
+
+    Example:
+        Prompt(id="chain_sum/17", text="4-1+7=", token_ids=array([3, 11, ...]), reference="10",
+               metadata={"num_terms": 3})
+    """
+
+    id: str
+    text: str
+    token_ids: IntArray  # [prompt tokens]
+    reference: str | None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of a rollout were sampled under policy version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled completion, as the engine reported it.
+
+    Attributes:
+        ordinal: position of its group in the run's prompt order (unique in a run).
+        index: which of the group's samples this is, 0 <= index < samples.
+        token_ids: [T] sampled tokens, the stop token included when there is one.
+        behavior_logprobs: [T] log-probability of each token under the sampling distribution
+            (temperature applied) of the policy that sampled it, float32, in nats.
+        loss_mask: [T] False where a token was not the policy's own (tool output); all True for
+            single-turn work.
+        segments: [T] turn number of each token; all 0 for single-turn work.
+        version_spans: contiguous, covering [0, T).
+        finish_reason: "stop" (stop token or stop string) or "length".
+
+    Example:
+        T = 3 sampled while version 4 became 5 after the second token:
+        version_spans = (VersionSpan(version=4, start=0, end=2),
+                         VersionSpan(version=5, start=2, end=3))
+    """
+
+    ordinal: int
+    index: int
+    token_ids: IntArray
+    behavior_logprobs: FloatArray
+    loss_mask: BoolArray
+    segments: IntArray
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: str
+    engine_id: str
+    text: str
+
+    def versions(self) -> IntArray:
+        """Policy version of every token, [T]."""
+        out = np.empty(len(self.token_ids), dtype=np.int64)
+        for span in self.version_spans:
+            out[span.start : span.end] = span.version
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the verifiers said of one rollout.
+
+    `score` None means it could not be scored (timeout, crash, NaN): the sample is dropped and
+    counted, never treated as 0. `answer` is the extracted answer, for majority voting.
+    """
+
+    score: float | None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    answer: str | None = None
+    reason: str | None = None
+
+
+class GroupState(StrEnum):
+    """Life of a group: REQUESTED -> LEASED -> GENERATED -> SCORED -> TAKEN -> TRAINED | DROPPED."""
+
+    REQUESTED = "requested"
+    LEASED = "leased"
+    GENERATED = "generated"
+    SCORED = "scored"
+    TAKEN = "taken"
+    TRAINED = "trained"
+    DROPPED = "dropped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All samples of one prompt, complete and scored; rollouts and verdicts align by index."""
+
+    ordinal: int
+    prompt: Prompt
+    samples: int
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. No truncation (top-k, top-p, min-p): it would bias the ratio.
+
+    Attributes:
+        temperature: > 0, or 0 for greedy decoding (evaluation only).
+        seed: with (prompt ordinal, sample index, token position) it fixes every draw.
+        stop_token_ids: generation ends after one of these (it stays in the rollout).
+        stop_strings: generation ends when the decoded completion contains one of these.
+    """
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...] = ()
