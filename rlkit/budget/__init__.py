@@ -1,1 +1,1 @@
-"""budget"""
+"""Budgets: how many rollouts each prompt of a step gets."""

@@ -1,1 +1,1 @@
-"""algorithms/advantages"""
+"""Advantages: scores of a step's samples -> one number a sequence. One method a file."""

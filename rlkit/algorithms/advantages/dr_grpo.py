@@ -1,0 +1,31 @@
+"""Dr. GRPO's advantage: centred on the group mean, not divided (Liu et al. 2025, arXiv 2503.20783).
+
+    A_i = R_i - mean_g R
+
+The paper drops the division by the group's standard deviation (it weighs very easy and very hard
+prompts up) and pairs this with a constant denominator: `aggregation.ConstantLength`. With n samples,
+RLOO's leave-one-out advantage is n / (n - 1) times this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean
+
+
+@dataclass(frozen=True, slots=True)
+class MeanCentredAdvantage:
+    """A_i = R_i - group mean; needs groups of 2 or more (a group of 1 has A = 0)."""
+
+    minimum_group_size: ClassVar[int] = 2
+
+    def __call__(self, inputs: AdvantageInputs) -> Tensor:
+        """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
+        scores, group = inputs.scores, inputs.group
+        count = group_count(group)
+        centred = scores - group_mean(scores, group, count)[group]
+        return centred.masked_fill(constant_groups(scores, group, count)[group], 0.0)

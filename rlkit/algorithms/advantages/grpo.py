@@ -1,0 +1,41 @@
+"""GRPO's group-normalised advantage (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+
+    A_i = (R_i - mean_g R) / (std_g R + epsilon)
+
+over the samples of one prompt, with the unbiased standard deviation (n - 1). A group whose scores
+are all equal has A = 0 exactly. Any affine map of a group's scores leaves A unchanged (up to
+epsilon): corrections of the reward made before this normalisation are undone by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rlkit.algorithms.base import (
+    AdvantageInputs,
+    constant_groups,
+    group_count,
+    group_mean,
+    group_sum,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNormalizedAdvantage:
+    """A_i = (R_i - mean) / (std + epsilon) within the group; needs groups of 2 or more."""
+
+    minimum_group_size: ClassVar[int] = 2
+    epsilon: float = 1e-6
+
+    def __call__(self, inputs: AdvantageInputs) -> Tensor:
+        """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
+        scores, group = inputs.scores, inputs.group
+        count = group_count(group)
+        centred = scores - group_mean(scores, group, count)[group]
+        sizes = group_sum(scores.new_ones(len(scores)), group, count)
+        variance = group_sum(centred.square(), group, count) / (sizes - 1).clamp_min(1)
+        normalised = centred / (variance.sqrt()[group] + self.epsilon)
+        return normalised.masked_fill(constant_groups(scores, group, count)[group], 0.0)

@@ -1,0 +1,60 @@
+"""PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), per token.
+
+    r = exp(logprob - old_logprob)
+    L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
+
+Variants by setting, not by name:
+    clip-higher (DAPO, arXiv 2503.14476): clip_high > clip_low, 0.28 against 0.2.
+    dual clip (Ye et al. 2019, arXiv 1912.09729, eq. 5): for A < 0, L = min(L, -dual_clip A), so that a
+    huge ratio on a bad token does not dominate; dual_clip > 1, usually 3 to 10.
+
+The log-ratio is clamped to [-20, 20] before exp, which keeps the loss finite (its gradient is 0
+beyond). At r = 1 the gradient is that of -A logprob: the plain policy gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlkit.algorithms.base import LossInputs, LossOutput
+
+LOG_RATIO_LIMIT = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedLoss:
+    """Clip range [1 - clip_low, 1 + clip_high]; `dual_clip` None is off."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                f"clip_low={self.clip_low}, clip_high={self.clip_high}: "
+                "expected 0 <= clip_low <= 1 and clip_high >= 0"
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip={self.dual_clip}: expected more than 1, or null for off")
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
+        advantages = inputs.advantages
+        log_ratio = inputs.logprobs - inputs.old_logprobs
+        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        loss = torch.maximum(-ratio * advantages, -clipped * advantages)
+        if self.dual_clip is not None:
+            loss = torch.where(
+                advantages < 0, torch.minimum(loss, -self.dual_clip * advantages), loss
+            )
+        with torch.no_grad():
+            metrics = {
+                "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - self.clip_low)).float(),
+                "policy/clip_frac/high": ((advantages > 0) & (ratio > 1 + self.clip_high)).float(),
+                "policy/kl_old": ratio.detach() - 1 - log_ratio.detach(),
+            }
+        return LossOutput(per_token=loss, metrics=metrics)

@@ -1,0 +1,26 @@
+"""The same number of rollouts for every prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Budget(Protocol):
+    """Splits a step's rollouts over its prompts."""
+
+    def __call__(self, prompt_ids: Sequence[str], total: int) -> list[int]:
+        """Samples of every prompt; they sum to `total`."""
+
+
+@dataclass(frozen=True, slots=True)
+class UniformBudget:
+    """total / number of prompts for each; `total` must divide evenly."""
+
+    def __call__(self, prompt_ids: Sequence[str], total: int) -> list[int]:
+        """len(prompt_ids) equal numbers that sum to `total`; ValueError if they cannot."""
+        count = len(prompt_ids)
+        if count == 0 or total % count:
+            raise ValueError(f"total={total}: expected a multiple of {count} prompts")
+        return [total // count] * count
