@@ -1,1 +1,1 @@
-"""rollout"""
+"""Rollouts: the engine protocol, the embedded engine, and the worker that drives them."""

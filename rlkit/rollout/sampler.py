@@ -1,0 +1,120 @@
+"""Keyed sampling inside `generate`: every draw is a pure function of (seed, ordinal, index, position).
+
+A row's token at position t is drawn by inverse CDF from one uniform number that belongs to that row
+and position alone. So a run is reproducible, resumes on the same draws, can be cut anywhere and go on,
+and finished rows can be dropped from a batch without changing the others.
+
+`KeyedSampler` is a logits processor that draws the token itself and leaves only it finite; greedy
+selection by `generate` then picks it. It also records the log-probability of the draw under the full
+(untruncated) distribution at the sampling temperature: the behaviour log-prob. No [batch, steps,
+vocabulary] tensor is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+ROW_CHUNK_ELEMENTS = 1 << 22
+
+
+def uniforms(seed: int, ordinal: int, index: int, count: int) -> NDArray[np.float64]:
+    """The `count` uniform numbers in [0, 1) of one sample, [count]; the first k do not depend on count."""
+    key = np.random.SeedSequence([seed, ordinal, index])
+    return np.random.Generator(np.random.Philox(key)).random(count)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sample one token a row by inverse CDF.
+
+    logits [B, V], uniform [B] float64 in [0, 1) -> tokens [B] int64, log-probs [B] float32 at
+    `temperature`. Temperature 0 is argmax, with log-probs at temperature 1.
+    """
+    tokens, logprobs = [], []
+    rows = max(1, ROW_CHUNK_ELEMENTS // logits.shape[-1])
+    for part, u in zip(logits.split(rows), uniform.split(rows), strict=True):
+        log_probabilities = torch.log_softmax(
+            part.float() / (temperature or 1.0), dim=-1
+        )
+        if temperature == 0:
+            token = part.argmax(dim=-1)
+        else:
+            # float64: over 100,000 float32 terms the sum's error would be larger than rare tokens.
+            cumulative = log_probabilities.double().exp_().cumsum(dim=-1)
+            threshold = (u * cumulative[:, -1]).unsqueeze(1)
+            token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+            token = token.clamp_max(logits.shape[-1] - 1)
+        tokens.append(token)
+        logprobs.append(log_probabilities.gather(1, token.unsqueeze(1)).squeeze(1))
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+class KeyedSampler(LogitsProcessor):
+    """Draws the next token of every row and records its log-prob; one instance a `generate` call.
+
+    Attributes:
+        uniforms: [B, max tokens] float64.
+        prompt_width: padded prompt length, so that position = width of input_ids - prompt_width.
+        logprobs: [B] tensors, one a step.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float) -> None:
+        self.uniforms = uniforms
+        self.prompt_width = prompt_width
+        self.temperature = temperature
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Return scores with the drawn token at 0 and everything else at -inf, [B, V]."""
+        position = input_ids.shape[1] - self.prompt_width
+        token, logprob = draw(scores, self.uniforms[:, position], self.temperature)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
+
+
+class StopTracker(StoppingCriteria):
+    """Marks rows finished by a stop token, a stop string or their length, and keeps the lengths.
+
+    The attribute `eos_token_id` makes `generate` pad rows after they finish.
+    """
+
+    def __init__(
+        self,
+        lengths: Tensor,
+        prompt_width: int,
+        stop_token_ids: Sequence[int],
+        stop_strings: Sequence[str],
+        max_tokens: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.lengths = lengths
+        self.stopped = torch.zeros_like(lengths, dtype=torch.bool)
+        self.prompt_width = prompt_width
+        self.eos_token_id = torch.tensor(list(stop_token_ids), device=lengths.device)
+        self.stop_strings = tuple(stop_strings)
+        self.window = max((len(s) for s in stop_strings), default=0) + 8
+        self.max_tokens = max_tokens
+        self.tokenizer = tokenizer
+
+    @property
+    def finished(self) -> Tensor:
+        """[B] bool: stopped, or at the length limit."""
+        return self.stopped | (self.lengths >= self.max_tokens)
+
+    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:  # type: ignore[override]
+        """Take note of the newest column; return which rows are done, [B] bool."""
+        open_rows = ~self.finished
+        self.lengths = self.lengths + open_rows.long()
+        hit = torch.isin(input_ids[:, -1], self.eos_token_id)
+        if self.stop_strings:
+            for row in torch.nonzero(open_rows & ~hit).flatten().tolist():
+                start = max(self.prompt_width, input_ids.shape[1] - self.window)
+                tail = self.tokenizer.decode(input_ids[row, start:])
+                hit[row] = any(s in tail for s in self.stop_strings)
+        self.stopped = self.stopped | (open_rows & hit)
+        return self.finished
