@@ -1,0 +1,140 @@
+"""From taken groups to a step's training batch: scores, advantages and what to report of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from rlkit.algorithms.base import Advantage, AdvantageInputs, constant_groups
+from rlkit.errors import TrainingError
+from rlkit.learner.batching import TrainingSequence
+from rlkit.types import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """Sequences of a learner step with their groups; N sequences."""
+
+    sequences: tuple[TrainingSequence, ...]
+    group: tuple[int, ...]  # [N] ascending
+    positions: tuple[tuple[int, int], ...]  # [N] (ordinal, sample index)
+    version: int  # of the weights the step starts from
+
+
+def usable_samples(group: Group) -> int:
+    """Samples of a group that have a score and at least one token in the loss."""
+    return sum(
+        v.score is not None and bool(r.loss_mask.any())
+        for r, v in zip(group.rollouts, group.verdicts, strict=True)
+    )
+
+
+def assemble(
+    groups: Sequence[Group], advantage: Advantage, version: int
+) -> tuple[StepBatch, dict[str, float]]:
+    """Scored samples of `groups` -> batch with advantages, and metrics of rewards and groups.
+
+    Unscored samples are left out of the batch and of every mean; they count in
+    reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more.
+    """
+    sequences, group_index, positions, scores = [], [], [], []
+    parts: dict[str, list[float]] = {}
+    for number, group in enumerate(groups):
+        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
+            if verdict.score is None or not rollout.loss_mask.any():
+                continue
+            sequences.append(
+                TrainingSequence(
+                    prompt_token_ids=group.prompt.token_ids,
+                    token_ids=rollout.token_ids,
+                    behavior_logprobs=rollout.behavior_logprobs,
+                    loss_mask=rollout.loss_mask,
+                    versions=rollout.versions(),
+                )
+            )
+            group_index.append(number)
+            positions.append((group.ordinal, rollout.index))
+            scores.append(verdict.score)
+            for name, value in verdict.parts.items():
+                parts.setdefault(name, []).append(
+                    float("nan") if value is None else value
+                )
+    inputs = AdvantageInputs(
+        scores=torch.tensor(scores, dtype=torch.float64),
+        group=torch.tensor(group_index, dtype=torch.int64),
+        lengths=torch.tensor([s.loss_tokens for s in sequences], dtype=torch.float64),
+        parts={
+            name: torch.tensor(values, dtype=torch.float64)
+            for name, values in parts.items()
+            if len(values) == len(scores)
+        },
+    )
+    advantages = advantage(inputs)
+    if advantages.shape != inputs.scores.shape or not torch.isfinite(advantages).all():
+        raise TrainingError(
+            "the advantage must give one finite number a sequence",
+            key="algorithm.advantage",
+            value=type(advantage).__name__,
+            expected=f"shape {tuple(inputs.scores.shape)}, finite; got {tuple(advantages.shape)}",
+        )
+    batch = StepBatch(
+        sequences=tuple(
+            replace(s, advantage=float(a))
+            for s, a in zip(sequences, advantages, strict=True)
+        ),
+        group=tuple(group_index),
+        positions=tuple(positions),
+        version=version,
+    )
+    return batch, _metrics(groups, inputs, advantages, version)
+
+
+def _metrics(
+    groups: Sequence[Group],
+    inputs: AdvantageInputs,
+    advantages: torch.Tensor,
+    version: int,
+) -> dict[str, float]:
+    verdicts = [v for g in groups for v in g.verdicts]
+    rollouts = [r for g in groups for r in g.rollouts]
+    scores = inputs.scores
+    constant = constant_groups(scores, inputs.group, len(groups))
+    first = torch.zeros(len(groups), dtype=scores.dtype).scatter_(
+        0, inputs.group, scores
+    )
+    lengths = np.array([len(r.token_ids) for r in rollouts])
+    lags = version - np.concatenate([r.versions() for r in rollouts])
+    sizes = np.array([len(g.rollouts) for g in groups])
+    metrics = {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std(correction=0)),
+        "reward/unscored_frac": float(np.mean([v.score is None for v in verdicts])),
+        "reward/timeout_frac": float(
+            np.mean([v.reason == "timeout" for v in verdicts])
+        ),
+        "group/dead_frac": float(constant.double().mean()),
+        "group/all_correct_frac": float((constant & (first > 0)).double().mean()),
+        "group/all_wrong_frac": float((constant & (first <= 0)).double().mean()),
+        "group/size/mean": float(sizes.mean()),
+        "group/size/max": float(sizes.max()),
+        "advantage/mean": float(advantages.mean()),
+        "advantage/std": float(advantages.std(correction=0)),
+        "advantage/abs_max": float(advantages.abs().max()),
+        "completion/length/mean": float(lengths.mean()),
+        "completion/length/min": float(lengths.min()),
+        "completion/length/max": float(lengths.max()),
+        "completion/truncated_frac": float(
+            np.mean([r.finish_reason == "length" for r in rollouts])
+        ),
+        "off_policy/lag/mean": float(lags.mean()),
+        "off_policy/lag/max": float(lags.max()),
+        "off_policy/versions_per_rollout": float(
+            np.mean([len(r.version_spans) for r in rollouts])
+        ),
+    }
+    for name, values in inputs.parts.items():
+        metrics[f"reward/{name}/mean"] = float(values.nanmean())
+    return metrics

@@ -1,0 +1,154 @@
+"""From sequences to micro-batches: bucketed by length, under a token budget, the same for every rank.
+
+The gradient of an update does not depend on anything in this file: each sequence's tokens carry a
+weight computed from the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain
+sum over tokens, however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkit.types import BoolArray, FloatArray, IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSequence:
+    """One rollout as the learner sees it. T = generated tokens."""
+
+    prompt_token_ids: IntArray  # [P]
+    token_ids: IntArray  # [T]
+    behavior_logprobs: FloatArray  # [T]
+    loss_mask: BoolArray  # [T]
+    versions: IntArray  # [T]
+    advantage: float = 0.0
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the forward pass: prompt and completion."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward pass over the sequences `indices`; n = their loss tokens, end to end.
+
+    Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
+        input_ids      [[7, 8, 1, 2], [9, 3, 0, 0]]
+        head_positions [1, 2, 4]         (the hidden states that predict 1, 2 and 3)
+        targets        [1, 2, 3]
+        sequence       [0, 0, 1]
+    """
+
+    indices: tuple[int, ...]  # positions in the step's list of sequences
+    input_ids: Tensor  # [B, L] right padded
+    position_ids: Tensor  # [B, L]
+    head_positions: Tensor  # [n]
+    targets: Tensor  # [n]
+    sequence: Tensor  # [n]
+    counted: bool = (
+        True  # False: filler for a rank with no work left; its loss is multiplied by 0
+    )
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch on `device`."""
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in (
+                "input_ids",
+                "position_ids",
+                "head_positions",
+                "targets",
+                "sequence",
+            )
+        }
+        return MicroBatch(indices=self.indices, counted=self.counted, **tensors)
+
+
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first.
+
+    A sequence longer than the budget gets a micro-batch of its own. Deterministic; every sequence
+    is in exactly one micro-batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    plan: list[list[int]] = []
+    width = 0
+    for i in order:
+        if plan and (len(plan[-1]) + 1) * width <= max_tokens:
+            plan[-1].append(i)
+        else:
+            plan.append([i])
+            width = lengths[i]
+    return plan
+
+
+def share_of_rank(
+    plan: list[list[int]], rank: int, world: int
+) -> list[tuple[list[int], bool]]:
+    """This rank's micro-batches and whether they count; every rank gets the same number of them.
+
+    Collectives hang when ranks run different numbers of backward passes, so the shortest micro-batch
+    fills up with weight 0.
+    """
+    filled = [(part, True) for part in plan]
+    while len(filled) % world:
+        filled.append((plan[-1][-1:], False))
+    return filled[rank::world]
+
+
+def collate(
+    sequences: Sequence[TrainingSequence],
+    indices: Sequence[int],
+    *,
+    counted: bool = True,
+) -> MicroBatch:
+    """Right-pad sequences[indices] (with token 0, never attended to) and index their loss tokens."""
+    chosen = [sequences[i] for i in indices]
+    width = max(s.total_tokens for s in chosen)
+    input_ids = np.zeros((len(chosen), width), dtype=np.int64)
+    positions, targets, owner = [], [], []
+    for row, s in enumerate(chosen):
+        input_ids[row, : s.total_tokens] = np.concatenate(
+            [s.prompt_token_ids, s.token_ids]
+        )
+        at = np.flatnonzero(s.loss_mask)
+        # The hidden state one before a token predicts it.
+        positions.append(row * width + len(s.prompt_token_ids) - 1 + at)
+        targets.append(s.token_ids[at])
+        owner.append(np.full(len(at), row))
+    return MicroBatch(
+        indices=tuple(indices),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.arange(width).expand(len(chosen), -1).contiguous(),
+        head_positions=torch.from_numpy(np.concatenate(positions)).long(),
+        targets=torch.from_numpy(np.concatenate(targets)).long(),
+        sequence=torch.from_numpy(np.concatenate(owner)).long(),
+        counted=counted,
+    )
+
+
+def split_updates(group: Sequence[int], updates: int) -> list[list[int]]:
+    """Split sequences into `updates` lists by whole groups, in order; sizes differ by one group at most.
+
+    `group` gives each sequence's group, ascending. Fewer groups than updates: fewer lists.
+    """
+    ids = sorted(set(group))
+    parts = [
+        part.tolist() for part in np.array_split(np.array(ids), updates) if len(part)
+    ]
+    member = {g: number for number, part in enumerate(parts) for g in part}
+    out: list[list[int]] = [[] for _ in parts]
+    for index, g in enumerate(group):
+        out[member[g]].append(index)
+    return out
