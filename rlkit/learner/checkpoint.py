@@ -1,0 +1,274 @@
+"""Checkpoints: the only commit point of a run.
+
+    checkpoints/step_40/
+        config.json, model.safetensors, tokenizer files     AutoModelForCausalLM.from_pretrained works
+        trainer/optimizer.safetensors                       moments by parameter name
+        trainer/rng.safetensors                             torch generators
+        trainer/state.json                                  step, counters, watermark, other RNGs
+        manifest.json                                       size and checksum of every file
+
+A checkpoint is written beside its place, flushed, and renamed: it is there whole or not at all. On
+loading, every file is compared with the manifest first. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlkit.buffer.protocol import Watermark
+from rlkit.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerState:
+    """Everything of a run that is not a tensor. `watermark` None for a warm start."""
+
+    step: int
+    optimizer_steps: int
+    seconds: float
+    watermark: Watermark | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    state: TrainerState
+    optimizer: Mapping[str, Tensor]
+    rng: Mapping[str, Any]
+
+
+def checksum(path: Path) -> str:
+    """xxh3-128 of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> dict[str, Tensor]:
+    """Optimiser state as {"exp_avg/<parameter>": tensor}; `names` maps id(parameter) to its name."""
+    out = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            out[f"{key}/{names[id(parameter)]}"] = tensor.detach().cpu().contiguous()
+    return out
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Inverse of `optimizer_tensors`; raises CheckpointError if it belongs to another model."""
+    by_name = {
+        names[id(p)]: p for group in optimizer.param_groups for p in group["params"]
+    }
+    unknown = {key.split("/", 1)[1] for key in tensors} ^ set(by_name)
+    if tensors and unknown:
+        raise CheckpointError(
+            "the optimiser state is of another model",
+            key="trainer/optimizer.safetensors",
+            value=sorted(unknown)[:3],
+            expected="the parameters of this model",
+        )
+    for key, tensor in tensors.items():
+        kind, name = key.split("/", 1)
+        parameter = by_name[name]
+        # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
+        place = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
+        optimizer.state[parameter][kind] = place.clone()
+
+
+def parameter_names(model: torch.nn.Module) -> dict[int, str]:
+    """id(parameter) -> name, tied parameters once."""
+    return {id(p): name for name, p in model.named_parameters()}
+
+
+def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    version, internal, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)
+    numpy_state = {
+        "key": legacy["state"]["key"].tolist(),
+        "pos": int(legacy["state"]["pos"]),
+        "has_gauss": int(legacy["has_gauss"]),
+        "gauss": float(legacy["gauss"]),
+    }
+    return tensors, {"python": [version, list(internal), gauss], "numpy": numpy_state}
+
+
+def restore_rng(rng: Mapping[str, Any]) -> None:
+    """Set torch's, Python's and numpy's global generators (sampling itself is keyed, not drawn)."""
+    torch.set_rng_state(rng["tensors"]["cpu"])
+    if torch.cuda.is_available():
+        states = [
+            t for name, t in sorted(rng["tensors"].items()) if name.startswith("cuda")
+        ]
+        torch.cuda.set_rng_state_all(states)
+    version, internal, gauss = rng["python"]
+    random.setstate((version, tuple(internal), gauss))
+    state = rng["numpy"]
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {
+                "key": np.array(state["key"], dtype=np.uint32),
+                "pos": state["pos"],
+            },
+            "has_gauss": state["has_gauss"],
+            "gauss": state["gauss"],
+        }
+    )
+
+
+def _flush(folder: Path) -> None:
+    """fsync every file and folder below `folder`, so that the rename never outruns the data."""
+    for path in [folder, *folder.rglob("*")]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    *,
+    keep: int,
+) -> Path:
+    """Write <folder>/step_N atomically and remove all but the newest `keep`; returns its path."""
+    final = folder / f"step_{state.step}"
+    draft = folder / f".step_{state.step}.{os.getpid()}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+    try:
+        (draft / "trainer").mkdir(parents=True)
+        model.save_pretrained(draft, safe_serialization=True)
+        tokenizer.save_pretrained(draft)
+        tensors, others = _rng_state()
+        names = parameter_names(model)
+        save_file(
+            optimizer_tensors(optimizer, names),
+            draft / "trainer" / "optimizer.safetensors",
+        )
+        save_file(tensors, draft / "trainer" / "rng.safetensors")
+        (draft / "trainer" / "state.json").write_text(
+            json.dumps({"state": asdict(state), "rng": others})
+        )
+        files = sorted(p for p in draft.rglob("*") if p.is_file())
+        manifest = {
+            str(p.relative_to(draft)): {
+                "bytes": p.stat().st_size,
+                "xxh3_128": checksum(p),
+            }
+            for p in files
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(draft)
+        if final.exists():  # the same step again, e.g. a final checkpoint: replace it
+            shutil.rmtree(final)
+        draft.rename(final)
+        _flush_folder(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step_{old}")
+    return final
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending."""
+    names = [p.name.removeprefix("step_") for p in folder.glob("step_*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest; CheckpointError names what is wrong and what to do."""
+    others = [s for s in steps(path.parent) if path.parent / f"step_{s}" != path]
+    fix = (
+        f"delete {path} to go on from {path.parent / f'step_{others[-1]}'}"
+        if others
+        else "start again with resume=never (the run folder is moved aside, not deleted)"
+    )
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the manifest cannot be read: {error}",
+            key="checkpoint",
+            value=str(path),
+            expected=f"a complete checkpoint with {MANIFEST}",
+            fix=fix,
+        ) from error
+    for name, expected in manifest.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected["bytes"] or checksum(file) != expected["xxh3_128"]:
+            found = "missing" if size is None else f"{size} bytes"
+            raise CheckpointError(
+                f"{name} is corrupt ({found}, {expected['bytes']} bytes were written)",
+                key="checkpoint",
+                value=str(path),
+                expected="the checksum in manifest.json",
+                fix=fix,
+            )
+
+
+def load(path: Path) -> Checkpoint:
+    """Verify and read a checkpoint's trainer part; the model is read by `from_pretrained(path)`."""
+    verify(path)
+    raw = json.loads((path / "trainer" / "state.json").read_text())
+    state = raw["state"]
+    if state["watermark"] is not None:
+        state["watermark"] = Watermark(**state["watermark"])
+    return Checkpoint(
+        path=path,
+        state=TrainerState(**state),
+        optimizer=load_file(path / "trainer" / "optimizer.safetensors"),
+        rng=raw["rng"] | {"tensors": load_file(path / "trainer" / "rng.safetensors")},
+    )
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a folder, verified, or None if there is none."""
+    found = steps(folder)
+    return load(folder / f"step_{found[-1]}") if found else None
