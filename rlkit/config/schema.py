@@ -45,6 +45,8 @@ class DatasetConfig:
 
     source: Component = MISSING
     """Component that yields rows: rlkit.data.sources.{LocalFile,HubDataset,ReasoningGym}."""
+    path: str | None = None
+    """A local file (JSON lines or Parquet) to use instead of `source`; relative to where rlkit runs."""
     prompt: str = "{question}"
     """Template of the user's text from a row's fields, e.g. "{question}" or "{metadata[expression]}="."""
     reference: str | None = "{answer}"
