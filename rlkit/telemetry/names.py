@@ -229,7 +229,9 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-_COMPILED: tuple[tuple[re.Pattern[str], Metric], ...] = tuple((_regex(m.pattern), m) for m in METRICS)
+_COMPILED: tuple[tuple[re.Pattern[str], Metric], ...] = tuple(
+    (_regex(m.pattern), m) for m in METRICS
+)
 
 
 @lru_cache(maxsize=4096)
