@@ -46,11 +46,13 @@ class DatasetConfig:
     source: Component = MISSING
     """Component that yields rows: rlkit.data.sources.{LocalFile,HubDataset,ReasoningGym}."""
     path: str | None = None
-    """A local file (JSON lines or Parquet) to use instead of `source`; relative to where rlkit runs."""
+    """A local file (.jsonl, .json, .parquet) used instead of `source`; relative to the working folder."""
     prompt: str = "{question}"
     """Template of the user's text from a row's fields, e.g. "{question}" or "{metadata[expression]}="."""
     reference: str | None = "{answer}"
     """Template of the reference answer; null where the reward needs none."""
+    reference_pattern: str | None = None
+    """Regular expression searched in the reference; its first group (or whole match) is the answer."""
     completion: Component | None = None
     """Component that writes the target completion of a row (warm start), or null."""
     system: str | None = None
@@ -199,8 +201,12 @@ class EvaluationConfig:
     """Sampling temperature of the evaluation; 0 is greedy (then samples must be 1)."""
     seed: int = 1234
     """Fixed, so that checkpoints and runs see the same draws."""
-    batch_samples: int = 256
-    """Samples generated at a time."""
+    batch_samples: int = 1024
+    """Samples generated and scored at a time."""
+    part: str | None = None
+    """Named reward to report; null: the weighted total."""
+    correct_at: float = 1.0
+    """A sample with at least this score counts as correct in pass@k."""
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""evaluation"""
+"""Evaluation: avg@k, unbiased pass@k and maj@k with standard errors."""

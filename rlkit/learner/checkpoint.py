@@ -194,10 +194,12 @@ def save(
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _flush(draft)
-        if final.exists():  # the same step again, e.g. a final checkpoint: replace it
-            shutil.rmtree(final)
+        replaced = folder / f".step_{state.step}.replaced.tmp"
+        if final.exists():
+            final.rename(replaced)
         draft.rename(final)
         _flush_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

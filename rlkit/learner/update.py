@@ -11,6 +11,7 @@ Nothing here knows which algorithm runs: the pieces are called through `rlkit.al
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -157,7 +158,6 @@ class Learner:
             )  # fmt: skip
             norms.append(self._apply())
         metrics = meter.reduce(self.accelerator)
-        # The objective is a sum over tokens, already normalised by the weights: undo the mean.
         metrics["policy/grad_norm"] = sum(norms) / len(norms)
         metrics["learner/learning_rate"] = rate
         metrics["learner/optimizer_steps"] = float(self.optimizer_steps)
@@ -267,7 +267,7 @@ class Learner:
     def _apply(self) -> float:
         limit = self.config.max_grad_norm or float("inf")
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             raise TrainingError(
                 "the gradient is not finite; the weights were left as they were",
                 key="policy/grad_norm",

@@ -1,0 +1,97 @@
+"""avg@k, pass@k and maj@k of a held-out set, with standard errors over prompts.
+
+Prompts are the units of replication: samples of one prompt are not independent evidence about the
+set, so a standard error is the standard deviation of the prompts' values (n - 1) / sqrt(prompts).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+
+from rlkit.types import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over prompts and its standard error (0 prompts: both nan; 1 prompt: error nan)."""
+
+    value: float
+    standard_error: float
+    prompts: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error of per-prompt values."""
+    n = len(values)
+    if n == 0:
+        return Estimate(value=float("nan"), standard_error=float("nan"), prompts=0)
+    mean = sum(values) / n
+    if n == 1:
+        return Estimate(value=mean, standard_error=float("nan"), prompts=1)
+    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
+    return Estimate(value=mean, standard_error=sqrt(variance / n), prompts=n)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that k of the n samples, drawn without replacement, hold a correct one.
+
+    1 - C(n - c, k) / C(n, k): the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
+    """
+    if not 0 < k <= samples:
+        raise ValueError(f"k={k}: expected 1..{samples}, the number of samples")
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+def majority_score(verdicts: Sequence[Verdict], score: Sequence[float]) -> float:
+    """Score of the most frequent extracted answer; the mean over answers where several tie.
+
+    Samples without an answer do not vote; with no vote at all the score is 0: a policy that never
+    answers is wrong, and it was judged. Samples of one answer share their mean score.
+    """
+    votes = Counter(v.answer for v in verdicts if v.answer is not None)
+    if not votes:
+        return 0.0
+    top = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == top]
+    means = []
+    for winner in winners:
+        own = [s for v, s in zip(verdicts, score, strict=True) if v.answer == winner]
+        means.append(sum(own) / len(own))
+    return sum(means) / len(means)
+
+
+def summarise(
+    verdicts_by_prompt: Sequence[Sequence[Verdict]],
+    *,
+    samples: int,
+    correct_at: float,
+    part: str | None = None,
+) -> dict[str, Estimate]:
+    """{"avg@k", "pass@1", "pass@2", ..., "pass@k", "maj@k"} over the prompts of a set.
+
+    A score is the named part or the total. Unscored samples are left out; a prompt that lost samples
+    counts with the rest in avg@k, but only whole prompts count in pass@j and maj@k, whose value
+    depends on the number of samples. "Correct" is a score of at least `correct_at`.
+    """
+    ks = sorted(
+        {2**j for j in range(samples.bit_length()) if 2**j <= samples} | {samples}
+    )
+    values: dict[str, list[float]] = {f"avg@{samples}": []}
+    values |= {f"pass@{k}": [] for k in ks} | {f"maj@{samples}": []}
+    for verdicts in verdicts_by_prompt:
+        scored = [v for v in verdicts if v.score is not None]
+        raw = [v.score if part is None else v.parts.get(part) for v in scored]
+        score = [s for s in raw if s is not None]
+        if not score:
+            continue
+        values[f"avg@{samples}"].append(sum(score) / len(score))
+        if len(score) < samples:
+            continue
+        correct = sum(s >= correct_at for s in score)
+        for k in ks:
+            values[f"pass@{k}"].append(pass_at_k(samples, correct, k))
+        values[f"maj@{samples}"].append(majority_score(scored, score))
+    return {name: estimate(v) for name, v in values.items()}
