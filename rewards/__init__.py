@@ -1,0 +1,21 @@
+"""Verifiable rewards: named, weighted reward functions, scored in confined, killable processes."""
+
+from rewards.base import Reward, Sample, Score
+from rewards.errors import RewardError, Unscorable
+from rewards.pool import PoolCounts, VerifierPool
+from rewards.sandbox import Limits
+from rewards.spec import RewardSet, build, check_spec
+
+__all__ = [
+    "Limits",
+    "PoolCounts",
+    "Reward",
+    "RewardError",
+    "RewardSet",
+    "Sample",
+    "Score",
+    "Unscorable",
+    "VerifierPool",
+    "build",
+    "check_spec",
+]

@@ -1,0 +1,60 @@
+"""What a reward sees and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+__all__ = ["Reward", "Sample", "Score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion to judge.
+
+    prompt: text of the prompt as rendered; completion: decoded, special tokens removed;
+    reference: the gold answer, if there is one; metadata: JSON-able values of the data set row;
+    finish_reason: "stop" or "length"; completion_tokens: length of the completion in tokens.
+    """
+
+    prompt: str
+    completion: str
+    reference: str | None
+    metadata: Mapping[str, Any]
+    finish_reason: str
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The verdict on one sample.
+
+    score: weighted sum of the parts; None = could not be scored (drop and count it; it is never 0).
+    parts: one value a named reward, None where that reward gave none.
+    answer: extracted answer for majority voting, in canonical form where the reward knows one.
+    reason: why a part is None ("timeout", "verifier crashed (signal 11)", "NaN from reward 'x'").
+        It may be set beside a score when the missing part has weight 0.
+    seconds: wall-clock time spent on the sample, measured outside the sandbox.
+    """
+
+    score: float | None
+    parts: Mapping[str, float | None]
+    answer: str | None
+    reason: str | None
+    seconds: float
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A callable object built from keyword settings.
+
+    Optional members, used when present:
+      answer(sample) -> str | None     extracted answer, for majority voting
+      warm_up() -> None                pay imports and caches once, before the first sample
+      bounds: tuple[float, float]      values outside become None: a forged score stays bounded
+    """
+
+    def __call__(self, sample: Sample) -> float | None:
+        """Score of the sample; None or `Unscorable` when it cannot be judged."""
+        ...

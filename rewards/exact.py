@@ -1,0 +1,79 @@
+"""Exact match of the extracted answer with the reference, as text or as numbers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from rewards.base import Sample
+from rewards.errors import RewardError, Unscorable
+from rewards.extraction import check_extraction, extract
+
+__all__ = ["ExactMatch", "to_fraction"]
+
+# No exponents: Fraction("1e999999999") would build the number.
+_NUMERIC = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ExactMatch:
+    """1.0 if the extracted answer equals the reference, else 0.0; no answer found is 0.0.
+
+    extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
+    numeric: compare as numbers ("$1,234.50" equals "1234.5"); a reference that is no number
+        is unscorable, an answer that is none is 0.0.
+    tolerance: largest absolute difference that still counts, for numeric.
+    ignore_case: for text.
+    """
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    extract: str = "delimiter"
+    marker: str = ""
+    numeric: bool = False
+    tolerance: float = 0.0
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        check_extraction(self.extract, self.marker)
+        if not 0 <= self.tolerance < float("inf"):
+            raise RewardError(f"tolerance={self.tolerance!r} must be a finite number >= 0")
+        if self.tolerance and not self.numeric:
+            raise RewardError(f"tolerance={self.tolerance!r} needs numeric=true")
+
+    def __call__(self, sample: Sample) -> float:
+        if sample.reference is None:
+            raise Unscorable("no reference")
+        found = extract(sample.completion, self.extract, self.marker)
+        if self.numeric:
+            gold = to_fraction(sample.reference)
+            if gold is None:
+                raise Unscorable(f"reference {sample.reference!r} is not a number")
+            value = None if found is None else to_fraction(found)
+            return float(value is not None and abs(value - gold) <= Fraction(self.tolerance))
+        if found is None:
+            return 0.0
+        return float(self._text(found) == self._text(sample.reference))
+
+    def answer(self, sample: Sample) -> str | None:
+        """The extracted answer; a number in lowest terms when `numeric`."""
+        found = extract(sample.completion, self.extract, self.marker)
+        if found is None:
+            return None
+        value = to_fraction(found) if self.numeric else None
+        return self._text(found) if value is None else str(value)
+
+    def _text(self, text: str) -> str:
+        text = " ".join(text.split())
+        return text.casefold() if self.ignore_case else text
+
+
+def to_fraction(text: str) -> Fraction | None:
+    """The number a text writes ("$1,234.50", "3/4", "12%" as 12), or None if it writes none."""
+    bare = text.strip().strip("$").replace(",", "").replace(" ", "").removesuffix("%").rstrip(".")
+    if not _NUMERIC.fullmatch(bare):
+        return None
+    top, _, bottom = bare.partition("/")
+    divisor = Fraction(bottom or 1)
+    return None if divisor == 0 else Fraction(top) / divisor

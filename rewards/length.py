@@ -1,0 +1,37 @@
+"""Soft penalty on overlong completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rewards.base import Sample
+from rewards.errors import RewardError
+
+__all__ = ["OverlongPenalty"]
+
+
+@dataclass(frozen=True, slots=True)
+class OverlongPenalty:
+    """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), in [-1, 0].
+
+    With n = completion_tokens: 0 for n <= max_tokens - cache_tokens, then linear down to -1 at
+    max_tokens, and -1 beyond:  min(0, max(-1, (max_tokens - cache_tokens - n) / cache_tokens)).
+
+    max_tokens: most tokens a completion may have; cache_tokens: length of the soft interval.
+    """
+
+    bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
+    max_tokens: int
+    cache_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cache_tokens <= self.max_tokens:
+            raise RewardError(
+                f"cache_tokens={self.cache_tokens!r} and max_tokens={self.max_tokens!r} "
+                "must satisfy 0 < cache_tokens <= max_tokens"
+            )
+
+    def __call__(self, sample: Sample) -> float:
+        over = sample.completion_tokens - (self.max_tokens - self.cache_tokens)
+        return min(0.0, max(-1.0, -over / self.cache_tokens))

@@ -1,0 +1,134 @@
+"""reasoning-gym's own scorers. Several of them evaluate model output: use `VerifierPool`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rewards.base import Sample
+from rewards.errors import RewardError, Unscorable, nearest
+from rewards.extraction import check_extraction, extract
+
+__all__ = ["ReasoningGym"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    dataset: Any
+    tuples: bool  # JSON has turned its tuples into lists, and the scorer minds
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningGym:
+    """The score in [0, 1] that the task's data set gives the extracted answer.
+
+    task: name of a task, a list of names, or a mapping of names to the data set's settings. With
+        several, `metadata["source_dataset"]` of the sample says which one it is.
+    extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
+
+    The entry is rebuilt from the sample: answer = reference, metadata = metadata, question =
+    metadata["question"] or else the prompt.
+
+    No answer found is a verdict, 0.0: the fault is the model's. An exception out of the scorer is
+    no verdict: the scorer handles malformed answers itself, so what still escapes is a defect of
+    scorer or entry (or an attack), and the sample becomes None with the exception as its reason.
+    """
+
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    task: str | Sequence[str] | Mapping[str, Mapping[str, Any]]
+    extract: str = "tag"
+    marker: str = "answer"
+    _loaded: dict[str, _Task] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+
+    def __post_init__(self) -> None:
+        check_extraction(self.extract, self.marker)
+        if not self._settings():
+            raise RewardError("task is empty; name a reasoning-gym task, e.g. task: chain_sum")
+
+    def warm_up(self) -> None:
+        """Build every task's data set and check that it scores its own reference after JSON."""
+        for name in self._settings():
+            self._task(name)
+
+    def __call__(self, sample: Sample) -> float:
+        found = self.answer(sample)
+        if found is None:
+            return 0.0
+        if sample.reference is None:
+            raise Unscorable("no reference")
+        task = self._task(self._name(sample))
+        metadata = dict(sample.metadata)
+        entry = {
+            "question": metadata.get("question", sample.prompt),
+            "answer": sample.reference,
+            "metadata": _tuples(metadata) if task.tuples else metadata,
+        }
+        return float(task.dataset.score_answer(found, entry))
+
+    def answer(self, sample: Sample) -> str | None:
+        """The extracted answer, as the model wrote it."""
+        return extract(sample.completion, self.extract, self.marker)
+
+    def _settings(self) -> dict[str, Mapping[str, Any]]:
+        if isinstance(self.task, str):
+            return {self.task: {}} if self.task else {}
+        if isinstance(self.task, Mapping):
+            return dict(self.task)
+        return {name: {} for name in self.task}
+
+    def _name(self, sample: Sample) -> str:
+        tasks = self._settings()
+        if len(tasks) == 1:
+            return next(iter(tasks))
+        name = sample.metadata.get("source_dataset")
+        if name not in tasks:
+            raise Unscorable(
+                f"metadata['source_dataset'] is {name!r}, expected one of: {', '.join(tasks)}"
+            )
+        return str(name)
+
+    def _task(self, name: str) -> _Task:
+        if name not in self._loaded:
+            self._loaded[name] = _load(name, self._settings()[name])
+        return self._loaded[name]
+
+
+def _load(name: str, settings: Mapping[str, Any]) -> _Task:
+    """Build the data set; see whether its scorer takes an entry that went through JSON."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        raise RewardError(f"task={name!r} is no reasoning-gym task; {nearest(name, DATASETS)}")
+    try:
+        dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **settings})
+        entry = dataset[0]
+    except Exception as error:
+        raise RewardError(f"task={name!r} with {dict(settings)} cannot be built: {error}") from error
+    expected = dataset.score_answer(entry["answer"], entry)
+    # Keys and scalars of numpy types become plain text: what a data file would hold.
+    returned = json.loads(json.dumps(entry, default=str))
+    for tuples in (False, True):
+        metadata = returned["metadata"]
+        candidate = {**returned, "metadata": _tuples(metadata) if tuples else metadata}
+        try:
+            if dataset.score_answer(entry["answer"], candidate) == expected:
+                return _Task(dataset, tuples)
+        except Exception:  # this reading of the entry is not the scorer's; the next may be
+            continue
+    raise RewardError(
+        f"task={name!r}: its scorer does not accept an entry that was stored as JSON; "
+        "choose another task"
+    )
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(item) for item in value)
+    return value
