@@ -1,0 +1,293 @@
+"""Log-probs of the sampled tokens, without a [tokens, vocabulary] tensor.
+
+With z_iv = (h_i . w_v + b_v) / T the head returns
+
+    logprob_i = z_{i, y_i} - lse_i,     lse_i = log sum_v exp z_iv,
+    entropy_i = lse_i - sum_v p_iv z_iv,    p_iv = exp(z_iv - lse_i).
+
+The forward pass walks over tiles of at most `chunk_tokens` x `chunk_vocab` logits with a running
+(maximum, sum) per token and keeps `lse` [n] alone; the backward pass makes each tile again and
+multiplies it into both gradients at once:
+
+    d logprob_i / d z_iv = [v = y_i] - p_iv,    d entropy_i / d z_iv = -p_iv (log p_iv + entropy_i).
+
+The blockwise log-sum-exp and the recomputing backward pass are those of cut cross-entropy (Wijmans
+et al., arXiv 2411.09009), without its gradient filter: nothing is skipped, so the result is exact
+for every upstream gradient. Four matrix products instead of the plain path's three.
+
+The vocabulary is the outer loop: each slice of the weight is read once a pass and its gradient
+written once, and only the small [n, H] gradient of the hidden states is accumulated over slices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlkit.errors import ConfigError, TrainingError
+
+# exp() of this is exactly 0 in float32 and float64; it stands in for -inf where p * log p -> 0.
+_LOG_ZERO = -1.0e4
+
+
+def selected_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    chunk_vocab: int = 4096,
+    with_entropy: bool = True,
+    entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`log_softmax((hidden @ weight.T + bias) / temperature)` at `targets`, and its entropy.
+
+    Args:
+        hidden: [n, H] last hidden states, any floating dtype; n may be 0.
+        weight: [V, H] the output head (tied embeddings are fine), any floating dtype.
+        targets: [n] int64, in [0, V).
+        bias: [V] or None.
+        temperature: the sampling temperature, > 0, no unit.
+        chunk_tokens: most tokens whose logits exist at a time.
+        chunk_vocab: most vocabulary entries whose logits exist at a time. Scratch memory is
+            chunk_tokens * chunk_vocab * 4 bytes (twice that with entropy), plus
+            chunk_vocab * H * 8 bytes where the weight is not float32.
+        with_entropy: also return the entropy.
+        entropy_grad: let gradients flow through the entropy; otherwise it is detached.
+
+    Returns:
+        logprobs [n] and entropy [n] in nats (None unless `with_entropy`), float32, or float64 if
+        an input is float64. Logits, sums and gradient sums are of that dtype whatever the
+        inputs' dtype and whatever the autocast state; gradients arrive in the inputs' dtypes.
+
+    Raises:
+        ConfigError: temperature or a chunk size out of range, or `entropy_grad` without
+            `with_entropy`.
+        TrainingError: shapes or dtypes that do not fit, or a target outside [0, V).
+    """
+    _check_settings(temperature, chunk_tokens, chunk_vocab, with_entropy, entropy_grad)
+    _check_tensors(hidden, weight, targets, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprobs, entropy = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, temperature, chunk_tokens, chunk_vocab, with_entropy,
+            entropy_grad,
+        )  # fmt: skip
+    return logprobs, entropy
+
+
+class _Tiles:
+    """Makes [tokens, vocabulary] tiles of logits, one at a time, in one scratch buffer."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float,
+        chunk_tokens: int, chunk_vocab: int,
+    ) -> None:  # fmt: skip
+        self.dtype = torch.promote_types(
+            torch.promote_types(hidden.dtype, weight.dtype), torch.float32
+        )
+        self.tokens, self.vocab = hidden.shape[0], weight.shape[0]
+        self.chunk_tokens = max(1, min(chunk_tokens, self.tokens))
+        self.chunk_vocab = min(chunk_vocab, self.vocab)
+        # Scaling [n, H] once is cheaper than scaling every tile.
+        self.hidden = hidden.detach().to(self.dtype)
+        self.weight, self.bias = weight.detach(), None
+        if temperature != 1.0:
+            self.hidden = self.hidden / temperature
+        if bias is not None:
+            self.bias = bias.detach().to(self.dtype) / temperature
+        self._cast = None
+        if weight.dtype != self.dtype:
+            self._cast = self.new(self.chunk_vocab, weight.shape[1])
+        self._logits = self.new(self.chunk_tokens * self.chunk_vocab)
+
+    def new(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of the head's dtype on its device."""
+        return torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
+
+    def slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary range, weight rows [c, H] in the head's dtype), in order."""
+        for start in range(0, self.vocab, self.chunk_vocab):
+            columns = slice(start, min(start + self.chunk_vocab, self.vocab))
+            rows = self.weight[columns]
+            if self._cast is not None:
+                rows = self._cast[: rows.shape[0]].copy_(rows)
+            yield columns, rows
+
+    def logits(self, columns: slice, weight_rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(token range, logits [r, c]); a tile is valid until the next one is asked for."""
+        for start in range(0, self.tokens, self.chunk_tokens):
+            rows = slice(start, min(start + self.chunk_tokens, self.tokens))
+            out = self.like_tile(self._logits, rows, columns)
+            if self.bias is None:
+                torch.mm(self.hidden[rows], weight_rows.t(), out=out)
+            else:
+                torch.addmm(self.bias[columns], self.hidden[rows], weight_rows.t(), out=out)
+            yield rows, out
+
+    @staticmethod
+    def like_tile(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The front of a flat buffer as a contiguous [r, c] tile."""
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return buffer[: shape[0] * shape[1]].view(shape)
+
+
+def _in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Targets' column within a tile [r, 1] (clamped) and whether they lie in it [r, 1].
+
+    Masks instead of `nonzero`: no device synchronisation in the loop.
+    """
+    column = (targets - columns.start).unsqueeze(1)
+    width = columns.stop - columns.start
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        temperature: float, chunk_tokens: int, chunk_vocab: int, with_entropy: bool,
+        entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        tiles = _Tiles(hidden, weight, bias, temperature, chunk_tokens, chunk_vocab)
+        n = tiles.tokens
+        # The lowest finite number, not -inf: a first slice that is all -inf must not make nan.
+        peak = tiles.new(n, 1).fill_(torch.finfo(tiles.dtype).min)
+        total = tiles.new(n, 1).zero_()  # sum_v exp(z - peak)
+        moment = tiles.new(n, 1).zero_()  # sum_v exp(z - peak) (z - peak)
+        selected = tiles.new(n, 1).zero_()
+        scratch = tiles.new(tiles.chunk_tokens * tiles.chunk_vocab) if with_entropy else None
+        for columns, weight_rows in tiles.slices():
+            for rows, logits in tiles.logits(columns, weight_rows):
+                column, inside = _in_tile(targets[rows], columns)
+                selected[rows] = torch.where(inside, logits.gather(1, column), selected[rows])
+                new_peak = torch.maximum(peak[rows], logits.amax(1, keepdim=True))
+                shift = (peak[rows] - new_peak).clamp_(min=_LOG_ZERO)
+                decay = shift.exp()
+                logits.sub_(new_peak)
+                if scratch is None:
+                    exponentials = logits.exp_()
+                else:
+                    logits.clamp_(min=_LOG_ZERO)
+                    exponentials = torch.exp(logits, out=tiles.like_tile(scratch, rows, columns))
+                    moment[rows] = (moment[rows] + shift * total[rows]) * decay
+                    moment[rows] += logits.mul_(exponentials).sum(1, keepdim=True)
+                total[rows] = total[rows] * decay + exponentials.sum(1, keepdim=True)
+                peak[rows] = new_peak
+        lse = (peak + total.log()).squeeze(1)
+        entropy = (total.log() - moment / total).squeeze(1) if with_entropy else None
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy if entropy_grad else None)
+        ctx.settings = temperature, chunk_tokens, chunk_vocab
+        if entropy is not None and not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return selected.squeeze(1) - lse, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
+        temperature, chunk_tokens, chunk_vocab = ctx.settings
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        tiles = _Tiles(hidden, weight, bias, temperature, chunk_tokens, chunk_vocab)
+        lse, grad_logprobs = lse.unsqueeze(1), grad_logprobs.unsqueeze(1)
+        # Gradient with respect to z = row_scale * tile. Without an entropy gradient the upstream
+        # gradient is a factor of the whole row, so no tile has to be multiplied by it.
+        row_scale = -grad_logprobs / temperature
+        if entropy is not None and grad_entropy is not None:
+            entropy, grad_entropy = entropy.unsqueeze(1), grad_entropy.unsqueeze(1)
+            scratch = tiles.new(tiles.chunk_tokens * tiles.chunk_vocab)
+            row_scale = torch.full_like(row_scale, -1.0 / temperature)
+        grad_hidden = torch.zeros_like(tiles.hidden) if want_hidden else None
+        grad_weight = _gradient_like(weight, tiles.tokens) if want_weight else None
+        grad_bias = tiles.new(tiles.vocab).zero_() if want_bias else None
+        scaled_hidden = hidden.to(tiles.dtype) * row_scale if want_weight else None
+        sums = None  # gradient of one slice of the weight, where the weight's dtype is narrower
+        if want_weight and weight.dtype != tiles.dtype:
+            sums = tiles.new(tiles.chunk_vocab, weight.shape[1])
+        for columns, weight_rows in tiles.slices():
+            for rows, tile in tiles.logits(columns, weight_rows):
+                column, inside = _in_tile(targets[rows], columns)
+                tile.sub_(lse[rows])
+                if grad_entropy is None or entropy is None:
+                    tile.exp_().scatter_add_(1, column, -inside.to(tiles.dtype))
+                else:
+                    up = grad_logprobs[rows]
+                    tile.clamp_(min=_LOG_ZERO)
+                    probs = torch.exp(tile, out=tiles.like_tile(scratch, rows, columns))
+                    tile.add_(entropy[rows]).mul_(grad_entropy[rows]).add_(up).mul_(probs)
+                    tile.scatter_add_(1, column, -up * inside)
+                if grad_hidden is not None:
+                    grad_hidden[rows].addmm_(tile, weight_rows)
+                if grad_weight is not None and scaled_hidden is not None:
+                    out = grad_weight[columns] if sums is None else sums[: weight_rows.shape[0]]
+                    beta = 0.0 if rows.start == 0 else 1.0
+                    out.addmm_(tile.t(), scaled_hidden[rows], beta=beta)
+                    if sums is not None and rows.stop == tiles.tokens:
+                        grad_weight[columns] = out
+                if grad_bias is not None:
+                    grad_bias[columns].addmv_(tile.t(), row_scale[rows, 0])
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(row_scale).to(hidden.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _gradient_like(weight: Tensor, tokens: int) -> Tensor:
+    """Storage for the weight's gradient; every element is written unless there is no token."""
+    make = torch.empty if tokens else torch.zeros
+    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _check_settings(
+    temperature: float, chunk_tokens: int, chunk_vocab: int, with_entropy: bool, entropy_grad: bool
+) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(
+            "not a sampling temperature", key="temperature", value=temperature,
+            expected="a finite number > 0", fix="use the temperature completions are sampled with",
+        )  # fmt: skip
+    for key, value in (("chunk_tokens", chunk_tokens), ("chunk_vocab", chunk_vocab)):
+        if value < 1:
+            raise ConfigError(
+                "a tile must hold a logit", key=key, value=value, expected="1 or more",
+                fix=f"leave {key} at its default",
+            )  # fmt: skip
+    if entropy_grad and not with_entropy:
+        raise ConfigError(
+            "there is no entropy to take a gradient through", key="entropy_grad", value=True,
+            expected="with_entropy=True beside it", fix="set with_entropy=True",
+        )  # fmt: skip
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    n = hidden.shape[0] if hidden.dim() else None
+    vocab = weight.shape[0] if weight.dim() else None
+    floats = hidden.is_floating_point() and weight.is_floating_point()
+    fits = (
+        hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+        and targets.shape == (n,) and targets.dtype == torch.int64
+        and (bias is None or (bias.shape == (vocab,) and bias.is_floating_point()))
+    )  # fmt: skip
+    if not (fits and floats):
+        tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+        got = {k: (str(t.dtype), *t.shape) for k, t in tensors.items() if t is not None}
+        raise TrainingError(
+            "head inputs do not fit together", key="shapes", value=got,
+            expected="float hidden [n, H], float weight [V, H], int64 targets [n], float bias [V]",
+            fix="flatten to kept tokens first, and pass the head's own weight and bias",
+        )  # fmt: skip
+    # One synchronisation a call: a stray target would otherwise be read as the logit 0.
+    if n and bool(((targets < 0) | (targets >= weight.shape[0])).any()):
+        low, high = int(targets.min()), int(targets.max())
+        raise TrainingError(
+            "token ids outside the vocabulary", key="targets", value=f"{low}..{high}",
+            expected=f"0..{weight.shape[0] - 1}",
+            fix="drop padding and ignored positions (such as -100) before the call",
+        )  # fmt: skip
