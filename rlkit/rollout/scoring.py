@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from rewards.base import Sample, Score
 from rewards.pool import VerifierPool
 from rlkit.types import Prompt, Rollout, Verdict
@@ -28,6 +30,22 @@ def to_verdict(score: Score) -> Verdict:
         parts=dict(score.parts),
         answer=score.answer,
         reason=score.reason,
+    )
+
+
+def reference_rollout(prompt: Prompt) -> Rollout:
+    """A rollout whose text is the reference answer, to try rewards on before anything is sampled."""
+    return Rollout(
+        ordinal=0,
+        index=0,
+        token_ids=np.zeros(1, dtype=np.int64),
+        behavior_logprobs=np.zeros(1, dtype=np.float32),
+        loss_mask=np.ones(1, dtype=np.bool_),
+        segments=np.zeros(1, dtype=np.int64),
+        version_spans=(),
+        finish_reason="stop",
+        engine_id="reference",
+        text=prompt.reference or "",
     )
 
 
