@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlkit.algorithms.base import Aggregation, Loss, LossInputs, OldPolicy
-from rlkit.algorithms.kl import KLTerm
+from rlkit.algorithms.kl import KL
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError
 from rlkit.learner.assemble import StepBatch
@@ -45,7 +45,7 @@ class Objective:
 
     loss: Loss
     aggregation: Aggregation
-    kl: KLTerm
+    kl: KL
     old_policy: OldPolicy
     entropy_coefficient: float = 0.0
 
@@ -232,8 +232,9 @@ class Learner:
         if self.reference is not None:
             with torch.no_grad():
                 reference, _ = self._forward(self.reference, here)
-            penalty, observed["policy/kl_ref"] = self.objective.kl(logprobs, reference)
-            objective = objective + penalty
+            penalty = self.objective.kl(logprobs, reference)
+            objective = objective + penalty.per_token
+            observed |= penalty.metrics
         if first:
             # Before the first update the learner's weights are the ones the newest tokens came from.
             difference = (logprobs.detach() - mu).double()

@@ -1,0 +1,261 @@
+"""The training loop of rank 0: request, roll out, take, train, publish, evaluate, commit.
+
+Synchronous training is the special case max_staleness = 0 of the buffer's protocol: the worker runs
+in this process, between learner steps, on the learner's own weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rewards.pool import VerifierPool
+from rlkit.algorithms.base import Advantage
+from rlkit.budget.uniform import Budget
+from rlkit.buffer.protocol import GroupRequest, VersionedBuffer
+from rlkit.config.schema import Config
+from rlkit.data.order import PromptOrder
+from rlkit.data.prompts import PromptSet
+from rlkit.errors import TrainingError
+from rlkit.evaluation.evaluate import evaluate
+from rlkit.learner import checkpoint as checkpoints
+from rlkit.learner.assemble import StepBatch, assemble, usable_samples
+from rlkit.learner.run_folder import RunFolder
+from rlkit.learner.update import Learner
+from rlkit.rollout.engine import Engine
+from rlkit.rollout.worker import RolloutWorker
+from rlkit.telemetry.memory import peak_memory_gb
+from rlkit.telemetry.rollouts import rows_of, write_rollouts
+from rlkit.telemetry.sinks import Telemetry
+from rlkit.types import Group, SamplingParams
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """Everything rank 0 drives; see `run`."""
+
+    config: Config
+    folder: RunFolder
+    accelerator: Accelerator
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    learner: Learner
+    advantage: Advantage
+    budget: Budget
+    prompts: PromptSet
+    order: PromptOrder
+    held_out: dict[str, PromptSet]
+    buffer: VersionedBuffer
+    engine: Engine
+    pool: VerifierPool
+    worker: RolloutWorker
+    telemetry: Telemetry
+    check_stop: Callable[[], None]
+    evaluation_sampling: SamplingParams
+    step: int = 0
+    seconds: float = 0.0  # of earlier parts of the run
+    saved_step: int | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    async def run(self) -> None:
+        """Train up to `config.steps`; on any exit the last finished step is in a checkpoint.
+
+        Raises Interrupted at a safe point after a signal, TrainingError when it cannot go on.
+        """
+        config = self.config
+        try:
+            if self.step == 0 and config.evaluation.at_start:
+                await self.evaluate()
+            while self.step < config.steps:
+                self.check_stop()
+                metrics = await self.train_step()
+                self.step += 1
+                if (
+                    self.step % config.checkpoint.every_steps == 0
+                    or self.step == config.steps
+                ):
+                    metrics["time/checkpoint"] = self.save()
+                self.telemetry.log(self.step, metrics)
+                every = config.evaluation.every_steps
+                if self.step == config.steps or (every and self.step % every == 0):
+                    await self.evaluate()
+        except BaseException:
+            # Interrupted, a crash of the engine or the verifiers, an unusable step: the weights are
+            # those of the last finished step, so a checkpoint of it loses nothing.
+            if self.saved_step != self.step and self.step > 0:
+                self.save()
+            raise
+
+    async def train_step(self) -> dict[str, float]:
+        """One batch through the whole cycle; returns its metrics."""
+        config = self.config
+        started = time.perf_counter()
+        clock: dict[str, float] = {"generate": 0.0, "score": 0.0}
+        groups, dropped = await self.collect(clock)
+        collected = time.perf_counter()
+        version = self.buffer.watermark().version
+        batch, metrics = assemble(groups, self.advantage, version)
+        alone = self.accelerator.num_processes == 1
+        if not alone:
+            broadcast_object_list([batch], from_process=0)
+        metrics |= self.learner.step(batch, self.check_stop if alone else _carry_on)
+        trained = time.perf_counter()
+        await self.publish([g.ordinal for g in groups])
+        published = time.perf_counter()
+        if config.telemetry.save_rollouts:
+            advantages = {
+                position: sequence.advantage
+                for position, sequence in zip(
+                    batch.positions, batch.sequences, strict=True
+                )
+            }
+            step = self.step + 1
+            path = self.folder.path / "rollouts" / f"step_{step}.parquet"
+            write_rollouts(path, step, rows_of(groups, advantages))
+        tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
+        ended = time.perf_counter()
+        metrics |= {
+            "off_policy/dropped": float(dropped),
+            "time/wait_rollout": collected - started,
+            "time/generate": clock["generate"],
+            "time/score": clock["score"],
+            "time/learner": trained - collected,
+            "time/weight_sync": published - trained,
+            "time/step": ended - started,
+            "perf/tokens_per_s": tokens / (ended - started),
+            "perf/tokens_per_s_per_device": tokens
+            / (ended - started)
+            / self.accelerator.num_processes,
+            "perf/peak_mem_gb": peak_memory_gb(),
+        }
+        if config.learner.updates_per_step == 1 and config.max_staleness == 0:
+            # On-policy the ratio is 1: clipping cannot trigger, its share would say nothing.
+            metrics = {
+                k: v
+                for k, v in metrics.items()
+                if not k.startswith("policy/clip_frac/")
+            }
+        return metrics
+
+    async def collect(self, clock: dict[str, float]) -> tuple[list[Group], int]:
+        """Take `prompts_per_step` groups with enough scored samples; refuse and replace the others."""
+        minimum = self.advantage.minimum_group_size
+        usable: list[Group] = []
+        dropped: list[Group] = []
+        while len(usable) < self.config.prompts_per_step:
+            self.request()
+            taken = self.buffer.take(self.config.prompts_per_step - len(usable))
+            while taken is None:
+                report = await self.worker.run_once()
+                if report is None:
+                    raise TrainingError(
+                        "no group is ready and none is left to sample",
+                        key="buffer",
+                        value=self.buffer.stats().states,
+                        expected="requested groups that can be leased",
+                    )
+                clock["generate"] += report.generate_seconds
+                clock["score"] += report.score_wait_seconds
+                taken = self.buffer.take(self.config.prompts_per_step - len(usable))
+            for group in taken:
+                enough = usable_samples(group) >= minimum
+                (usable if enough else dropped).append(group)
+                if not enough:
+                    self.buffer.drop([group.ordinal], "too few scored samples")
+            self._check_scored([*usable, *dropped])
+        return usable, len(dropped)
+
+    def _check_scored(self, groups: list[Group]) -> None:
+        verdicts = [v for g in groups for v in g.verdicts]
+        reasons = [v.reason or "no reason given" for v in verdicts if v.score is None]
+        share = len(reasons) / len(verdicts)
+        if share > self.config.reward.max_unscored_frac:
+            most = max(set(reasons), key=reasons.count)
+            raise TrainingError(
+                f"{share:.0%} of {len(verdicts)} samples could not be scored; most often: {most}",
+                key="reward.max_unscored_frac",
+                value=self.config.reward.max_unscored_frac,
+                expected="at most this share",
+                fix="look at the reward on one row; raise reward.timeout_s if it is slow",
+            )
+
+    def request(self) -> None:
+        """Ask for as many groups as admission allows, in prompt order."""
+        count = self.buffer.capacity()
+        first = self.buffer.stats().next_ordinal
+        per_step = self.config.prompts_per_step
+        while count > 0:
+            ordinals = range(first, first + min(count, per_step))
+            prompts = [self.prompts.prompts[self.order.index(k)] for k in ordinals]
+            total = len(prompts) * self.config.samples_per_prompt
+            samples = self.budget([p.id for p in prompts], total)
+            self.buffer.request(
+                [
+                    GroupRequest(ordinal=k, prompt=p, samples=n)
+                    for k, p, n in zip(ordinals, prompts, samples, strict=True)
+                ]
+            )
+            first += len(prompts)
+            count -= len(prompts)
+
+    async def publish(self, ordinals: list[int]) -> None:
+        """The weights after this step are a new version; the engine serves it from now on."""
+        version = self.buffer.next_version()
+        self.buffer.publish(version, ordinals)
+        await self.engine.update_weights(version, None)
+
+    async def evaluate(self) -> None:
+        """Evaluate every held-out set at the present weights and log it."""
+        for name, prompts in self.held_out.items():
+            started = time.perf_counter()
+            result = await evaluate(
+                name,
+                prompts.prompts,
+                self.engine,
+                self.pool,
+                self.evaluation_sampling,
+                self.config.evaluation,
+            )
+            elapsed = time.perf_counter() - started
+            self.telemetry.log(self.step, result.metrics() | {"time/eval": elapsed})
+
+    def save(self) -> float:
+        """Checkpoint the last finished step and commit it in the buffer; returns seconds."""
+        started = time.perf_counter()
+        watermark = self.buffer.watermark()
+        state = checkpoints.TrainerState(
+            step=self.step,
+            optimizer_steps=self.learner.optimizer_steps,
+            seconds=self.seconds + started - self.started,
+            watermark=watermark,
+        )
+        checkpoints.save(
+            self.folder.checkpoints,
+            self.model,
+            self.tokenizer,
+            self.learner.optimizer,
+            state,
+            keep=self.config.checkpoint.keep,
+        )
+        self.buffer.commit(watermark)
+        self.saved_step = self.step
+        return time.perf_counter() - started
+
+
+def follow(accelerator: Accelerator, learner: Learner) -> None:
+    """Ranks other than 0: train on every batch rank 0 sends, until it sends None."""
+    while True:
+        message: list[StepBatch | None] = [None]
+        broadcast_object_list(message, from_process=0)
+        if message[0] is None:
+            return
+        learner.step(message[0], _carry_on)
+
+
+def _carry_on() -> None:
+    """With several ranks a step is not left half way: the others would wait in a collective."""
