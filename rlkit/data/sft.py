@@ -1,0 +1,154 @@
+"""Supervised examples and the order in which they are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlkit.config.components import build
+from rlkit.config.schema import DatasetConfig
+from rlkit.data.order import PromptOrder, permutation
+from rlkit.data.prompts import encode, render_rows
+from rlkit.errors import ConfigError, DataError
+from rlkit.types import IntArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMPLETION_TOO_LONG = "completion_too_long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt and its target completion, tokenised apart as in a rollout."""
+
+    id: str
+    prompt_ids: IntArray  # [prompt tokens]
+    completion_ids: IntArray  # [completion tokens], the last one is eos
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleSet:
+    """Examples in row order. `left_out` counts rows by reason: the caller prints it."""
+
+    examples: tuple[Example, ...]
+    left_out: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def lengths(self) -> IntArray:
+        """Tokens of prompt and completion together, [examples]."""
+        return np.array(
+            [len(item.prompt_ids) + len(item.completion_ids) for item in self.examples],
+            dtype=np.int64,
+        )
+
+
+def load_examples(
+    config: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_completion_tokens: int,
+    key: str,
+) -> ExampleSet:
+    """Read a data set and make an `Example` of every row that is short enough.
+
+    The teacher `config.completion` writes the completion of a row from (row, row number).
+
+    Raises:
+        ConfigError: no teacher, or a tokenizer without an end-of-sequence token.
+        DataError: as `load_prompts`; an empty completion; an end-of-sequence token inside one;
+            every completion too long.
+    """
+    if config.completion is None:
+        raise ConfigError(
+            "supervised fine-tuning needs target completions",
+            key=f"{key}.completion",
+            value=None,
+            expected="a component such as {_target_: rlkit.data.teacher.Template, "
+            'template: "{solution}"}',
+        )
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-sequence token: completions would never end",
+            key="model.tokenizer",
+            value=tokenizer.name_or_path,
+        )
+    teacher = build(config.completion, key=f"{key}.completion")
+    rows, left_out = render_rows(config, tokenizer, key)
+    texts = [teacher(item.row, item.number) for item in rows]
+    encoded = encode(texts, tokenizer, [item.id for item in rows], f"{key}.completion")
+    examples: list[Example] = []
+    for item, text, tokens in zip(rows, texts, encoded, strict=True):
+        if not tokens or eos in tokens:
+            raise DataError(
+                f"the completion of row {item.id!r} is empty or has the end-of-sequence token "
+                f"{tokenizer.eos_token!r} inside: {text[:200]!r}",
+                key=f"{key}.completion",
+                value=config.completion,
+                expected="text; the end-of-sequence token is added behind it",
+            )
+        if len(tokens) < max_completion_tokens:
+            examples.append(
+                Example(
+                    id=item.id,
+                    prompt_ids=item.token_ids,
+                    completion_ids=np.array([*tokens, eos], dtype=np.int64),
+                )
+            )
+    if not examples:
+        raise DataError(
+            f"each of the {len(rows)} completions is longer, with its end-of-sequence token",
+            key="sft.max_completion_tokens",
+            value=max_completion_tokens,
+            fix="raise it",
+        )
+    if len(examples) < len(rows):
+        left_out[COMPLETION_TOO_LONG] = len(rows) - len(examples)
+    return ExampleSet(examples=tuple(examples), left_out=left_out)
+
+
+def batches(
+    lengths: Sequence[int] | IntArray,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    start: int = 0,
+    window: int = 64,
+) -> Iterator[IntArray]:
+    """Yield the example indices of steps [start, steps), each [batch_size].
+
+    A pure function of (lengths, batch_size, seed, step). The examples come in an endless
+    sequence of shuffled epochs, so that none is used twice before all were used once; each run of
+    `window` batches is sorted by length, cut, and its batches shuffled: lengths in a batch are
+    near each other and padding is small. A last window that `steps` cuts short is a random part
+    of it.
+
+    Raises `ConfigError` when batch_size or window is not positive, `DataError` without examples.
+    """
+    for name, value in (("batch_size", batch_size), ("window", window)):
+        if value < 1:
+            raise ConfigError("not positive", key=name, value=value, expected="1 or more")
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = PromptOrder(len(sizes), seed)
+    for number in range(start // window, -(-steps // window)):
+        cut = _window(sizes, order, batch_size, window, number)
+        first = number * window
+        yield from cut[max(start - first, 0) : steps - first]
+
+
+def _window(
+    sizes: IntArray, order: PromptOrder, batch_size: int, window: int, number: int
+) -> IntArray:
+    """Batches of window `number`, [window, batch_size]."""
+    span = window * batch_size
+    chosen = np.array(
+        [order.index(number * span + offset) for offset in range(span)], dtype=np.int64
+    )
+    by_length = chosen[np.argsort(sizes[chosen], kind="stable")].reshape(window, batch_size)
+    # A third number keeps this stream apart from the epochs'.
+    return by_length[permutation(window, order.seed, number, 1)]

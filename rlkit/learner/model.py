@@ -1,0 +1,341 @@
+"""Loading or creating the policy and its tokenizer, without side effects on global generators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from rlkit.config.schema import ModelConfig
+from rlkit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SPECIAL = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+}
+_FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+_FROM_MODEL_CONFIG = {"dtype": "model.dtype", "attn_implementation": "model.attention"}
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer: a character tokenizer of `alphabet`, or a pretrained one.
+
+    `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its
+    end-of-sequence token for it: masks are made from lengths, never from token ids, so a real
+    end-of-sequence token is never taken for padding.
+
+    Raises `ConfigError` when neither is given, when both are, or when it cannot be loaded.
+    """
+    if config.alphabet is not None:
+        if config.tokenizer is not None:
+            raise ConfigError(
+                "there is a tokenizer as well",
+                key="model.alphabet",
+                value=config.alphabet,
+                expected="one of model.alphabet and model.tokenizer",
+            )
+        tokenizer = character_tokenizer(config.alphabet)
+    else:
+        tokenizer = _pretrained_tokenizer(config)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "it has no end-of-sequence token: completions would never end",
+            key="model.tokenizer",
+            value=config.tokenizer or config.path,
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with a token for each character of `alphabet`, in that order.
+
+    Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>; the first character is 4. It saves and loads as
+    any tokenizer does; text begins with <bos>. Decoding joins characters without spaces.
+    """
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    repeated = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
+    if not alphabet or repeated:
+        raise ConfigError(
+            f"characters more than once: {', '.join(map(repr, repeated))}" if repeated else "empty",
+            key="model.alphabet",
+            value=alphabet,
+            expected="every character once",
+        )
+    tokens = [*_SPECIAL.values(), *alphabet]
+    inner = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokens.index("<bos>"))]
+    )
+    made: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, **_SPECIAL
+    )
+    return made
+
+
+def load_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """The policy on the CPU, in `dtype`, in eval mode with every dropout probability 0.
+
+    Dropout is off for good: importance ratios compare log-probs of one network, and with dropout
+    each forward pass is another. From `path` only safetensors are read and no remote code runs;
+    weights the file does not have are an error, not random numbers. From `architecture` the
+    initial weights are a function of the settings and `seed` alone (drawn in float32, then cast).
+
+    Raises `ConfigError` naming the setting that is wrong.
+    """
+    if (config.path is None) == (config.architecture is None):
+        raise ConfigError(
+            "neither is given" if config.path is None else "both are given",
+            key="model.path, model.architecture",
+            value=(config.path, config.architecture),
+            expected="exactly one of them",
+        )
+    if config.path is not None:
+        model = _pretrained_model(config.path, config.attention, dtype)
+    else:
+        model = _new_model(config, tokenizer, dtype, seed)
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}",
+            key="model.tokenizer",
+            value=config.tokenizer or config.path,
+            fix="use the model's own tokenizer",
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(False)
+    return model
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or `auto`: bfloat16 where the device computes in it, else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    if name not in _DTYPES:
+        raise ConfigError(
+            f"unknown dtype.{nearest(name, _DTYPES)}",
+            key="model.dtype",
+            value=name,
+            expected=f"auto, {', '.join(_DTYPES)}",
+        )
+    return _DTYPES[name]
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of weights; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    key = "model.path" if config.tokenizer is None else "model.tokenizer"
+    name = config.tokenizer or config.path
+    if name is None:
+        raise ConfigError(
+            "no tokenizer is given and there is no pretrained model to take one from",
+            key="model.tokenizer",
+            value=None,
+            expected="model.tokenizer (folder or hub name) or model.alphabet",
+        )
+    folder = _locate(name, key)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(name, key, "a tokenizer", error) from error
+    return tokenizer
+
+
+def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = _locate(name, "model.path")
+    # Typed loosely: the stubs do not know that output_loading_info makes it a pair.
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    model: PreTrainedModel
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _disable_dropout(settings)
+        model, report = from_pretrained(
+            folder,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise _load_error(name, "model.path", "a model in safetensors", error) from error
+    absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if absent:
+        raise ConfigError(
+            f"{len(absent)} weights are missing or of another shape, the first: "
+            f"{', '.join(absent[:3])}",
+            key="model.path",
+            value=name,
+            expected="all weights of the architecture that its config.json names",
+        )
+    return model
+
+
+def _new_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    from_config: Any = AutoModelForCausalLM.from_config
+    settings = _new_config(dict(config.architecture or {}), tokenizer)
+    _disable_dropout(settings)
+    # Only the CPU generator is seeded and put back: torch.manual_seed would reseed CUDA's too.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            model: PreTrainedModel = from_config(
+                settings, dtype=torch.float32, attn_implementation=config.attention
+            )
+        # Architectures check their settings by any kind of error, KeyError to RuntimeError.
+        except Exception as error:
+            raise _architecture_error(config.architecture, error) from error
+    # Parameters only: a cast of the buffers would round rotary frequencies.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _new_config(
+    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = architecture.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        hint = nearest(str(model_type), CONFIG_MAPPING)
+        raise ConfigError(
+            f"transformers has no such model type.{hint}",
+            key="model.architecture.model_type",
+            value=model_type,
+            expected="a transformers model type, e.g. qwen3 or llama",
+        )
+    kind = CONFIG_MAPPING[model_type]
+    known = {*kind.__dataclass_fields__, *kind.attribute_map}
+    for name, value in architecture.items():
+        key = f"model.architecture.{name}"
+        if name in _FROM_TOKENIZER:
+            raise ConfigError("this comes from the tokenizer", key=key, value=value, fix="drop it")
+        if name in _FROM_MODEL_CONFIG:
+            raise ConfigError(
+                "this has a key of its own",
+                key=key,
+                value=value,
+                fix=f"set {_FROM_MODEL_CONFIG[name]}",
+            )
+        if name not in known:
+            raise ConfigError(
+                f"{model_type} has no such setting.{nearest(name, known)}", key=key, value=value
+            )
+        if "dropout" in name and value:
+            raise ConfigError(
+                "importance ratios need dropout off", key=key, value=value, expected="0"
+            )
+    if "vocab_size" not in known:
+        raise ConfigError(
+            "it is not a plain language model: its config has no vocab_size",
+            key="model.architecture.model_type",
+            value=model_type,
+        )
+    filled = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    try:
+        return AutoConfig.for_model(model_type, **architecture, **filled)
+    # See above: any kind of error.
+    except Exception as error:
+        raise _architecture_error({"model_type": model_type, **architecture}, error) from error
+
+
+def _disable_dropout(settings: PreTrainedConfig) -> None:
+    """Set every dropout probability of a config to 0, whatever the architecture calls it."""
+    for name, value in vars(settings).items():
+        if name.endswith(("dropout", "_pdrop")) and isinstance(value, int | float) and value:
+            setattr(settings, name, 0.0)
+
+
+def _locate(name: str, key: str) -> str:
+    """An existing folder, expanded, or a name that can be one on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ConfigError("this is a file", key=key, value=name, expected="a folder or hub name")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(
+            f"no such folder.{nearest(path.name, siblings)}",
+            key=key,
+            value=name,
+            expected=f"a folder; relative paths start at {Path.cwd()}",
+        )
+    return name
+
+
+def _load_error(name: str, key: str, what: str, error: Exception) -> ConfigError:
+    if Path(name).expanduser().is_dir():
+        return ConfigError(
+            f"{what} cannot be loaded from this folder: {type(error).__name__}: {error}",
+            key=key,
+            value=name,
+            expected=f"a folder with {what} (no pickled weights, no remote code)",
+        )
+    return ConfigError(
+        f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name "
+        f"({type(error).__name__}: {error})",
+        key=key,
+        value=name,
+        expected="a folder, or a hub name that is reachable or in the local cache",
+        fix="offline: download the model to a folder once and give its path",
+    )
+
+
+def _architecture_error(architecture: dict[str, Any] | None, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the model cannot be made: {type(error).__name__}: {error}",
+        key="model.architecture",
+        value=architecture,
+        expected="settings that fit together and a model with a causal language-model head",
+    )

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlkit.config.schema import DatasetConfig
+from rlkit.data.prompts import load_prompts
+from rlkit.data.sft import batches, load_examples
+from rlkit.errors import ConfigError, DataError, RlkitError
+
+Make = Callable[..., DatasetConfig]
+TEMPLATE = {"_target_": "rlkit.data.teacher.Template", "template": "{solution}#{answer}"}
+ROWS = [{"question": f"{n}=?", "solution": "x" * n, "answer": n} for n in range(1, 15)]
+
+
+def test_examples_continue_the_prompts_of_reinforcement_learning(tokenizer: Any) -> None:
+    config = DatasetConfig(
+        source={"_target_": "rlkit.data.sources.ReasoningGym", "task": "chain_sum", "size": 40},
+        prompt="{metadata[expression]:nospace}=",
+        completion={"_target_": "rlkit.data.teacher.ChainSumTeacher", "error_rate": 0.0},
+    )
+    found = load_examples(config, tokenizer, 200, "sft.data")
+    prompts = load_prompts(config, tokenizer, "sft.data", True).prompts
+    for example, prompt in zip(found.examples, prompts, strict=True):
+        assert example.id == prompt.id
+        np.testing.assert_array_equal(example.prompt_ids, prompt.token_ids)
+        assert example.completion_ids[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(example.completion_ids[:-1].tolist())
+        assert text.endswith(f"#{prompt.reference}")
+        assert tokenizer.eos_token_id not in example.completion_ids[:-1]
+
+
+@given(limit=st.integers(1, 20))
+def test_every_row_is_kept_or_counted(tokenizer: Any, limit: int) -> None:
+    config = DatasetConfig(source={"_target_": f"{__name__}.Rows"}, completion=TEMPLATE)
+    fits = [n for n in range(1, 15) if n + 1 + len(str(n)) + 1 <= limit]
+    if not fits:
+        with pytest.raises(DataError, match=r"sft\.max_completion_tokens"):
+            load_examples(config, tokenizer, limit, "sft.data")
+        return
+    found = load_examples(config, tokenizer, limit, "sft.data")
+    assert [len(e.completion_ids) for e in found.examples] == [n + 2 + len(str(n)) for n in fits]
+    assert len(found) + sum(found.left_out.values()) == 14
+    assert found.lengths().tolist() == [
+        len(e.prompt_ids) + len(e.completion_ids) for e in found.examples
+    ]
+
+
+class Rows:
+    def rows(self) -> list[dict[str, Any]]:
+        return ROWS
+
+
+def test_example_errors(dataset: Make, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.data\.completion"):
+        load_examples(dataset(ROWS), tokenizer, 10, "sft.data")
+    for bad in ("", "one <eos> two"):
+        config = dataset([*ROWS, {"question": "q", "solution": bad, "answer": ""}])
+        config.completion = {"_target_": TEMPLATE["_target_"], "template": "{solution}"}
+        with pytest.raises(DataError, match="row '14'"):
+            load_examples(config, tokenizer, 100, "sft.data")
+    config = dataset([{"question": "q", "solution": "\u00e9", "answer": "1"}], completion=TEMPLATE)
+    with pytest.raises(DataError, match=repr("\u00e9")):
+        load_examples(config, tokenizer, 100, "sft.data")
+
+
+lengths_lists = st.lists(st.integers(1, 500), min_size=1, max_size=40)
+sizes = st.integers(1, 9)
+
+
+@given(lengths_lists, sizes, st.integers(0, 25), st.integers(0, 25), sizes, st.integers(0, 99))
+def test_batches_are_a_function_of_seed_and_step(
+    lengths: list[int], size: int, steps: int, start: int, window: int, seed: int
+) -> None:
+    whole = [batch.tolist() for batch in batches(lengths, size, steps, seed, window=window)]
+    assert len(whole) == steps and all(len(batch) == size for batch in whole)
+    resumed = [batch.tolist() for batch in batches(lengths, size, steps, seed, start, window)]
+    assert resumed == whole[start:]
+    longer = [batch.tolist() for batch in batches(lengths, size, steps + 3, seed, window=window)]
+    assert longer[:steps] == whole
+
+
+@given(lengths_lists, sizes, sizes, st.integers(1, 4), st.integers(0, 99))
+def test_no_example_is_used_twice_more_than_another(
+    lengths: list[int], size: int, window: int, windows: int, seed: int
+) -> None:
+    chosen = np.concatenate(list(batches(lengths, size, windows * window, seed, window=window)))
+    counts = Counter(chosen.tolist())
+    used = [counts[index] for index in range(len(lengths))]
+    assert max(used) - min(used) <= 1
+
+
+def test_batches_have_little_padding_and_mixed_order() -> None:
+    draws = np.random.default_rng(0).integers(10, 200, size=5000)
+    seen = list(batches(draws, 32, 128, seed=0))
+    padded = sum(draws[batch].max() * len(batch) for batch in seen)
+    assert padded / sum(draws[batch].sum() for batch in seen) < 1.05
+    # Bucketing must not turn into a curriculum: batch length and step are uncorrelated.
+    means = [draws[batch].mean() for batch in seen]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.25
+    other = list(batches(draws, 32, 128, seed=1))
+    assert any(not np.array_equal(a, b) for a, b in zip(seen, other, strict=True))
+
+
+def test_batch_errors() -> None:
+    for arguments in ([[], 2, 3, 0], [[1], 0, 3, 0]):
+        with pytest.raises(RlkitError):
+            next(batches(*arguments))  # type: ignore[arg-type]
