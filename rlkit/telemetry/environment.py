@@ -38,7 +38,10 @@ PACKAGES = (
 )
 GIT_DEADLINE_S = 10.0
 
-_WORDS = "(?:api_?key|secret|password|passwd|token|credentials?)"
+_WORDS = (  # eos_token and the like are no secrets
+    "(?:api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token"
+    "|(?<!_)token)"
+)
 _SECRET = re.compile(rf"(?i)(^|[._-]){_WORDS}$")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _SECRET_LINE = re.compile(rf"(?im)^(\s*(?:[\w.-]*[_.-])?{_WORDS}\s*:[ \t]*)\S.*$")
