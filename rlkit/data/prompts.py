@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,10 @@ import numpy as np
 from omegaconf import MISSING
 
 from rlkit.config.schema import DatasetConfig
-from rlkit.data.sources import LocalFile, Row, as_source
+from rlkit.data.encoding import bos_prefix, encode
+from rlkit.data.files import Row
+from rlkit.data.reference import Reference
+from rlkit.data.sources import LocalFile, as_source
 from rlkit.data.template import RowTemplate, field_names
 from rlkit.errors import ConfigError, DataError, nearest
 from rlkit.types import IntArray, Prompt
@@ -79,14 +81,14 @@ def load_prompts(
             value=None,
             expected='a template of the answer, e.g. "{answer}"',
         )
-    reference = _Reference(config, key)
+    reference = Reference(config, key)
     rendered, left_out = render_rows(config, tokenizer, key)
     prompts = tuple(
         Prompt(
             id=item.id,
             text=item.text,
             token_ids=item.token_ids,
-            reference=reference(item, require_reference),
+            reference=reference(item.row, item.number, item.id, require_reference),
             metadata=_metadata(item, key),
         )
         for item in rendered
@@ -143,93 +145,6 @@ def render_rows(
         )
     too_long = len(rows) - len(kept)
     return kept, {TOO_LONG: too_long} if too_long else {}
-
-
-def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos] where the tokenizer itself starts every text with it, else [].
-
-    The model sees plain text begin as it did in pretraining: Llama's tokenizer adds its bos,
-    Qwen's has none, and GPT-2's has one that it never adds.
-    """
-    own = tokenizer("").input_ids
-    starts = tokenizer.bos_token_id is not None and own[:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id] if starts else []
-
-
-def encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequence[str], key: str
-) -> list[list[int]]:
-    """Token ids of every text, no special token added.
-
-    Raises `DataError` naming the characters where a text has some the tokenizer maps to <unk>.
-    """
-    for row_id, text in zip(ids, texts, strict=True):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise DataError(
-                f"{key}: row {row_id!r} has half a surrogate pair, which is no character",
-                fix="repair the row's text",
-            )
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return encoded
-    for row_id, text, tokens in zip(ids, texts, encoded, strict=True):
-        if unknown in tokens:
-            single = {x: tokenizer(x, add_special_tokens=False).input_ids for x in set(text)}
-            bad = sorted(x for x, token_ids in single.items() if unknown in token_ids)
-            raise DataError(
-                f"{key}: row {row_id!r} has text the tokenizer does not know: "
-                f"{', '.join(map(repr, bad)) or 'a sequence of characters'} in {text[:200]!r}",
-                fix="add the characters to model.alphabet, change the template, or leave the "
-                "row out of the data",
-            )
-    return encoded
-
-
-class _Reference:
-    """The reference answer of a row: template, then the optional pattern."""
-
-    def __init__(self, config: DatasetConfig, key: str) -> None:
-        self.key = key
-        self.template = (
-            None if config.reference is None else RowTemplate(config.reference, f"{key}.reference")
-        )
-        self.pattern: re.Pattern[str] | None = None
-        if config.reference_pattern is not None:
-            try:
-                self.pattern = re.compile(config.reference_pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"not a regular expression: {error}",
-                    key=f"{key}.reference_pattern",
-                    value=config.reference_pattern,
-                ) from error
-
-    def __call__(self, item: RenderedRow, required: bool) -> str | None:
-        text = None if self.template is None else self.template(item.row, item.number)
-        if text and self.pattern is not None:
-            text = self._final(text, item)
-        if not text and required:
-            raise DataError(
-                f"row {item.id!r} has no reference answer (null or empty)",
-                key=f"{self.key}.reference",
-                value=None if self.template is None else self.template.text,
-                expected="an answer in every row: the reward needs it",
-                fix="leave the row out of the data",
-            )
-        return text or None
-
-    def _final(self, text: str, item: RenderedRow) -> str:
-        assert self.pattern is not None
-        found = self.pattern.search(text)
-        if found is None:
-            raise DataError(
-                f"nothing in row {item.id!r} matches: {text[-200:]!r}",
-                key=f"{self.key}.reference_pattern",
-                value=self.pattern.pattern,
-                expected="a match in every row's reference",
-            )
-        return ((found[1] if self.pattern.groups else found[0]) or "").strip()
 
 
 def _rows(config: DatasetConfig, key: str) -> list[Row]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
+from rlkit.data.encoding import encode
 from rlkit.data.order import PromptOrder, permutation
-from rlkit.data.prompts import encode, render_rows
+from rlkit.data.prompts import render_rows
 from rlkit.errors import ConfigError, DataError
 from rlkit.types import IntArray
 
