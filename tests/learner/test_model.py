@@ -7,7 +7,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -46,6 +46,7 @@ def saved(tmp_path: Path, tokenizer: Any) -> Path:
     return tmp_path / "model"
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=ALPHABET, min_size=1))
 def test_character_tokenizer_is_exact(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
