@@ -1,0 +1,108 @@
+"""From token losses to one loss: the weight of each sequence's tokens in an update.
+
+    loss = sum_i w_i sum_t m_it L_it,    |o_i| = sum_t m_it
+
+with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the
+optimiser step, on every rank:
+
+    TokenMean              w_i = 1 / sum_j |o_j|
+    SequenceMeanTokenMean  w_i = 1 / (B |o_i|)
+    SequenceMeanTokenSum   w_i = 1 / B
+    ConstantLength         w_i = 1 / (B max_length)
+
+The weights are known before the first forward pass, so micro-batches and ranks just add their
+sums: the gradient depends neither on how sequences are split nor on how many ranks there are.
+(A rank's gradient must then be summed, not averaged, or its loss multiplied by the rank count.)
+
+A sequence of length 0 (fully masked, or padding that evens out micro-batches) has weight 0 and is
+not counted in B, so adding or removing one changes nothing. A sequence that is merely useless (its
+advantage is 0) has tokens and counts: pass its length even where its forward pass is skipped.
+
+Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is
+TokenMean (Yu et al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
+arXiv 2503.20783).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlkit.errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMean:
+    """Every token of the step counts the same: long sequences weigh more."""
+
+    def __call__(self, lengths: Tensor) -> Tensor:
+        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
+        lengths = _checked(lengths)
+        return _where_tokens(lengths, lengths.sum().expand_as(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceMeanTokenMean:
+    """Every sequence counts the same: a token of a long sequence weighs less."""
+
+    def __call__(self, lengths: Tensor) -> Tensor:
+        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
+        lengths = _checked(lengths)
+        return _where_tokens(lengths, lengths * _sequences(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceMeanTokenSum:
+    """The sequence's summed loss, averaged over sequences: the plain policy gradient's scale."""
+
+    def __call__(self, lengths: Tensor) -> Tensor:
+        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
+        lengths = _checked(lengths)
+        return _where_tokens(lengths, _sequences(lengths).expand_as(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantLength:
+    """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO).
+
+    `max_length` is the longest completion in tokens, `${rollout.max_completion_tokens}` in a recipe.
+    It sets the scale only; longer sequences are not an error.
+    """
+
+    max_length: int
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(
+                "not a length", key="max_length", value=self.max_length, expected="1 or more",
+                fix="set max_length=${rollout.max_completion_tokens}",
+            )  # fmt: skip
+
+    def __call__(self, lengths: Tensor) -> Tensor:
+        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
+        lengths = _checked(lengths)
+        return _where_tokens(lengths, (_sequences(lengths) * self.max_length).expand_as(lengths))
+
+
+def _checked(lengths: Tensor) -> Tensor:
+    out = lengths.detach().to(torch.float64)
+    if out.dim() != 1 or not bool((torch.isfinite(out) & (out >= 0)).all()):
+        raise TrainingError(
+            "not the lengths of sequences", key="lengths", value=lengths.tolist(),
+            expected="one finite count >= 0 a sequence, shape [N]",
+            fix="pass loss_mask.sum(-1) of every sequence of the optimiser step",
+        )  # fmt: skip
+    return out
+
+
+def _sequences(lengths: Tensor) -> Tensor:
+    """B, the sequences that have a token, 0-dim float64."""
+    return (lengths > 0).sum().to(torch.float64)
+
+
+def _where_tokens(lengths: Tensor, denominator: Tensor) -> Tensor:
+    """1 / denominator where a sequence has tokens, 0 elsewhere; no division by 0 on the way."""
+    kept = lengths > 0
+    return torch.where(kept, 1.0 / denominator.masked_fill(~kept, 1.0), 0.0)

@@ -1,0 +1,132 @@
+"""Penalty against a reference model: three per-token estimates of KL(pi || ref).
+
+With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL
+Divergence"):
+
+    k1 = -d                 unbiased; negative at times, large variance
+    k2 = d^2 / 2            biased, small variance, >= 0
+    k3 = exp(d) - 1 - d     unbiased, small variance, >= 0
+
+Values and gradients are two matters. As a loss on tokens sampled from pi, in expectation:
+
+    grad k1 = grad logprob                    0: no penalty at all, only noise. Refused as a penalty.
+    grad k2 = -d grad logprob                 the gradient of KL(pi || ref)
+    grad k3 = (1 - exp(d)) grad logprob       the gradient of KL(ref || pi), equal to the former to
+                                              first order near pi = ref; what GRPO uses
+
+(A k1 penalty inside the reward has, through the score function, the expected gradient of k2.) All
+of it holds for tokens sampled from the current policy; on stale tokens each is biased by the ratio,
+which is not applied here.
+
+In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0
+beyond. verl clamps d to 20 and k3 itself to 10; at the limit of 10 the largest k3 here is 2.2e4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from rlkit.algorithms.base import LossOutput
+from rlkit.errors import ConfigError, TrainingError
+
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+class KL(Protocol):
+    """A term added to the per-token loss.
+
+    Attributes:
+        needs_reference: the learner must load a reference model and give its log-probs.
+    """
+
+    needs_reference: ClassVar[bool]
+
+    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
+        """Both [n]; returns the term of every token [n] and its metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoKL:
+    """No penalty and no reference model."""
+
+    needs_reference: ClassVar[bool] = False
+
+    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None = None) -> LossOutput:
+        """logprobs [n] -> zeros [n] without gradient, no metrics."""
+        return LossOutput(per_token=torch.zeros_like(logprobs, requires_grad=False))
+
+
+@dataclass(frozen=True, slots=True)
+class KLPenalty:
+    """coefficient * estimate, per token; with coefficient 0 it only measures.
+
+    Raises ConfigError for a coefficient < 0, an unknown estimator, k1 as a penalty, or a limit <= 0.
+    """
+
+    needs_reference: ClassVar[bool] = True
+    coefficient: float = 0.0
+    estimator: str = "k3"
+    log_ratio_limit: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.coefficient < float("inf"):
+            raise ConfigError(
+                "not a coefficient", key="coefficient", value=self.coefficient,
+                expected="a finite number >= 0", fix="set 0.001 to 0.05, or 0 to measure only",
+            )  # fmt: skip
+        if self.estimator not in ESTIMATORS:
+            raise ConfigError(
+                "unknown estimator", key="estimator", value=self.estimator,
+                expected=" or ".join(ESTIMATORS), fix="set estimator=k3",
+            )  # fmt: skip
+        if self.estimator == "k1" and self.coefficient > 0:
+            raise ConfigError(
+                "as a loss, k1 has an expected gradient of 0", key="estimator", value="k1",
+                expected="k2 or k3, or coefficient=0 to measure with k1",
+                fix="set estimator=k2: the gradient of the same KL",
+            )  # fmt: skip
+        if not self.log_ratio_limit > 0:
+            raise ConfigError(
+                "not a limit", key="log_ratio_limit", value=self.log_ratio_limit,
+                expected="a number of nats > 0", fix="leave log_ratio_limit at its default",
+            )  # fmt: skip
+
+    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
+        """Both [n] in nats, the reference constant; metric policy/kl_ref [n] before the coefficient.
+
+        Raises TrainingError for missing reference log-probs or ones of another shape.
+        """
+        if reference_logprobs is None or reference_logprobs.shape != logprobs.shape:
+            got = None if reference_logprobs is None else tuple(reference_logprobs.shape)
+            raise TrainingError(
+                "no log-prob of the reference model for every token", key="reference_logprobs",
+                value=got, expected=f"shape {tuple(logprobs.shape)}",
+                fix="score the same tokens with the reference model, or choose algorithm/kl=none",
+            )  # fmt: skip
+        estimate = kl_estimate(logprobs, reference_logprobs, self.estimator, self.log_ratio_limit)
+        return LossOutput(
+            per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()}
+        )
+
+
+def kl_estimate(
+    logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0
+) -> Tensor:
+    """k1, k2 or k3 of every token [n], in nats; no gradient to the reference.
+
+    Raises KeyError for another estimator.
+    """
+    d = reference_logprobs.detach() - logprobs
+    match estimator:
+        case "k1":
+            return -d
+        case "k2":
+            return 0.5 * d.square()
+        case "k3":
+            d = d.clamp(-log_ratio_limit, log_ratio_limit)
+            return torch.expm1(d) - d  # exp(d) - 1 - d would lose every digit of a small d
+    raise KeyError(estimator)
