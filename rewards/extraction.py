@@ -13,7 +13,7 @@ METHODS: dict[str, str | None] = {
     "boxed": None,
     "last_number": None,
     "whole": None,
-    "tag": "the tag's name, e.g. answer for <answer>...</answer>",
+    "tag": "the tag's name; without a marker it is <answer>...</answer>",
     "delimiter": "the text the answer follows, e.g. ####",
     "regex": "a regular expression; its first group, or else the whole match, is the answer",
 }
@@ -29,9 +29,11 @@ def check_extraction(method: str, marker: str) -> None:
     meaning = METHODS[method]
     if meaning is None:
         if marker:
-            raise RewardError(f"marker={marker!r} has no meaning with extract={method!r}; remove it")
+            raise RewardError(
+                f"marker={marker!r} has no meaning with extract={method!r}; remove it"
+            )
         return
-    if not marker:
+    if not marker and method != "tag":
         raise RewardError(f"extract={method!r} needs marker: {meaning}")
     if method == "regex":
         try:
@@ -53,7 +55,7 @@ def extract(text: str, method: str, marker: str = "") -> str | None:
     elif method == "whole":
         found = text
     elif method == "tag":
-        found = _last_tag(text, marker)
+        found = _last_tag(text, marker or "answer")
     elif method == "delimiter":
         before, hit, after = text.rpartition(marker)
         found = after.strip().split("\n", 1)[0] if hit else None

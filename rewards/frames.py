@@ -7,7 +7,7 @@ import select
 import struct
 import time
 
-__all__ = ["FrameReader", "FrameTooLarge", "write_frame"]
+__all__ = ["FrameReader", "FrameTooLarge", "HungUp", "write_frame"]
 
 _HEADER = struct.Struct(">I")
 
@@ -16,24 +16,35 @@ class FrameTooLarge(Exception):
     """The header announces more bytes than the reader accepts."""
 
 
-def _poll(fd: int, events: int, deadline: float | None) -> None:
-    """Wait until fd is ready, or raise TimeoutError at `deadline` (of `time.monotonic`)."""
+class HungUp(Exception):
+    """The watched pipe has bytes or an end: nobody wants the frame any more."""
+
+
+def _poll(fd: int, events: int, deadline: float | None, watch: int | None = None) -> None:
+    """Wait until fd is ready. Raises TimeoutError at `deadline` (of `time.monotonic`), HungUp."""
     poller = select.poll()
     poller.register(fd, events)
+    if watch is not None:
+        poller.register(watch, select.POLLIN)
     wait_ms = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000)
-    if not poller.poll(wait_ms):
+    ready = dict(poller.poll(wait_ms))
+    if watch in ready:
+        raise HungUp
+    if not ready:
         raise TimeoutError
 
 
-def write_frame(fd: int, payload: bytes, deadline: float | None = None) -> None:
-    """Write one frame. Raises TimeoutError, or BrokenPipeError if the reader is gone.
+def write_frame(
+    fd: int, payload: bytes, deadline: float | None = None, watch: int | None = None
+) -> None:
+    """Write one frame. Raises TimeoutError, HungUp, or BrokenPipeError if the reader is gone.
 
     With a deadline the descriptor must be non-blocking, or a full pipe outlasts it.
     """
     view = memoryview(_HEADER.pack(len(payload)) + payload)
     while view:
         if deadline is not None:
-            _poll(fd, select.POLLOUT, deadline)
+            _poll(fd, select.POLLOUT, deadline, watch)
         try:
             view = view[os.write(fd, view) :]
         except BlockingIOError:
@@ -41,22 +52,21 @@ def write_frame(fd: int, payload: bytes, deadline: float | None = None) -> None:
 
 
 class FrameReader:
-    """Reads frames from one descriptor; keeps what it read beyond a frame."""
+    """Reads frames from one descriptor; keeps what it read beyond a frame.
 
-    __slots__ = ("_buffer", "_fd", "_limit")
+    watch: a pipe's read end; once it has a byte or no writer, every wait ends with HungUp.
+    """
 
-    def __init__(self, fd: int, limit_bytes: int) -> None:
+    __slots__ = ("_buffer", "_fd", "_limit", "_watch")
+
+    def __init__(self, fd: int, limit_bytes: int, watch: int | None = None) -> None:
         self._fd = fd
         self._limit = limit_bytes
+        self._watch = watch
         self._buffer = bytearray()
 
-    @property
-    def pending(self) -> bool:
-        """Whether bytes were read that no frame has taken yet."""
-        return bool(self._buffer)
-
     def read(self, deadline: float | None) -> bytes | None:
-        """The next frame; None at end of file. Raises TimeoutError, FrameTooLarge."""
+        """The next frame; None at end of file. Raises TimeoutError, HungUp, FrameTooLarge."""
         header = self._take(_HEADER.size, deadline)
         if header is None:
             return None
@@ -67,7 +77,7 @@ class FrameReader:
 
     def _take(self, size: int, deadline: float | None) -> bytes | None:
         while len(self._buffer) < size:
-            _poll(self._fd, select.POLLIN, deadline)
+            _poll(self._fd, select.POLLIN, deadline, self._watch)
             try:
                 chunk = os.read(self._fd, 1 << 16)
             except BlockingIOError:

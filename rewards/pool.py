@@ -23,6 +23,7 @@ from typing import Any
 
 from rewards.base import Sample, Score
 from rewards.errors import RewardError
+from rewards.frames import HungUp
 from rewards.process import WorkerDied, WorkerProcess
 from rewards.sandbox import Limits, check_mode
 from rewards.spec import check_spec
@@ -30,7 +31,9 @@ from rewards.wire import Setup, encode
 
 __all__ = ["PoolCounts", "VerifierPool"]
 
-_GRACE_S = 15.0  # beyond a sample's own limit: fork, confinement, kill and reaping on a busy machine
+_GRACE_S = (
+    15.0  # beyond a sample's own limit: fork, confinement, kill and reaping on a busy machine
+)
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _JOIN_S = 20.0
 _ATTEMPTS = 2  # how often a sample may be in hand when a worker dies before it is given up
@@ -64,6 +67,8 @@ class _Shared:
     start_timeout_s: float
     max_restarts: int
     owner: int
+    watch: int  # a pipe's two ends: a byte into the second wakes every thread out of its wait
+    hang_up: int
     batches: queue.SimpleQueue[list[_Task] | None] = field(default_factory=queue.SimpleQueue)
     closing: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -154,11 +159,14 @@ class VerifierPool:
             shutil.rmtree(work_dir)
             raise RewardError(f"reward settings must be plain JSON values: {error}") from error
         self._batch_size = batch_size
-        self._shared = _Shared(setup, start_timeout_s, max_restarts, owner=os.getpid())
+        self._shared = _Shared(setup, start_timeout_s, max_restarts, os.getpid(), *os.pipe())
         started: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [
             threading.Thread(
-                target=_serve, args=(self._shared, index, ready), name=f"verifier-{index}", daemon=True
+                target=_serve,
+                args=(self._shared, index, ready),
+                name=f"verifier-{index}",
+                daemon=True,
             )
             for index, ready in enumerate(started)
         ]
@@ -286,6 +294,7 @@ def _shut_down(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
         return
     with shared.lock:
         shared.closing.set()
+    os.write(shared.hang_up, b"x")
     shared.fail(RewardError("the verifier pool was closed"))
     for _ in threads:
         shared.batches.put(None)
@@ -295,7 +304,10 @@ def _shut_down(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
             thread.join(max(0.0, deadline - time.monotonic()))
     shutil.rmtree(shared.setup.work_dir, ignore_errors=True)
     alive = [thread.name for thread in threads if thread.is_alive()]
-    if alive:
+    if not alive:  # else a thread could poll a number that stands for another file by now
+        os.close(shared.watch)
+        os.close(shared.hang_up)
+    else:
         raise RewardError(f"verifier pool: {', '.join(alive)} did not end within {_JOIN_S} s")
 
 
@@ -307,6 +319,9 @@ def _serve(shared: _Shared, index: int, ready: Future[None]) -> None:
         ready.set_result(None)
         while (tasks := shared.batches.get()) is not None:
             keeper.run(tasks)
+    except HungUp:
+        if not ready.done():
+            ready.set_exception(RewardError("the verifier pool was closed"))
     except BaseException as error:
         known = error if isinstance(error, RewardError) else None
         failure = known or RewardError(f"verifier thread {index} failed: {error!r}")
@@ -335,7 +350,9 @@ class _Keeper:
         while self._process is None:
             path = Path(shared.setup.work_dir, f"worker-{self._index}.stderr")
             try:
-                self._process = WorkerProcess(shared.setup, path, shared.start_timeout_s)
+                self._process = WorkerProcess(
+                    shared.setup, path, shared.start_timeout_s, shared.watch
+                )
             except WorkerDied as death:
                 self._bury(death, path.read_text(errors="replace")[-4096:].strip())
                 continue
@@ -400,7 +417,7 @@ class _Keeper:
                 f"last words:\n{stderr or '(nothing on stderr)'}"
             )
         if shared.closing.wait(min(_BACK_OFF_S * 2 ** (self._deaths - 1), _LONGEST_BACK_OFF_S)):
-            raise RewardError("the verifier pool was closed")
+            raise HungUp
 
     def _forget(self) -> None:
         self._process = None

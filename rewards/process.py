@@ -39,10 +39,14 @@ class WorkerProcess:
     That thread must outlive the worker: the kernel ends the worker with the thread that started it.
     """
 
-    __slots__ = ("_process", "_reader", "_stderr_path", "_stdin", "files_hidden")
+    __slots__ = ("_process", "_reader", "_stderr_path", "_stdin", "_watch", "files_hidden")
 
-    def __init__(self, setup: Setup, stderr_path: Path, start_timeout_s: float) -> None:
-        """Start the worker and wait until it is warm. Raises RewardError, WorkerDied."""
+    def __init__(self, setup: Setup, stderr_path: Path, start_timeout_s: float, watch: int) -> None:
+        """Start the worker and wait until it is warm. Raises RewardError, WorkerDied, HungUp.
+
+        watch: a pipe's read end; a byte in it ends every wait here with HungUp.
+        """
+        self._watch = watch
         self._stderr_path = stderr_path
         with stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -59,7 +63,7 @@ class WorkerProcess:
                 raise WorkerDied("it has no pipes")
             self._stdin = self._process.stdin.fileno()
             os.set_blocking(self._stdin, False)
-            self._reader = FrameReader(self._process.stdout.fileno(), _REPLY_LIMIT_BYTES)
+            self._reader = FrameReader(self._process.stdout.fileno(), _REPLY_LIMIT_BYTES, watch)
             deadline = time.monotonic() + start_timeout_s
             self.send(encode(setup), deadline)
             reply = self._read(Ready | Failed, deadline)
@@ -75,16 +79,16 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, payload: bytes, deadline: float) -> None:
-        """Send a frame. Raises WorkerDied."""
+        """Send a frame. Raises WorkerDied, HungUp."""
         try:
-            write_frame(self._stdin, payload, deadline)
+            write_frame(self._stdin, payload, deadline, self._watch)
         except BrokenPipeError:
             raise WorkerDied(self._how_it_ended()) from None
         except TimeoutError:
             raise WorkerDied("it did not take a batch in time") from None
 
     def receive(self, deadline: float) -> Finished:
-        """The next score. Raises WorkerDied."""
+        """The next score. Raises WorkerDied, HungUp."""
         reply: Finished = self._read(Finished, deadline)
         return reply
 

@@ -39,7 +39,7 @@ class ReasoningGym:
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
     task: str | Sequence[str] | Mapping[str, Mapping[str, Any]]
     extract: str = "tag"
-    marker: str = "answer"
+    marker: str = ""
     _loaded: dict[str, _Task] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
@@ -108,7 +108,9 @@ def _load(name: str, settings: Mapping[str, Any]) -> _Task:
         dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **settings})
         entry = dataset[0]
     except Exception as error:
-        raise RewardError(f"task={name!r} with {dict(settings)} cannot be built: {error}") from error
+        raise RewardError(
+            f"task={name!r} with {dict(settings)} cannot be built: {error}"
+        ) from error
     expected = dataset.score_answer(entry["answer"], entry)
     # Keys and scalars of numpy types become plain text: what a data file would hold.
     returned = json.loads(json.dumps(entry, default=str))

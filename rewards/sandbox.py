@@ -174,7 +174,9 @@ def violations() -> list[str]:
 def _seccomp_filter() -> Any:
     mend = "or choose sandbox=limits (resource limits only, see docs/rewards.md)"
     if sys.platform != "linux":
-        raise RewardError(f"sandbox 'strict' needs Linux (this is {sys.platform}); move there {mend}")
+        raise RewardError(
+            f"sandbox 'strict' needs Linux (this is {sys.platform}); move there {mend}"
+        )
     try:
         return build_filter()
     except ImportError as error:

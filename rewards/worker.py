@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import select
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ import msgspec
 from rewards.base import Sample, Score
 from rewards.child import CONFINED, run_child
 from rewards.errors import RewardError
-from rewards.frames import FrameReader, FrameTooLarge, write_frame
+from rewards.frames import FrameReader, FrameTooLarge, HungUp, write_frame
 from rewards.sandbox import Sandbox, adopt_orphans, die_with, violations
 from rewards.spec import Measurement, RewardSet, build
 from rewards.wire import Batch, Failed, Finished, Measured, Outcome, Ready, Setup, decode, encode
@@ -34,10 +33,6 @@ CONFINE_S = 10.0  # a fork and a few system calls: only a stalled machine takes 
 REAP_S = 0.25  # how long a child that closed its pipe may take to end by itself
 REQUEST_LIMIT_BYTES = 1 << 31
 RESULT_LIMIT_BYTES = 1 << 20
-
-
-class PoolGone(Exception):
-    """The pool closed the worker's stdin."""
 
 
 class Worker:
@@ -101,11 +96,11 @@ class Worker:
         os.close(writer)
         ended = False
         try:
-            frames = FrameReader(reader, RESULT_LIMIT_BYTES)
-            self._await_confined(pid, frames, reader)
+            frames = FrameReader(reader, RESULT_LIMIT_BYTES, watch=self._requests)
+            _await_confined(frames)
             for count, (index, _) in enumerate(samples, start=1):
                 started = time.monotonic()
-                measured, outcome, reason = self._await_result(frames, reader, index, started)
+                measured, outcome, reason = self._await_result(frames, index, started)
                 if outcome == "crashed" and not reason:
                     reason, ended = _how_it_ended(pid), True
                 seconds = time.monotonic() - started
@@ -121,24 +116,12 @@ class Worker:
             self._end_orphans()
             shutil.rmtree(work_dir, ignore_errors=True)
 
-    def _await_confined(self, pid: int, frames: FrameReader, fd: int) -> None:
-        try:
-            self._wait(fd, time.monotonic() + CONFINE_S)
-            first = frames.read(time.monotonic() + CONFINE_S)
-        except TimeoutError:
-            raise RewardError(f"a scoring child was not confined within {CONFINE_S} s") from None
-        if first != CONFINED:
-            why = "it ended" if first is None else first.decode(errors="replace")
-            raise RewardError(f"a scoring child could not be confined: {why}")
-
     def _await_result(
-        self, frames: FrameReader, fd: int, index: int, started: float
+        self, frames: FrameReader, index: int, started: float
     ) -> tuple[Measured | None, Outcome, str]:
         """(result, outcome, reason); a crash comes without a reason, the caller finds it out."""
         deadline = started + self._setup.timeout_s
         try:
-            if not frames.pending:
-                self._wait(fd, deadline)
             payload = frames.read(deadline)
         except TimeoutError:
             return None, "timeout", "timeout"
@@ -153,17 +136,6 @@ class Worker:
         if measured.index != index:
             return None, "crashed", "verifier answered out of turn"
         return measured, "returned", ""
-
-    def _wait(self, fd: int, deadline: float) -> None:
-        """Wait for the child, or raise PoolGone as soon as the pool hangs up, or TimeoutError."""
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        poller.register(self._requests, 0)
-        ready = dict(poller.poll(max(0.0, (deadline - time.monotonic()) * 1000)))
-        if self._requests in ready:
-            raise PoolGone
-        if not ready:
-            raise TimeoutError
 
     def _answer(
         self, index: int, measured: Measured | None, outcome: Outcome, reason: str, seconds: float
@@ -187,6 +159,16 @@ class Worker:
             for pid in orphans:
                 _kill(pid)
                 os.waitpid(pid, 0)
+
+
+def _await_confined(frames: FrameReader) -> None:
+    try:
+        first = frames.read(time.monotonic() + CONFINE_S)
+    except TimeoutError:
+        raise RewardError(f"a scoring child was not confined within {CONFINE_S} s") from None
+    if first != CONFINED:
+        why = "it ended" if first is None else first.decode(errors="replace")
+        raise RewardError(f"a scoring child could not be confined: {why}")
 
 
 def _children() -> set[int]:
@@ -258,7 +240,7 @@ def main() -> int:
     gc.freeze()
     try:
         worker.serve()
-    except (PoolGone, BrokenPipeError):
+    except (HungUp, BrokenPipeError):
         return 0
     return 0
 
