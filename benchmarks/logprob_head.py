@@ -155,9 +155,8 @@ def main() -> None:
 
     ours, reference = results(chunked, tensors), results(plain, tensors)
     errors = [difference(a, b) for a, b in zip(ours, reference, strict=True)]
-    doubles = (tensors[0].detach().double().requires_grad_(),
-               tensors[1].detach().double().requires_grad_(), tensors[2], tensors[3].double())  # fmt: skip
-    exact = results(chunked, doubles)
+    hidden, weight = (leaf.detach().double().requires_grad_() for leaf in tensors[:2])
+    exact = results(chunked, (hidden, weight, tensors[2], tensors[3].double()))
     for i, name in enumerate(("value", "grad_hidden", "grad_weight")):
         print(f"  error {name:12s} chunked to plain {errors[i]:.2e}; to float64: "
               f"chunked {difference(ours[i], exact[i]):.2e}, "

@@ -67,8 +67,8 @@ class SequenceMeanTokenSum:
 class ConstantLength:
     """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO).
 
-    `max_length` is the longest completion in tokens, `${rollout.max_completion_tokens}` in a recipe.
-    It sets the scale only; longer sequences are not an error.
+    `max_length` is the longest completion in tokens: `${rollout.max_completion_tokens}` in a
+    recipe. It sets the scale only; longer sequences are not an error.
     """
 
     max_length: int

@@ -9,7 +9,7 @@ Divergence"):
 
 Values and gradients are two matters. As a loss on tokens sampled from pi, in expectation:
 
-    grad k1 = grad logprob                    0: no penalty at all, only noise. Refused as a penalty.
+    grad k1 = grad logprob                    0: only noise. Refused as a penalty.
     grad k2 = -d grad logprob                 the gradient of KL(pi || ref)
     grad k3 = (1 - exp(d)) grad logprob       the gradient of KL(ref || pi), equal to the former to
                                               first order near pi = ref; what GRPO uses
@@ -64,7 +64,8 @@ class NoKL:
 class KLPenalty:
     """coefficient * estimate, per token; with coefficient 0 it only measures.
 
-    Raises ConfigError for a coefficient < 0, an unknown estimator, k1 as a penalty, or a limit <= 0.
+    Raises ConfigError for a coefficient < 0, an unknown estimator, k1 as a penalty, or a
+    limit <= 0.
     """
 
     needs_reference: ClassVar[bool] = True
@@ -96,7 +97,7 @@ class KLPenalty:
             )  # fmt: skip
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
-        """Both [n] in nats, the reference constant; metric policy/kl_ref [n] before the coefficient.
+        """Both [n] in nats, the reference constant; policy/kl_ref [n] is without the coefficient.
 
         Raises TrainingError for missing reference log-probs or ones of another shape.
         """

@@ -72,7 +72,8 @@ def test_gradient_is_the_definitions_for_every_split(aggregation, lengths, split
         part_loss = theta_part.sum() * 0
         for i in range(len(lengths)):
             if splits[i] == part:
-                part_loss = part_loss + weights[i] * token_losses(theta_part, tokens[i], mask[i]).sum()
+                summed = token_losses(theta_part, tokens[i], mask[i]).sum()
+                part_loss = part_loss + weights[i] * summed
         part_loss.backward()
         total += theta_part.grad
         loss += part_loss.item()
@@ -111,7 +112,7 @@ def test_equal_lengths_make_token_mean_and_sequence_mean_equal():
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
 def test_any_dtype_of_lengths(dtype):
-    """bfloat16 cannot hold the sum 259 of these lengths; the denominator must be exact all the same."""
+    """bfloat16 cannot hold the sum 259 of these lengths; the denominator is exact anyway."""
     x = torch.tensor([256, 1, 2, 0], dtype=dtype)
     for aggregation in ALL:
         w = aggregation(x)

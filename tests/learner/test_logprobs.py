@@ -38,7 +38,9 @@ def make(n, size, vocab, *, dtype=torch.float64, seed=0, scale=1.0):
     bias = torch.randn(vocab, generator=g, dtype=torch.float64).to(dtype)
     targets = torch.randint(vocab, (n,), generator=g)
     upstream = torch.randn(2, n, generator=g, dtype=torch.float64)
-    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets, upstream
+    for leaf in (hidden, weight, bias):
+        leaf.requires_grad_()
+    return hidden, weight, bias, targets, upstream
 
 
 def close(a: Tensor, b: Tensor, tol: float = 1e-11) -> None:
@@ -126,7 +128,8 @@ def test_only_the_gradients_asked_for(needs):
     (lp * up[0]).sum().backward()
     got = [leaf.grad for leaf in leaves]
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    want = iter(torch.autograd.grad((reference(hidden, weight, targets, bias)[0] * up[0]).sum(), wanted))
+    loss = (reference(hidden, weight, targets, bias)[0] * up[0]).sum()
+    want = iter(torch.autograd.grad(loss, wanted))
     for grad, need in zip(got, needs, strict=True):
         assert (grad is not None) is need
         if need:
@@ -244,7 +247,8 @@ def test_chunk_sizes_do_not_change_the_result():
 def test_saves_nothing_of_vocabulary_times_tokens():
     hidden, weight, _, targets, _ = make(64, 4, 500)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         selected_logprobs(hidden, weight, targets)
     assert saved and max(saved) <= weight.numel() < 64 * 500
 
@@ -268,7 +272,8 @@ def test_saves_nothing_of_vocabulary_times_tokens():
     ],
 )
 def test_bad_input_is_refused_with_its_key(change, error):
-    good = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "targets": torch.tensor([0, 1])}
+    good = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3)}
+    good["targets"] = torch.tensor([0, 1])
     with pytest.raises(error) as caught:
         selected_logprobs(**(good | change))
     assert issubclass(error, RlkitError)
@@ -290,7 +295,8 @@ class Model(torch.nn.Module):
 
     def forward(self, tokens, targets):
         hidden = self.body(self.embed(tokens))
-        return selected_logprobs(hidden, self.embed.weight, targets, chunk_tokens=2, chunk_vocab=4)[0]
+        kw = {"chunk_tokens": 2, "chunk_vocab": 4}
+        return selected_logprobs(hidden, self.embed.weight, targets, **kw)[0]
 
 tokens, targets = torch.arange(6), torch.arange(6) + 5
 mine = slice(0, 6) if rank == 0 else slice(0, 0)  # rank 1 has nothing to train on
