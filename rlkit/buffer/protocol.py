@@ -16,6 +16,9 @@ Terms
     fencing      every lease has an epoch; a slice accepts writes from its newest lease only.
     commit       a checkpoint is the only commit point; what was trained after it is undone by
                  `rollback` when the run resumes from it.
+
+The order a learner keeps: take P groups (drop some, take as many again) -> publish(version, those P)
+-> hand the weights to the engines. A worker can submit tokens of published, surviving versions only.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from rlkit.errors import BufferError
 from rlkit.types import Group, Prompt, Rollout, Verdict
 
 
@@ -54,9 +58,29 @@ class Lease:
     deadline: float
 
 
+class FencedError(BufferError):
+    """A write under a lease that is not the newest one of its slice (expired, released, rolled back).
+
+    `lost` holds those leases. What the same call wrote for its other leases is kept.
+    """
+
+    def __init__(self, lost: Sequence[Lease]) -> None:
+        slices = ", ".join(f"group {x.ordinal}[{x.start}:{x.stop}]" for x in lost[:8])
+        super().__init__(
+            f"{len(lost)} lease(s) lost: {slices}; another worker may hold these slices now",
+            fix="throw the work away and lease again; if it happens often, renew earlier or raise "
+            "rollout.lease_timeout_s",
+        )
+        self.lost = tuple(lost)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watermark:
-    """What a checkpoint says of the buffer: everything trained before `step` is covered."""
+    """What a checkpoint says of the buffer: everything below `next_ordinal` is covered.
+
+    next_ordinal is the lowest ordinal neither trained nor dropped; refused counts the drops below
+    it. Every step trains P groups, so next_ordinal = step * P + refused always holds.
+    """
 
     step: int
     version: int
@@ -66,16 +90,26 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackReport:
-    """What `rollback` did: ordinals that go on as scored, and ordinals to sample again."""
+    """What `rollback` did.
+
+    restored: ordinals that go on as scored. requested_again: to be sampled again. corrupt: those of
+    requested_again whose stored payload failed its checksum or is gone. removed: beyond the
+    admission bound (or no longer stored); the learner requests them again from `next_ordinal` on.
+    """
 
     restored: tuple[int, ...]
     requested_again: tuple[int, ...]
     dead_versions: tuple[int, ...]
+    corrupt: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferStats:
-    """Groups by state, and counters since the database was made."""
+    """Groups by state, and counters since the database was made.
+
+    next_ordinal: the ordinal the next `request` starts with (not the watermark's).
+    """
 
     states: dict[str, int]
     dropped_reasons: dict[str, int]
@@ -98,20 +132,27 @@ class VersionedBuffer(Protocol):
     def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
         """Lease slices of the lowest ordinals, at most `max_samples` samples in all; [] if none.
 
-        A slice is never larger than `slice_samples` of the buffer. Expired leases are reclaimed first.
+        A slice is never larger than `slice_samples` of the buffer, and one larger than `max_samples`
+        is split. Expired leases are reclaimed first.
         """
 
     def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
-        """Heartbeat: extend the deadline; a lost lease raises FencedError."""
+        """Heartbeat: extend the deadline; a lost lease raises FencedError (the others are extended)."""
 
     def submit(self, lease: Lease, rollouts: Sequence[Rollout]) -> None:
         """Store a slice's rollouts (GENERATED). FencedError if the lease is not the newest."""
 
+    def submit_many(self, work: Sequence[tuple[Lease, Sequence[Rollout]]]) -> None:
+        """`submit` of several slices in one transaction; lost leases raise after the rest is stored."""
+
     def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
-        """Store a slice's verdicts; the group is SCORED once all its slices are."""
+        """Store a slice's verdicts, in order of sample index; the group is SCORED once all are."""
+
+    def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
+        """`score` of several slices in one transaction; lost leases raise after the rest is stored."""
 
     def release(self, leases: Sequence[Lease]) -> None:
-        """Give leases back unfinished; their slices are REQUESTED again."""
+        """Give leases back unfinished; their slices are REQUESTED again. Lost leases are passed over."""
 
     def take(self, count: int) -> list[Group] | None:
         """The `count` lowest open ordinals as TAKEN, or None while any of them is not SCORED."""
@@ -120,7 +161,11 @@ class VersionedBuffer(Protocol):
         """Refuse groups (DROPPED): each raises the admission bound by one."""
 
     def publish(self, version: int, trained: Sequence[int]) -> None:
-        """TAKEN groups `trained` become TRAINED by the step that made `version`; step += 1."""
+        """TAKEN groups `trained` become TRAINED by the step that made `version`; step += 1.
+
+        `trained` must be all TAKEN groups and exactly P of them: without that the staleness bound
+        does not hold. A taken group not to be trained on is dropped first, and replaced.
+        """
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""
@@ -133,7 +178,9 @@ class VersionedBuffer(Protocol):
 
         Such groups return to SCORED if all their tokens' versions survive, else they are requested
         again under the same ordinal. Every lease is void. Requests beyond the admission bound are
-        removed. Also right for an empty database (the run folder lost its buffer).
+        removed. Also right for an empty database (the run folder lost its buffer) and for one that
+        is behind the checkpoint (power loss); the ledger then begins at the checkpoint. Without a
+        checkpoint: Watermark(step=0, version=0, next_ordinal=0, refused=0).
         """
 
     def next_version(self) -> int:

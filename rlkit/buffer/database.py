@@ -1,0 +1,215 @@
+"""Opening the buffer's database, and its two kinds of transaction: read and write.
+
+SQLite in WAL mode: readers see a snapshot and never wait, one writer at a time (BEGIN IMMEDIATE),
+others wait up to `BUSY_TIMEOUT_S`. It needs shared memory between the processes that use it, hence
+a node-local disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event, insert, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
+from rlkit.errors import BufferError
+
+BUSY_TIMEOUT_S = 30.0
+_NETWORK = re.compile(
+    r"^(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|ocfs2|gfs2?|orangefs"
+    r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
+)
+
+START = {
+    "id": 1,
+    "step": 0,
+    "version": 0,
+    "next_version": 1,
+    "next_ordinal": 0,
+    "refused": 0,
+    "next_lease": 0,
+    "expired_leases": 0,
+    "fenced_writes": 0,
+}
+"""Position and counters of a new database, where version 0 is the start."""
+
+
+class Database:
+    """A SQLite database of the buffer's schema, made if there is none.
+
+    Raises:
+        BufferError: not a SQLite file URL, on a network filesystem, corrupt, of another schema
+            version, or made with other settings than `prompts_per_step` and `max_staleness`.
+    """
+
+    def __init__(self, url: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
+        self.path = sqlite_path(url)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_network_filesystem(self.path)
+        self._pid = os.getpid()
+        self._engine = create_engine(
+            f"sqlite:///{self.path}",
+            connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None},
+        )
+        self._writer = self._engine.execution_options(begin="BEGIN IMMEDIATE")
+        event.listen(self._engine, "connect", _configure)
+        event.listen(self._engine, "begin", _begin)
+        try:
+            self._create(prompts_per_step, max_staleness, now)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A snapshot; waits for nobody."""
+        with self._transaction(self._engine) as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """The one writer; committed on exit, undone on an exception."""
+        with self._transaction(self._writer) as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Close connections; idempotent."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self, engine: Any) -> Iterator[Connection]:
+        if self._pid != os.getpid():
+            raise BufferError(
+                "this buffer was opened by the parent process",
+                key="buffer",
+                value=str(self.path),
+                fix="open it again in this process: SQLite connections do not survive a fork",
+            )
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            cause = getattr(error, "orig", None) or error
+            raise BufferError(
+                f"the database failed: {cause}",
+                key="buffer",
+                value=str(self.path),
+                expected=None
+                if isinstance(error, PoolTimeout)
+                else f"a sound SQLite file whose writers finish within {BUSY_TIMEOUT_S:g} s",
+                fix="look for a full disk or a stopped process that holds it; if the file is "
+                "damaged, move it aside and resume from the checkpoint",
+            ) from error
+
+    def _create(self, prompts_per_step: int, max_staleness: int, now: float) -> None:
+        with self.write() as connection:
+            problems = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
+            if problems != ["ok"]:
+                raise BufferError(
+                    f"the database is damaged: {problems[0]}",
+                    key="buffer",
+                    value=str(self.path),
+                    fix="move it and its payloads aside and resume from the checkpoint",
+                )
+            metadata.create_all(connection)
+            wanted = {
+                "schema_version": SCHEMA_VERSION,
+                "prompts_per_step": prompts_per_step,
+                "max_staleness": max_staleness,
+            }
+            if connection.execute(select(meta.c.id)).first() is None:
+                start = {"version": 0, "step": 0, "live": True, "published_at": now}
+                connection.execute(insert(versions).values(**start))
+                connection.execute(insert(meta).values(**START, **wanted))
+            row = connection.execute(select(meta)).mappings().one()
+        for key, value in wanted.items():
+            if row[key] != value:
+                raise BufferError(
+                    f"the buffer {self.path} was made with {key} = {row[key]}",
+                    key=key,
+                    value=value,
+                    expected=str(row[key]),
+                    fix=f"set {key}={row[key]}, or start a new run folder",
+                )
+
+
+def sqlite_path(url: str) -> Path:
+    """File of a `sqlite:///...` URL; BufferError for anything else."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    if parsed is None or parsed.get_backend_name() != "sqlite":
+        raise BufferError(
+            "no such database for the buffer",
+            key="buffer.url",
+            value=url,
+            expected="sqlite:///path/to/buffer.db",
+            fix="leave buffer.url out for SQLite in the run folder",
+        )
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+        raise BufferError(
+            "the buffer must be a file: other processes open it too",
+            key="buffer.url",
+            value=url,
+            expected="sqlite:///path/to/buffer.db",
+        )
+    return Path(parsed.database).absolute()
+
+
+def filesystem_type(path: Path, mountinfo: str) -> str | None:
+    """Type of the filesystem `path` is on, of the text of /proc/self/mountinfo; None if unknown."""
+    best, found = -1, None
+    for line in mountinfo.splitlines():
+        fields, _, rest = line.partition(" - ")
+        escaped = fields.split()[4]
+        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), escaped)
+        # of mounts on one point the last one listed lies on top
+        if path.is_relative_to(mount) and len(mount) >= best:
+            best, found = len(mount), rest.split()[0]
+    return found
+
+
+def refuse_network_filesystem(path: Path, mountinfo: str | None = None) -> None:
+    """BufferError if `path` is on a network filesystem (known on Linux only)."""
+    if mountinfo is None:
+        table = Path("/proc/self/mountinfo")
+        mountinfo = table.read_text() if table.exists() else ""
+    kind = filesystem_type(path.parent.resolve(), mountinfo)
+    if kind is not None and _NETWORK.match(kind):
+        raise BufferError(
+            f"SQLite would lose data on a network filesystem ({kind})",
+            key="buffer.url",
+            value=str(path),
+            expected="a file on a disk of this node",
+            fix="set buffer.url=sqlite:////local/disk/buffer.db, or output_dir to a local disk",
+        )
+
+
+def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # the first switch to WAL does not honour the busy timeout
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

@@ -1,0 +1,272 @@
+"""Leases of slices, as functions on an open write transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, func, insert, select, update
+
+from rlkit.buffer.checks import in_state, sampled_under
+from rlkit.buffer.codec import decode_prompt
+from rlkit.buffer.payloads import PayloadStore
+from rlkit.buffer.protocol import Lease
+from rlkit.buffer.tables import groups, meta, slices, versions
+from rlkit.types import GroupState, Prompt
+
+OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)
+"""States of a group that is neither taken nor at its end."""
+IN_WORK = (GroupState.LEASED, GroupState.GENERATED)
+"""States of a slice that needs a living lease."""
+UNLEASED: dict[str, Any] = dict.fromkeys(
+    (
+        "lease_id",
+        "worker_id",
+        "deadline",
+        "segment",
+        "offset",
+        "length",
+        "oldest_version",
+        "newest_version",
+        "verdicts",
+    )
+)
+"""Columns of a slice nobody works on. Its epoch stays: the next lease takes the next one."""
+
+_SLICE = (slices.c.ordinal == bindparam("at_ordinal")) & (slices.c.start == bindparam("at_start"))
+UPDATE_SLICE = update(slices).where(_SLICE)
+"""executemany with at_ordinal and at_start."""
+
+
+def at(row: Any) -> dict[str, int]:
+    """Parameters of UPDATE_SLICE that address a row or lease."""
+    return {"at_ordinal": row.ordinal, "at_start": row.start}
+
+
+def anything_to_lease(connection: Connection, now: float) -> bool:
+    """Whether a slice waits, or would once expired leases are reclaimed."""
+    waiting = slices.c.state == GroupState.REQUESTED
+    expired = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= now)
+    query = select(slices.c.ordinal).where(waiting | expired).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def reclaim_expired(connection: Connection, now: float) -> int:
+    """Take back every lease past its deadline, counted; returns how many."""
+    expired = connection.execute(
+        select(slices.c.ordinal, slices.c.start).where(
+            slices.c.state.in_(IN_WORK), slices.c.deadline <= now
+        )
+    ).all()
+    if expired:
+        give_back(connection, expired)
+        connection.execute(update(meta).values(expired_leases=meta.c.expired_leases + len(expired)))
+    return len(expired)
+
+
+def give_back(connection: Connection, rows: Sequence[Any]) -> None:
+    """Slices return to REQUESTED; their rollouts, if any, are no longer referred to."""
+    fields = {"state": GroupState.REQUESTED, **UNLEASED}
+    connection.execute(UPDATE_SLICE, [at(row) | fields for row in rows])
+    refresh_groups(connection, {row.ordinal for row in rows})
+
+
+def lease_slices(
+    connection: Connection, worker_id: str, max_samples: int, deadline: float
+) -> list[Lease]:
+    """Lease the lowest waiting slices, `max_samples` samples at most."""
+    rows = connection.execute(
+        select(slices, groups.c.prompt, groups.c.min_version)
+        .join(groups)
+        .where(slices.c.state == GroupState.REQUESTED)
+        .order_by(slices.c.ordinal, slices.c.start)
+        .limit(max_samples)
+    ).all()
+    next_id = connection.execute(select(meta.c.next_lease)).scalar_one()
+    prompts: dict[int, Prompt] = {}
+    leases: list[Lease] = []
+    left = max_samples
+    for row in rows:
+        stop = row.stop
+        if stop - row.start > left:
+            if leases:
+                break
+            stop = row.start + left
+            _split(connection, row, stop)
+        left -= stop - row.start
+        if row.ordinal not in prompts:
+            prompts[row.ordinal] = decode_prompt(row.prompt)
+        leases.append(
+            Lease(
+                lease_id=next_id + len(leases),
+                epoch=row.epoch + 1,
+                worker_id=worker_id,
+                ordinal=row.ordinal,
+                start=row.start,
+                stop=stop,
+                prompt=prompts[row.ordinal],
+                min_version=row.min_version,
+                deadline=deadline,
+            )
+        )
+        if left == 0:
+            break
+    if leases:
+        fields = {"state": GroupState.LEASED, "worker_id": worker_id, "deadline": deadline}
+        connection.execute(
+            UPDATE_SLICE,
+            [at(x) | fields | {"lease_id": x.lease_id, "epoch": x.epoch} for x in leases],
+        )
+        connection.execute(update(meta).values(next_lease=next_id + len(leases)))
+        refresh_groups(connection, {x.ordinal for x in leases})
+    return leases
+
+
+def held(connection: Connection, leases: Sequence[Lease]) -> tuple[dict[int, Any], list[Lease]]:
+    """(slice rows by lease_id of leases that are the newest of their slice, the lost leases)."""
+    ids = [x.lease_id for x in leases]
+    query = select(slices).where(slices.c.lease_id.in_(ids))
+    rows = {row.lease_id: row for row in connection.execute(query)}
+    # ids are never reused; epoch and place guard against a lease of another database
+    lost = [
+        x
+        for x in leases
+        if (row := rows.get(x.lease_id)) is None
+        or (row.epoch, row.ordinal, row.start, row.stop) != (x.epoch, x.ordinal, x.start, x.stop)
+    ]
+    for x in lost:
+        rows.pop(x.lease_id, None)
+    return rows, lost
+
+
+def renew(connection: Connection, leases: Sequence[Lease], deadline: float) -> list[Lease]:
+    """Extend held leases; returns the lost ones."""
+    rows, lost = held(connection, leases)
+    if rows:
+        fields = {"deadline": deadline}
+        connection.execute(UPDATE_SLICE, [at(row) | fields for row in rows.values()])
+    return lost
+
+
+def submit(
+    connection: Connection,
+    work: Sequence[tuple[Lease, bytes, set[int]]],
+    payloads: PayloadStore,
+) -> list[Lease]:
+    """Store (lease, encoded rollouts, their versions); returns the lost leases.
+
+    A record is written under the write lock, before the row that refers to it: see keep_only.
+    """
+    rows, lost = held(connection, [lease for lease, _, _ in work])
+    live = set(connection.execute(select(versions.c.version).where(versions.c.live)).scalars())
+    held_work = [x for x in work if x[0].lease_id in rows]
+    for lease, _, spanned in held_work:
+        in_state(rows[lease.lease_id], GroupState.LEASED, "submitted")
+        sampled_under(lease, spanned, live)
+    updates = []
+    for lease, record, spanned in held_work:
+        ref = payloads.append(record)
+        fields = {
+            "state": GroupState.GENERATED,
+            "segment": ref.segment,
+            "offset": ref.offset,
+            "length": ref.length,
+            "oldest_version": min(spanned),
+            "newest_version": max(spanned),
+        }
+        updates.append(at(lease) | fields)
+    if updates:
+        connection.execute(UPDATE_SLICE, updates)
+        refresh_groups(connection, {row.ordinal for row in rows.values()})
+    return lost
+
+
+def score(connection: Connection, work: Sequence[tuple[Lease, bytes]], now: float) -> list[Lease]:
+    """Store (lease, encoded verdicts); returns the lost leases."""
+    rows, lost = held(connection, [lease for lease, _ in work])
+    for row in rows.values():
+        in_state(row, GroupState.GENERATED, "scored")
+    updates = [
+        at(lease) | {"state": GroupState.SCORED, "verdicts": verdicts}
+        for lease, verdicts in work
+        if lease.lease_id in rows
+    ]
+    if updates:
+        connection.execute(UPDATE_SLICE, updates)
+        refresh_groups(connection, {row.ordinal for row in rows.values()}, now)
+    return lost
+
+
+def release(connection: Connection, leases: Sequence[Lease]) -> None:
+    """Give back what is held and unfinished."""
+    rows, _ = held(connection, leases)
+    unfinished = [row for row in rows.values() if row.state in IN_WORK]
+    if unfinished:
+        give_back(connection, unfinished)
+
+
+def count_fenced(connection: Connection, lost: Sequence[Lease]) -> None:
+    """Count refused writes."""
+    if lost:
+        connection.execute(update(meta).values(fenced_writes=meta.c.fenced_writes + len(lost)))
+
+
+def refresh_groups(
+    connection: Connection, ordinals: Iterable[int], scored_at: float | None = None
+) -> None:
+    """Set the state of open groups from that of their slices."""
+    wanted = sorted(set(ordinals))
+    columns = (slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
+    states: dict[int, dict[str, Any]] = {}
+    for ordinal, state, oldest in connection.execute(
+        select(*columns)
+        .where(slices.c.ordinal.in_(wanted))
+        .group_by(slices.c.ordinal, slices.c.state)
+    ):
+        states.setdefault(ordinal, {})[state] = oldest
+    updates: list[Mapping[str, Any]] = []
+    for ordinal, found in states.items():
+        state = next(x for x in _PRECEDENCE if x in found)
+        scored = state == GroupState.SCORED
+        updates.append(
+            {
+                "at_ordinal": ordinal,
+                "state": state,
+                "oldest_version": found[state] if scored else None,
+                "scored_at": scored_at if scored else None,
+            }
+        )
+    connection.execute(update(groups).where(groups.c.ordinal == bindparam("at_ordinal")), updates)
+
+
+def insert_slices(connection: Connection, samples: Mapping[int, int], slice_samples: int) -> None:
+    """Cut groups of `samples` (by ordinal) into slices that wait for a worker."""
+    connection.execute(
+        insert(slices),
+        [
+            {
+                "ordinal": ordinal,
+                "start": start,
+                "stop": min(start + slice_samples, total),
+                "state": GroupState.REQUESTED,
+                "epoch": 0,
+            }
+            for ordinal, total in samples.items()
+            for start in range(0, total, slice_samples)
+        ],
+    )
+
+
+_PRECEDENCE = (
+    GroupState.LEASED,
+    GroupState.REQUESTED,
+    GroupState.GENERATED,
+    GroupState.SCORED,
+)
+"""A group is leased while any slice is, requested while any waits, scored once all are."""
+
+
+def _split(connection: Connection, row: Any, stop: int) -> None:
+    rest = {"ordinal": row.ordinal, "start": stop, "stop": row.stop, "epoch": row.epoch}
+    connection.execute(UPDATE_SLICE, [at(row) | {"stop": stop}])
+    connection.execute(insert(slices).values(**rest, state=GroupState.REQUESTED))

@@ -1,0 +1,229 @@
+"""Commit and rollback: what a checkpoint covers, and how a run goes on from one.
+
+A checkpoint covers every ordinal below its `next_ordinal`. Rollback re-establishes the invariant
+behind the staleness bound (docs/buffer.md) for every group it keeps:
+
+    ordinal - (drops below it) < (step of its oldest version + S + 1) * P
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+
+from rlkit.buffer.leases import UNLEASED
+from rlkit.buffer.payloads import PayloadRef, PayloadStore
+from rlkit.buffer.protocol import RollbackReport, Watermark
+from rlkit.buffer.tables import groups, meta, slices, versions
+from rlkit.errors import BufferError
+from rlkit.types import GroupState
+
+ENDED = (GroupState.TRAINED, GroupState.DROPPED)
+
+
+def current_watermark(connection: Connection) -> Watermark:
+    """Watermark of the surviving lineage as it stands."""
+    position = connection.execute(select(meta)).one()
+    lowest = connection.execute(
+        select(func.min(groups.c.ordinal)).where(groups.c.state.not_in(ENDED))
+    ).scalar_one()
+    frontier = position.next_ordinal if lowest is None else lowest
+    return Watermark(
+        step=position.step,
+        version=position.version,
+        next_ordinal=frontier,
+        refused=frontier - position.step * position.prompts_per_step,
+    )
+
+
+def commit(
+    connection: Connection, watermark: Watermark, payloads: PayloadStore, keep_payloads: bool
+) -> None:
+    """Forget prompts and rollouts of covered groups and delete segments nothing else refers to."""
+    _check(connection, watermark)
+    position = connection.execute(select(meta)).one()
+    live = _version(connection, watermark.version)
+    frontier = current_watermark(connection).next_ordinal
+    if live is None or not live.live or watermark.next_ordinal > frontier:
+        raise BufferError(
+            "this checkpoint is not of the surviving lineage",
+            key="watermark",
+            value=watermark,
+            expected=f"at most step {position.step}, next_ordinal {frontier}",
+            fix="commit the watermark() that was written into the checkpoint",
+        )
+    connection.execute(update(meta).values(committed_step=watermark.step))
+    if keep_payloads:
+        return
+    covered = groups.c.ordinal < watermark.next_ordinal
+    connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
+    connection.execute(
+        update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None)
+    )
+    # under the write lock: no other process is between writing a record and referring to it
+    query = select(slices.c.segment).where(slices.c.segment.is_not(None)).distinct()
+    payloads.keep_only(set(connection.execute(query).scalars()))
+
+
+def rollback(
+    connection: Connection, watermark: Watermark, payloads: PayloadStore, now: float
+) -> RollbackReport:
+    """See VersionedBuffer.rollback."""
+    _check(connection, watermark)
+    dead = _move_versions(connection, watermark, now)
+    position = connection.execute(select(meta)).one()
+    prompts_per_step, window = position.prompts_per_step, position.max_staleness + 1
+    steps = dict(
+        connection.execute(select(versions.c.version, versions.c.step).where(versions.c.live))
+        .tuples()
+        .all()
+    )
+
+    def bound(step: int) -> int:
+        return int((step + window) * prompts_per_step + watermark.refused)
+
+    # what a database behind the checkpoint still holds of groups the checkpoint covers
+    below = groups.c.ordinal < watermark.next_ordinal
+    connection.execute(delete(groups).where(below, groups.c.state.not_in(ENDED)))
+    rows = connection.execute(
+        select(groups.c.ordinal, groups.c.prompt.is_(None).label("forgotten"))
+        .where(groups.c.ordinal >= watermark.next_ordinal)
+        .order_by(groups.c.ordinal)
+    ).all()
+    # without gaps from the watermark up to the bound; the learner requests the rest again
+    kept: list[int] = []
+    for expected, row in enumerate(rows, start=watermark.next_ordinal):
+        if row.forgotten or row.ordinal != expected or expected >= bound(watermark.step):
+            break
+        kept.append(row.ordinal)
+    end = watermark.next_ordinal + len(kept)
+    removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
+    connection.execute(delete(groups).where(groups.c.ordinal >= end))
+
+    by_ordinal: dict[int, list[Any]] = {ordinal: [] for ordinal in kept}
+    query = select(slices).where(slices.c.ordinal >= watermark.next_ordinal)
+    for row in connection.execute(query):
+        by_ordinal[row.ordinal].append(row)
+    restored, again, corrupt = [], [], []
+    for ordinal, parts in by_ordinal.items():
+        survives = all(
+            x.state == GroupState.SCORED
+            and x.newest_version in steps
+            and x.newest_version <= watermark.version
+            and x.oldest_version in steps
+            and ordinal < bound(steps[x.oldest_version])
+            for x in parts
+        )
+        if survives and all(_readable(payloads, x) for x in parts):
+            restored.append(ordinal)
+            continue
+        again.append(ordinal)
+        if survives:
+            corrupt.append(ordinal)
+    _restore(connection, restored, again, watermark, now)
+    connection.execute(
+        update(meta).values(
+            step=watermark.step,
+            version=watermark.version,
+            next_version=max(position.next_version, watermark.version + 1),
+            next_ordinal=end,
+            refused=watermark.refused,
+        )
+    )
+    return RollbackReport(
+        restored=tuple(restored),
+        requested_again=tuple(again),
+        dead_versions=tuple(dead),
+        corrupt=tuple(corrupt),
+        removed=removed,
+    )
+
+
+def _restore(
+    connection: Connection, restored: list[int], again: list[int], watermark: Watermark, now: float
+) -> None:
+    fields: dict[str, Any] = {"trained_step": None, "drop_reason": None}
+    where = groups.c.ordinal == bindparam("at")
+    if restored:
+        scored = fields | {"state": GroupState.SCORED}
+        connection.execute(update(groups).where(where), [{"at": x} | scored for x in restored])
+    if again:
+        fresh = fields | {
+            "state": GroupState.REQUESTED,
+            "min_version": watermark.version,
+            "oldest_version": None,
+            "requested_at": now,
+            "scored_at": None,
+        }
+        connection.execute(update(groups).where(where), [{"at": x} | fresh for x in again])
+        waiting = {"state": GroupState.REQUESTED, **UNLEASED}
+        connection.execute(
+            update(slices).where(slices.c.ordinal == bindparam("at")),
+            [{"at": x} | waiting for x in again],
+        )
+
+
+def _move_versions(connection: Connection, watermark: Watermark, now: float) -> list[int]:
+    """Make `watermark.version` the newest live version; returns the versions that die."""
+    known = _version(connection, watermark.version)
+    newest = connection.execute(select(func.max(versions.c.version))).scalar_one()
+    position = connection.execute(select(meta)).one()
+    ahead = known is None and watermark.version > newest and watermark.step > position.step
+    if ahead:
+        connection.execute(
+            insert(versions).values(
+                version=watermark.version, step=watermark.step, live=True, published_at=now
+            )
+        )
+    elif known is None or not known.live:
+        raise BufferError(
+            "this checkpoint's version is not in the buffer's surviving lineage",
+            key="version",
+            value=watermark.version,
+            expected=f"a live version of the buffer (newest: {position.version})",
+            fix="resume from a checkpoint of this run, or move the buffer aside: the run then "
+            "goes on from the checkpoint with an empty one",
+        )
+    newer = versions.c.live & (versions.c.version > watermark.version)
+    dead = connection.execute(
+        select(versions.c.version).where(newer).order_by(versions.c.version)
+    ).scalars()
+    dying = list(dead)
+    connection.execute(update(versions).where(newer).values(live=False))
+    return dying
+
+
+def _readable(payloads: PayloadStore, row: Any) -> bool:
+    try:
+        payloads.read(PayloadRef(row.segment, row.offset, row.length))
+    except BufferError:
+        return False  # reported as corrupt by the caller
+    return True
+
+
+def _version(connection: Connection, version: int) -> Any:
+    return connection.execute(select(versions).where(versions.c.version == version)).first()
+
+
+def _check(connection: Connection, watermark: Watermark) -> None:
+    prompts_per_step = connection.execute(select(meta.c.prompts_per_step)).scalar_one()
+    expected = watermark.step * prompts_per_step + watermark.refused
+    known = _version(connection, watermark.version)
+    sound = min(watermark.step, watermark.version, watermark.refused) >= 0
+    if not sound or watermark.next_ordinal != expected:
+        raise BufferError(
+            "this watermark cannot be of a run with these prompts_per_step",
+            key="watermark",
+            value=watermark,
+            expected=f"next_ordinal = step * {prompts_per_step} + refused = {expected}",
+            fix="keep prompts_per_step of the run the checkpoint is of",
+        )
+    if known is not None and known.step != watermark.step:
+        raise BufferError(
+            "this watermark is of another run",
+            key="step",
+            value=watermark.step,
+            expected=f"{known.step}, the step of version {watermark.version}",
+            fix="resume from a checkpoint of this run",
+        )

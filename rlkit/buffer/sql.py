@@ -1,0 +1,243 @@
+"""The versioned buffer on a SQL database: the verbs of protocol.VersionedBuffer, a transaction each.
+
+What a verb does is in admission.py (request, take, drop, publish), leases.py (lease to score) and
+recovery.py (watermark, commit, rollback); here is what happens around the transaction.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from rlkit.buffer import admission, recovery
+from rlkit.buffer import leases as leasing
+from rlkit.buffer.checks import at_least, covers, distinct, positive
+from rlkit.buffer.codec import (
+    decode_prompt,
+    decode_rollouts,
+    decode_verdicts,
+    encode_prompt,
+    encode_rollouts,
+    encode_verdicts,
+)
+from rlkit.buffer.database import Database
+from rlkit.buffer.payloads import PayloadRef, PayloadStore, SegmentFiles
+from rlkit.buffer.protocol import (
+    BufferStats,
+    FencedError,
+    GroupRequest,
+    Lease,
+    RollbackReport,
+    Watermark,
+)
+from rlkit.buffer.tables import groups
+from rlkit.errors import BufferError
+from rlkit.types import Group, GroupState, Rollout, Verdict
+
+
+class SqlBuffer:
+    """VersionedBuffer on SQLite. Any number of processes use one database; each opens its own.
+
+    Args:
+        url: sqlite:///path.
+        payload_dir: folder of the payload segments; the same for every process.
+        prompts_per_step: P of the admission bound; fixed for a database's life.
+        max_staleness: S of the admission bound; fixed for a database's life.
+        slice_samples: largest slice of the groups this process requests.
+        clock: unix seconds; it decides when a lease has expired.
+        keep_payloads: let `commit` remove nothing.
+
+    Raises:
+        BufferError: a setting out of range, or see Database.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        payload_dir: str | Path,
+        prompts_per_step: int,
+        max_staleness: int,
+        slice_samples: int,
+        clock: Callable[[], float] = time.time,
+        keep_payloads: bool = False,
+    ) -> None:
+        at_least("prompts_per_step", prompts_per_step, 1)
+        at_least("max_staleness", max_staleness, 0)
+        at_least("slice_samples", slice_samples, 1)
+        self._clock = clock
+        self._slice_samples = slice_samples
+        self._keep_payloads = keep_payloads
+        self._db = Database(
+            url, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock()
+        )
+        self._payloads: PayloadStore = SegmentFiles(Path(payload_dir))
+
+    def capacity(self) -> int:
+        with self._db.read() as connection:
+            return admission.capacity(admission.position(connection))
+
+    def request(self, requests: Sequence[GroupRequest]) -> None:
+        if not requests:
+            return
+        for x in requests:
+            at_least("samples", x.samples, 1)
+        prompts = [encode_prompt(x.prompt) for x in requests]
+        with self._db.write() as connection:
+            admission.request(connection, requests, prompts, self._slice_samples, self._clock())
+
+    def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
+        at_least("max_samples", max_samples, 1)
+        positive("timeout_s", timeout_s)
+        with self._db.read() as connection:
+            if not leasing.anything_to_lease(connection, self._clock()):
+                return []  # an idle worker's poll does not wait for the writers
+        with self._db.write() as connection:
+            now = self._clock()  # not before the lock is held: waiting for it takes time
+            leasing.reclaim_expired(connection, now)
+            return leasing.lease_slices(connection, worker_id, max_samples, now + timeout_s)
+
+    def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
+        positive("timeout_s", timeout_s)
+        with self._db.write() as connection:
+            deadline = self._clock() + timeout_s
+            lost = leasing.renew(connection, leases, deadline)
+            leasing.count_fenced(connection, lost)
+        _raise_if(lost)
+        return [replace(x, deadline=deadline) for x in leases]
+
+    def submit(self, lease: Lease, rollouts: Sequence[Rollout]) -> None:
+        self.submit_many([(lease, rollouts)])
+
+    def submit_many(self, work: Sequence[tuple[Lease, Sequence[Rollout]]]) -> None:
+        distinct("leases", [lease.lease_id for lease, _ in work])
+        encoded = []
+        for lease, rollouts in work:
+            ordered = sorted(rollouts, key=lambda x: x.index)
+            covers(lease, "rollouts", [(x.ordinal, x.index) for x in ordered])
+            spanned = {span.version for x in ordered for span in x.version_spans}
+            encoded.append((lease, encode_rollouts(ordered), spanned or {lease.min_version}))
+        with self._db.write() as connection:
+            lost = leasing.submit(connection, encoded, self._payloads)
+            leasing.count_fenced(connection, lost)
+        _raise_if(lost)
+
+    def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
+        self.score_many([(lease, verdicts)])
+
+    def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
+        distinct("leases", [lease.lease_id for lease, _ in work])
+        encoded = []
+        for lease, verdicts in work:
+            indices = range(lease.start, lease.start + len(verdicts))
+            covers(lease, "verdicts", [(lease.ordinal, index) for index in indices])
+            encoded.append((lease, encode_verdicts(verdicts)))
+        with self._db.write() as connection:
+            lost = leasing.score(connection, encoded, self._clock())
+            leasing.count_fenced(connection, lost)
+        _raise_if(lost)
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        with self._db.write() as connection:
+            leasing.release(connection, leases)
+
+    def take(self, count: int) -> list[Group] | None:
+        at_least("count", count, 1)
+        with self._db.read() as connection:
+            if admission.lowest_open(connection, count) is None:
+                return None  # the learner's poll does not wait for the writers
+        with self._db.write() as connection:
+            rows = admission.lowest_open(connection, count)
+            if rows is None:
+                return None
+            ordinals = [row.ordinal for row in rows]
+            parts = admission.slices_of(connection, ordinals)
+            taken = [self._load(row, parts[row.ordinal]) for row in rows]
+            admission.mark_taken(connection, ordinals)
+        return taken
+
+    def drop(self, ordinals: Sequence[int], reason: str) -> None:
+        if not reason:
+            raise BufferError("a drop needs a reason", key="reason", value=reason)
+        if ordinals:
+            with self._db.write() as connection:
+                admission.drop(connection, ordinals, reason)
+
+    def publish(self, version: int, trained: Sequence[int]) -> None:
+        with self._db.write() as connection:
+            admission.publish(connection, version, trained, self._clock)
+
+    def watermark(self) -> Watermark:
+        with self._db.read() as connection:
+            return recovery.current_watermark(connection)
+
+    def commit(self, watermark: Watermark) -> None:
+        with self._db.write() as connection:
+            recovery.commit(connection, watermark, self._payloads, self._keep_payloads)
+
+    def rollback(self, watermark: Watermark) -> RollbackReport:
+        with self._db.write() as connection:
+            return recovery.rollback(connection, watermark, self._payloads, self._clock())
+
+    def next_version(self) -> int:
+        with self._db.read() as connection:
+            return int(admission.position(connection).next_version)
+
+    def trained_ordinals(self) -> list[int]:
+        query = select(groups.c.ordinal).where(groups.c.state == GroupState.TRAINED)
+        with self._db.read() as connection:
+            ordered = query.order_by(groups.c.trained_step, groups.c.ordinal)
+            return list(connection.execute(ordered).scalars())
+
+    def stats(self) -> BufferStats:
+        with self._db.read() as connection:
+            return read_stats(connection)
+
+    def close(self) -> None:
+        self._payloads.close()
+        self._db.close()
+
+    def _load(self, row: Any, parts: Sequence[Any]) -> Group:
+        rollouts: list[Rollout] = []
+        verdicts: list[Verdict] = []
+        for part in parts:
+            ref = PayloadRef(part.segment, part.offset, part.length)
+            rollouts += decode_rollouts(self._payloads.read(ref))
+            verdicts += decode_verdicts(part.verdicts)
+        return Group(
+            ordinal=row.ordinal,
+            prompt=decode_prompt(row.prompt),
+            samples=row.samples,
+            rollouts=tuple(rollouts),
+            verdicts=tuple(verdicts),
+        )
+
+
+def read_stats(connection: Connection) -> BufferStats:
+    """Counts of a snapshot."""
+    now = admission.position(connection)
+    by_state = select(groups.c.state, func.count()).group_by(groups.c.state)
+    dropped = groups.c.state == GroupState.DROPPED
+    by_reason = select(groups.c.drop_reason, func.count()).where(dropped)
+    states: dict[str, int] = dict(connection.execute(by_state).tuples().all())
+    return BufferStats(
+        states={str(state): states.get(state, 0) for state in GroupState},
+        dropped_reasons=dict(
+            connection.execute(by_reason.group_by(groups.c.drop_reason)).tuples().all()
+        ),
+        step=now.step,
+        version=now.version,
+        next_ordinal=now.next_ordinal,
+        expired_leases=now.expired_leases,
+        fenced_writes=now.fenced_writes,
+    )
+
+
+def _raise_if(lost: Sequence[Lease]) -> None:
+    if lost:  # after the transaction: what the other leases wrote is kept, and the count too
+        raise FencedError(lost)
