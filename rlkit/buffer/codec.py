@@ -19,7 +19,9 @@ from rlkit.errors import BufferError
 from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 
 _BIG_INT, _TUPLE = 1, 2
-_NARROW = tuple(np.dtype(x) for x in ("|u1", "<u2", "<i4", "<i8"))
+_NARROW = tuple(
+    (np.dtype(x), int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8")
+)
 
 
 class _Array(msgspec.Struct, array_like=True):
@@ -189,8 +191,7 @@ def _pack(array: np.ndarray[Any, Any], dtype: type, who: str, name: str) -> _Arr
         raw = array.astype("|u1")
     else:
         low, high = int(array.min()), int(array.max())
-        fits = (d for d in _NARROW if np.iinfo(d).min <= low and high <= np.iinfo(d).max)
-        raw = array.astype(next(fits))
+        raw = array.astype(next(d for d, least, most in _NARROW if least <= low and high <= most))
     if raw.dtype != np.float32 and len(raw) > 1 and (raw == raw[0]).all():
         return _Array(raw.dtype.str, len(raw), raw[:1].tobytes())
     return _Array(raw.dtype.str, len(raw), raw.tobytes())

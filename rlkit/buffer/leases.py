@@ -38,6 +38,19 @@ UPDATE_SLICE = update(slices).where(_SLICE)
 """executemany with at_ordinal and at_start."""
 
 
+# statements of the busy verbs, built once: building one costs more than running it
+_UPDATE_GROUP = update(groups).where(groups.c.ordinal == bindparam("at_ordinal"))
+_HELD = select(slices).where(slices.c.lease_id.in_(bindparam("ids", expanding=True)))
+_LIVE = select(versions.c.version).where(
+    versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True))
+)
+_SLICE_STATES = (
+    select(slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
+    .where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True)))
+    .group_by(slices.c.ordinal, slices.c.state)
+)
+
+
 def at(row: Any) -> dict[str, int]:
     """Parameters of UPDATE_SLICE that address a row or lease."""
     return {"at_ordinal": row.ordinal, "at_start": row.start}
@@ -124,9 +137,8 @@ def lease_slices(
 
 def held(connection: Connection, leases: Sequence[Lease]) -> tuple[dict[int, Any], list[Lease]]:
     """(slice rows by lease_id of leases that are the newest of their slice, the lost leases)."""
-    ids = [x.lease_id for x in leases]
-    query = select(slices).where(slices.c.lease_id.in_(ids))
-    rows = {row.lease_id: row for row in connection.execute(query)}
+    found = connection.execute(_HELD, {"ids": [x.lease_id for x in leases]})
+    rows = {row.lease_id: row for row in found}
     # ids are never reused; epoch and place guard against a lease of another database
     lost = [
         x
@@ -158,8 +170,9 @@ def submit(
     A record is written under the write lock, before the row that refers to it: see keep_only.
     """
     rows, lost = held(connection, [lease for lease, _, _ in work])
-    live = set(connection.execute(select(versions.c.version).where(versions.c.live)).scalars())
     held_work = [x for x in work if x[0].lease_id in rows]
+    named = set[int]().union(*(spanned for _, _, spanned in held_work))
+    live = set(connection.execute(_LIVE, {"spanned": sorted(named)}).scalars())
     for lease, _, spanned in held_work:
         in_state(rows[lease.lease_id], GroupState.LEASED, "submitted")
         sampled_under(lease, spanned, live)
@@ -216,13 +229,8 @@ def refresh_groups(
 ) -> None:
     """Set the state of open groups from that of their slices."""
     wanted = sorted(set(ordinals))
-    columns = (slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
     states: dict[int, dict[str, Any]] = {}
-    for ordinal, state, oldest in connection.execute(
-        select(*columns)
-        .where(slices.c.ordinal.in_(wanted))
-        .group_by(slices.c.ordinal, slices.c.state)
-    ):
+    for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": wanted}):
         states.setdefault(ordinal, {})[state] = oldest
     updates: list[Mapping[str, Any]] = []
     for ordinal, found in states.items():
@@ -236,7 +244,7 @@ def refresh_groups(
                 "scored_at": scored_at if scored else None,
             }
         )
-    connection.execute(update(groups).where(groups.c.ordinal == bindparam("at_ordinal")), updates)
+    connection.execute(_UPDATE_GROUP, updates)
 
 
 def insert_slices(connection: Connection, samples: Mapping[int, int], slice_samples: int) -> None:

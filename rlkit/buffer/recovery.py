@@ -12,21 +12,21 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
-from rlkit.buffer.leases import UNLEASED
+from rlkit.buffer.leases import OPEN, UNLEASED
 from rlkit.buffer.payloads import PayloadRef, PayloadStore
 from rlkit.buffer.protocol import RollbackReport, Watermark
 from rlkit.buffer.tables import groups, meta, slices, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
-ENDED = (GroupState.TRAINED, GroupState.DROPPED)
+UNENDED = (*OPEN, GroupState.TAKEN)
 
 
 def current_watermark(connection: Connection) -> Watermark:
     """Watermark of the surviving lineage as it stands."""
     position = connection.execute(select(meta)).one()
     lowest = connection.execute(
-        select(func.min(groups.c.ordinal)).where(groups.c.state.not_in(ENDED))
+        select(func.min(groups.c.ordinal)).where(groups.c.state.in_(UNENDED))
     ).scalar_one()
     frontier = position.next_ordinal if lowest is None else lowest
     return Watermark(
@@ -85,7 +85,7 @@ def rollback(
 
     # what a database behind the checkpoint still holds of groups the checkpoint covers
     below = groups.c.ordinal < watermark.next_ordinal
-    connection.execute(delete(groups).where(below, groups.c.state.not_in(ENDED)))
+    connection.execute(delete(groups).where(below, groups.c.state.in_(UNENDED)))
     rows = connection.execute(
         select(groups.c.ordinal, groups.c.prompt.is_(None).label("forgotten"))
         .where(groups.c.ordinal >= watermark.next_ordinal)
