@@ -75,7 +75,7 @@ def groups_in(
     """BufferError unless all groups exist, are named once and are in one of `states`."""
     distinct("ordinals", ordinals)
     query = select(groups.c.ordinal, groups.c.state).where(groups.c.ordinal.in_(ordinals))
-    found = dict(connection.execute(query).tuples().all())
+    found = {ordinal: state for ordinal, state in connection.execute(query)}
     wrong = {x: found.get(x, "never requested") for x in ordinals if found.get(x) not in states}
     if wrong:
         raise BufferError(

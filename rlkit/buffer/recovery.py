@@ -74,11 +74,8 @@ def rollback(
     dead = _move_versions(connection, watermark, now)
     position = connection.execute(select(meta)).one()
     prompts_per_step, window = position.prompts_per_step, position.max_staleness + 1
-    steps = dict(
-        connection.execute(select(versions.c.version, versions.c.step).where(versions.c.live))
-        .tuples()
-        .all()
-    )
+    live = select(versions.c.version, versions.c.step).where(versions.c.live)
+    steps = {version: step for version, step in connection.execute(live)}
 
     def bound(step: int) -> int:
         return int((step + window) * prompts_per_step + watermark.refused)

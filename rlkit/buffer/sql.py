@@ -224,12 +224,11 @@ def read_stats(connection: Connection) -> BufferStats:
     by_state = select(groups.c.state, func.count()).group_by(groups.c.state)
     dropped = groups.c.state == GroupState.DROPPED
     by_reason = select(groups.c.drop_reason, func.count()).where(dropped)
-    states: dict[str, int] = dict(connection.execute(by_state).tuples().all())
+    by_reason = by_reason.group_by(groups.c.drop_reason)
+    states = {state: count for state, count in connection.execute(by_state)}
     return BufferStats(
         states={str(state): states.get(state, 0) for state in GroupState},
-        dropped_reasons=dict(
-            connection.execute(by_reason.group_by(groups.c.drop_reason)).tuples().all()
-        ),
+        dropped_reasons={reason: count for reason, count in connection.execute(by_reason)},
         step=now.step,
         version=now.version,
         next_ordinal=now.next_ordinal,
