@@ -9,7 +9,7 @@ from typing import NoReturn
 from rewards.base import Sample
 from rewards.frames import write_frame
 from rewards.sandbox import Sandbox, die_with
-from rewards.spec import RewardSet
+from rewards.spec import Measurement, RewardSet
 from rewards.wire import Measured, encode
 
 __all__ = ["CONFINED", "run_child"]
@@ -21,6 +21,7 @@ MAX_TEXT_CHARS = 10_000
 def run_child(
     worker: int,
     results: int,
+    turns: int,
     rewards: RewardSet,
     sandbox: Sandbox,
     samples: Sequence[tuple[int, Sample]],
@@ -29,34 +30,45 @@ def run_child(
 ) -> NoReturn:
     """Confine this process, then score `samples` in order, one frame each on fd `results`.
 
+    A byte on fd `turns` starts each sample: the worker has passed the one before on by then, so
+    that whatever a sample does, it costs no other one's score.
+
     Writes CONFINED first, or why it could not confine itself. Leaves by os._exit: nothing of the
     worker's own exit handlers may run here.
     """
     status = 1
     try:
-        os.setsid()
-        die_with(worker)
-        _drop_descriptors(keep={results} | sandbox.kept_fds())
-        os.chdir(work_dir)
-        try:
-            sandbox.enter(cpu_seconds)
-        except Exception as error:
-            write_frame(results, f"{type(error).__name__}: {error}".encode())
-            return
-        write_frame(results, CONFINED)
-        for index, sample in samples:
-            measured = rewards.measure(sample)
-            write_frame(results, _encode(index, measured.parts, measured.reasons, measured.answer))
-        status = 0
+        if _confine(worker, results, turns, sandbox, work_dir, cpu_seconds):
+            for index, sample in samples:
+                if not os.read(turns, 1):
+                    break
+                write_frame(results, _encode(index, rewards.measure(sample)))
+            status = 0
     finally:
         os._exit(status)
 
 
-def _encode(
-    index: int, parts: dict[str, float | None], reasons: dict[str, str], answer: str | None
-) -> bytes:
-    reasons = {name: _plain(reason) for name, reason in reasons.items()}
-    return encode(Measured(index, parts, reasons, None if answer is None else _plain(answer)))
+def _confine(
+    worker: int, results: int, turns: int, sandbox: Sandbox, work_dir: str, cpu_seconds: int
+) -> bool:
+    """Confine this process and say so on `results`, or say why not."""
+    try:
+        os.setsid()
+        die_with(worker)
+        _drop_descriptors(keep={results, turns} | sandbox.kept_fds())
+        os.chdir(work_dir)
+        sandbox.enter(cpu_seconds)
+    except Exception as error:  # whatever it is, the worker must hear of it
+        write_frame(results, f"{type(error).__name__}: {error}".encode())
+        return False
+    write_frame(results, CONFINED)
+    return True
+
+
+def _encode(index: int, measured: Measurement) -> bytes:
+    reasons = {name: _plain(reason) for name, reason in measured.reasons.items()}
+    answer = None if measured.answer is None else _plain(measured.answer)
+    return encode(Measured(index, measured.parts, reasons, answer))
 
 
 def _plain(text: str) -> str:
@@ -65,7 +77,7 @@ def _plain(text: str) -> str:
 
 
 def _drop_descriptors(keep: set[int]) -> None:
-    """Standard streams to /dev/null, all others but `keep` closed, the worker's pipes among them."""
+    """Standard streams to /dev/null; all others but `keep` closed, the worker's pipes too."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

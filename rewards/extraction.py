@@ -57,13 +57,11 @@ def extract(text: str, method: str, marker: str = "") -> str | None:
     elif method == "tag":
         found = _last_tag(text, marker or "answer")
     elif method == "delimiter":
-        before, hit, after = text.rpartition(marker)
+        _, hit, after = text.rpartition(marker)
         found = after.strip().split("\n", 1)[0] if hit else None
     else:
-        match = None
-        for match in re.finditer(marker, text, re.DOTALL):
-            pass
-        found = None if match is None else match.group(1 if match.re.groups else 0)
+        matches = list(re.finditer(marker, text, re.DOTALL))
+        found = matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
     if found is None:
         return None
     return found.strip() or None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -14,86 +12,22 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
 from rewards.base import Sample, Score
 from rewards.errors import RewardError
-from rewards.frames import HungUp
-from rewards.process import WorkerDied, WorkerProcess
+from rewards.keeper import ATTEMPTS, GRACE_S, LONGEST_BACK_OFF_S, PoolCounts, Shared, Task, serve
 from rewards.sandbox import Limits, check_mode
 from rewards.spec import check_spec
 from rewards.wire import Setup, encode
 
 __all__ = ["PoolCounts", "VerifierPool"]
 
-_GRACE_S = (
-    15.0  # beyond a sample's own limit: fork, confinement, kill and reaping on a busy machine
-)
-_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _JOIN_S = 20.0
-_ATTEMPTS = 2  # how often a sample may be in hand when a worker dies before it is given up
-
-
-@dataclass(slots=True)
-class PoolCounts:
-    """What went wrong since the pool was started, in samples (restarts: in processes)."""
-
-    scored: int = 0
-    unscored: int = 0
-    timeouts: int = 0
-    crashes: int = 0
-    restarts: int = 0
-
-
-@dataclass(slots=True)
-class _Task:
-    """One sample on its way: the frame's part it becomes and where its score goes."""
-
-    encoded: bytes
-    future: Future[Score]
-    deaths: int = 0
-
-
-@dataclass(slots=True)
-class _Shared:
-    """What the pool and its threads share. No reference to the pool, so that it can be collected."""
-
-    setup: Setup
-    start_timeout_s: float
-    max_restarts: int
-    owner: int
-    watch: int  # a pipe's two ends: a byte into the second wakes every thread out of its wait
-    hang_up: int
-    batches: queue.SimpleQueue[list[_Task] | None] = field(default_factory=queue.SimpleQueue)
-    closing: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    counts: PoolCounts = field(default_factory=PoolCounts)
-    pids: dict[int, int] = field(default_factory=dict)
-    waiting: set[Future[Score]] = field(default_factory=set)
-    failure: RewardError | None = None
-
-    def fail(self, error: RewardError) -> None:
-        """End all waiting samples with the error, and refuse new ones."""
-        with self.lock:
-            self.failure = self.failure or error
-            waiting, self.waiting = list(self.waiting), set()
-        for future in waiting:
-            _settle(future, error)
-
-    def finish(self, task: _Task, score: Score, outcome: str) -> None:
-        with self.lock:
-            self.waiting.discard(task.future)
-            counts = self.counts
-            counts.scored += score.score is not None
-            counts.unscored += score.score is None
-            counts.timeouts += outcome == "timeout"
-            counts.crashes += outcome == "crashed"
-        _settle(task.future, score)
 
 
 class VerifierPool:
@@ -159,11 +93,11 @@ class VerifierPool:
             shutil.rmtree(work_dir)
             raise RewardError(f"reward settings must be plain JSON values: {error}") from error
         self._batch_size = batch_size
-        self._shared = _Shared(setup, start_timeout_s, max_restarts, os.getpid(), *os.pipe())
+        self._shared = Shared(setup, start_timeout_s, max_restarts, os.getpid(), *os.pipe())
         started: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [
             threading.Thread(
-                target=_serve,
+                target=serve,
                 args=(self._shared, index, ready),
                 name=f"verifier-{index}",
                 daemon=True,
@@ -176,7 +110,7 @@ class VerifierPool:
             thread.start()
         try:
             for ready in started:
-                ready.result(start_timeout_s + _GRACE_S)
+                ready.result(start_timeout_s + GRACE_S)
         except BaseException:
             self.close()
             raise
@@ -244,14 +178,14 @@ class VerifierPool:
         shared = self._shared
         if os.getpid() != shared.owner:
             raise RewardError(
-                "the verifier pool was made before this process was forked; make one in each process"
+                "the verifier pool was made before this process was forked; make one in each"
             )
         tasks, futures = [], []
         for position, sample in enumerate(samples):
             future: Future[Score] = Future()
             futures.append(future)
             try:
-                tasks.append(_Task(encode(sample), future))
+                tasks.append(Task(encode(sample), future))
             except UnicodeEncodeError as error:
                 # A lone surrogate is the model's or the data's doing; the others go on.
                 parts: dict[str, float | None] = dict.fromkeys(shared.setup.spec)
@@ -267,6 +201,8 @@ class VerifierPool:
             if shared.closing.is_set():
                 raise RewardError("the verifier pool is closed; make a new one")
             shared.waiting.update(task.future for task in tasks)
+        for task in tasks:
+            task.future.add_done_callback(shared.forget)
         # Small jobs spread over the workers too.
         size = min(self._batch_size, -(-len(tasks) // len(self._threads)) or 1)
         for start in range(0, len(tasks), size):
@@ -277,9 +213,9 @@ class VerifierPool:
         """No sample can be pending longer: each has its limit, each worker death its back-off."""
         with self._shared.lock:
             pending = len(self._shared.waiting)
-        each = self._shared.setup.timeout_s + _GRACE_S
-        restarts = self._shared.max_restarts * (self._shared.start_timeout_s + _LONGEST_BACK_OFF_S)
-        return _ATTEMPTS * (pending + 1) * each + restarts
+        each = self._shared.setup.timeout_s + GRACE_S
+        restarts = self._shared.max_restarts * (self._shared.start_timeout_s + LONGEST_BACK_OFF_S)
+        return ATTEMPTS * (pending + 1) * each + restarts
 
     def _overdue(self, futures: Sequence[Future[Score]], limit_s: float) -> RewardError:
         missing = sum(not future.done() for future in futures)
@@ -289,7 +225,7 @@ class VerifierPool:
         )
 
 
-def _shut_down(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
+def _shut_down(shared: Shared, threads: Sequence[threading.Thread]) -> None:
     if os.getpid() != shared.owner:  # a fork of the owner has no workers to end
         return
     with shared.lock:
@@ -309,126 +245,3 @@ def _shut_down(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
         os.close(shared.hang_up)
     else:
         raise RewardError(f"verifier pool: {', '.join(alive)} did not end within {_JOIN_S} s")
-
-
-def _serve(shared: _Shared, index: int, ready: Future[None]) -> None:
-    """Body of a pool thread: keep one worker alive and feed it."""
-    keeper = _Keeper(shared, index)
-    try:
-        keeper.start()
-        ready.set_result(None)
-        while (tasks := shared.batches.get()) is not None:
-            keeper.run(tasks)
-    except HungUp:
-        if not ready.done():
-            ready.set_exception(RewardError("the verifier pool was closed"))
-    except BaseException as error:
-        known = error if isinstance(error, RewardError) else None
-        failure = known or RewardError(f"verifier thread {index} failed: {error!r}")
-        failure.__cause__ = failure.__cause__ or (None if known else error)
-        shared.fail(failure)
-        if not ready.done():
-            ready.set_exception(failure)
-    finally:
-        keeper.end()
-
-
-class _Keeper:
-    """Keeps one worker process alive for its thread."""
-
-    __slots__ = ("_deaths", "_index", "_process", "_shared")
-
-    def __init__(self, shared: _Shared, index: int) -> None:
-        self._shared = shared
-        self._index = index
-        self._deaths = 0  # in a row, without a score between
-        self._process: WorkerProcess | None = None
-
-    def start(self) -> WorkerProcess:
-        """Start a worker, again if it dies on the way. Raises RewardError."""
-        shared = self._shared
-        while self._process is None:
-            path = Path(shared.setup.work_dir, f"worker-{self._index}.stderr")
-            try:
-                self._process = WorkerProcess(
-                    shared.setup, path, shared.start_timeout_s, shared.watch
-                )
-            except WorkerDied as death:
-                self._bury(death, path.read_text(errors="replace")[-4096:].strip())
-                continue
-            with shared.lock:
-                shared.pids[self._index] = self._process.pid
-        return self._process
-
-    def run(self, tasks: list[_Task]) -> None:
-        """Score the tasks, over as many workers as it takes. Raises RewardError."""
-        while tasks := [task for task in tasks if not task.future.done()]:
-            if self._shared.closing.is_set():
-                return
-            process = self.start()
-            try:
-                self._exchange(process, tasks)
-            except WorkerDied as death:
-                self._give_up_or_retry(tasks, death)
-                self._bury(death, process.stderr_tail())
-
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._forget()
-
-    def _exchange(self, process: WorkerProcess, tasks: list[_Task]) -> None:
-        shared = self._shared
-        each = shared.setup.timeout_s + _GRACE_S
-        payload = b'{"samples":[' + b",".join(task.encoded for task in tasks) + b"]}"
-        process.send(payload, time.monotonic() + each)
-        for expected, task in enumerate(tasks):
-            reply = process.receive(time.monotonic() + each)
-            if reply.index != expected:
-                raise WorkerDied(f"it answered sample {reply.index}, not {expected}")
-            self._deaths = 0
-            shared.finish(task, reply.score, reply.outcome)
-            if shared.closing.is_set():
-                return
-
-    def _give_up_or_retry(self, tasks: list[_Task], death: WorkerDied) -> None:
-        """The sample in hand may have killed the worker: it gets one more try, then none."""
-        suspect = next((task for task in tasks if not task.future.done()), None)
-        if suspect is None:
-            return
-        suspect.deaths += 1
-        if suspect.deaths >= _ATTEMPTS:
-            parts: dict[str, float | None] = dict.fromkeys(self._shared.setup.spec)
-            reason = f"verifier worker died ({death})"
-            self._shared.finish(suspect, Score(None, parts, None, reason, 0.0), "crashed")
-
-    def _bury(self, death: WorkerDied, stderr: str) -> None:
-        """Reap the dead worker; wait before the next, or fail in a crash loop."""
-        shared = self._shared
-        if self._process is not None:
-            self._process.end(graceful=False)
-            self._forget()
-        self._deaths += 1
-        with shared.lock:
-            shared.counts.restarts += 1
-        if self._deaths > shared.max_restarts:
-            raise RewardError(
-                f"verifier worker {self._index} died {self._deaths} times in a row ({death}); its "
-                f"last words:\n{stderr or '(nothing on stderr)'}"
-            )
-        if shared.closing.wait(min(_BACK_OFF_S * 2 ** (self._deaths - 1), _LONGEST_BACK_OFF_S)):
-            raise HungUp
-
-    def _forget(self) -> None:
-        self._process = None
-        with self._shared.lock:
-            self._shared.pids.pop(self._index, None)
-
-
-def _settle(future: Future[Score], result: Score | RewardError) -> None:
-    # The caller may have cancelled it, in this very moment too.
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(result, RewardError):
-            future.set_exception(result)
-        else:
-            future.set_result(result)

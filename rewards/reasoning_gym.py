@@ -114,16 +114,17 @@ def _load(name: str, settings: Mapping[str, Any]) -> _Task:
     expected = dataset.score_answer(entry["answer"], entry)
     # Keys and scalars of numpy types become plain text: what a data file would hold.
     returned = json.loads(json.dumps(entry, default=str))
+    problem = "its score differs"
     for tuples in (False, True):
         metadata = returned["metadata"]
         candidate = {**returned, "metadata": _tuples(metadata) if tuples else metadata}
         try:
             if dataset.score_answer(entry["answer"], candidate) == expected:
                 return _Task(dataset, tuples)
-        except Exception:  # this reading of the entry is not the scorer's; the next may be
-            continue
+        except Exception as error:  # this reading of the entry is not the scorer's
+            problem = f"{type(error).__name__}: {error}"
     raise RewardError(
-        f"task={name!r}: its scorer does not accept an entry that was stored as JSON; "
+        f"task={name!r}: its scorer does not accept an entry that was stored as JSON ({problem}); "
         "choose another task"
     )
 

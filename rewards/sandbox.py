@@ -16,11 +16,11 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from rewards import landlock
 from rewards.errors import RewardError
-from rewards.seccomp import build_filter
+from rewards.seccomp import compile_filter, install
 
 __all__ = ["Limits", "Mode", "Sandbox", "adopt_orphans", "check_mode", "die_with"]
 
@@ -77,13 +77,12 @@ def adopt_orphans() -> None:
 class Sandbox:
     """Prepared once in the warm worker, entered in each child."""
 
-    __slots__ = ("_base_bytes", "_filter", "_limits", "_mode", "_ruleset")
+    __slots__ = ("_base_bytes", "_filter", "_limits", "_ruleset")
 
     def __init__(self, mode: Mode, limits: Limits, read_paths: list[str]) -> None:
         """Raises RewardError if `strict` cannot be had here."""
-        self._mode = mode
         self._limits = limits
-        self._filter: Any = None
+        self._filter: bytes | None = None
         self._ruleset: int | None = None
         self._base_bytes = _mapped_bytes()
         if mode == "strict":
@@ -103,13 +102,13 @@ class Sandbox:
     def enter(self, cpu_seconds: int) -> None:
         """Confine this process for good. Call it single-threaded, in the forked child."""
         self._set_limits(cpu_seconds)
-        if self._mode == "limits":
+        if self._filter is None:
             return
         process_control(_PR_SET_NO_NEW_PRIVS, 1)
         if self._ruleset is not None:
             landlock.restrict_self(self._ruleset)
             os.close(self._ruleset)
-        self._filter.load()
+        install(self._filter)
 
     def kept_fds(self) -> set[int]:
         """Descriptors the child must still hold when it enters."""
@@ -130,8 +129,9 @@ class Sandbox:
         for kind, (soft, hard) in wanted.items():
             ceiling = resource.getrlimit(kind)[1]
             if ceiling != resource.RLIM_INFINITY:
-                soft, hard = min(soft, ceiling), min(hard, ceiling)
-            resource.setrlimit(kind, (soft, hard))
+                resource.setrlimit(kind, (min(soft, ceiling), min(hard, ceiling)))
+            else:
+                resource.setrlimit(kind, (soft, hard))
 
 
 def violations() -> list[str]:
@@ -171,14 +171,14 @@ def violations() -> list[str]:
     return escaped
 
 
-def _seccomp_filter() -> Any:
+def _seccomp_filter() -> bytes:
     mend = "or choose sandbox=limits (resource limits only, see docs/rewards.md)"
     if sys.platform != "linux":
         raise RewardError(
             f"sandbox 'strict' needs Linux (this is {sys.platform}); move there {mend}"
         )
     try:
-        return build_filter()
+        return compile_filter()
     except ImportError as error:
         raise RewardError(
             f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp {mend}"

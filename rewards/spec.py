@@ -186,11 +186,11 @@ def _construct(
     parameters = list(inspect.signature(factory).parameters.values())[1 if plain else 0 :]
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         known = [parameter.name for parameter in parameters]
-        for key in settings:
+        for key, value in settings.items():
             if key not in known:
                 raise RewardError(
                     f"reward {name!r}: {target} has no setting {key!r} "
-                    f"(value {settings[key]!r}); {nearest(key, known)}"
+                    f"(value {value!r}); {nearest(key, known)}"
                 )
     for parameter in parameters:
         required = parameter.default is parameter.empty and parameter.kind not in (

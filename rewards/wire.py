@@ -1,4 +1,4 @@
-"""Messages between pool, worker and scoring child: JSON, decoded into typed records, never pickle."""
+"""Messages between pool, worker and scoring child: JSON, decoded into typed records."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ never evaluates model text: it forks, keeps the time, checks what comes back and
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -87,19 +88,31 @@ class Worker:
         """Score samples in one child until one of them ends it; return how many were answered."""
         cpu_seconds = math.ceil(self._setup.timeout_s * len(samples)) + 2
         work_dir = tempfile.mkdtemp(dir=self._setup.work_dir)
-        reader, writer = os.pipe()
+        reader, results = os.pipe()
+        turns, starter = os.pipe()
         pid = os.fork()
         if pid == 0:
             run_child(
-                self._pid, writer, self._rewards, self._sandbox, samples, work_dir, cpu_seconds
+                self._pid,
+                results,
+                turns,
+                self._rewards,
+                self._sandbox,
+                samples,
+                work_dir,
+                cpu_seconds,
             )
-        os.close(writer)
+        os.close(results)
+        os.close(turns)
         ended = False
         try:
             frames = FrameReader(reader, RESULT_LIMIT_BYTES, watch=self._requests)
             _await_confined(frames)
             for count, (index, _) in enumerate(samples, start=1):
                 started = time.monotonic()
+                # A child that is gone already is found out by reading.
+                with contextlib.suppress(BrokenPipeError):
+                    os.write(starter, b"x")
                 measured, outcome, reason = self._await_result(frames, index, started)
                 if outcome == "crashed" and not reason:
                     reason, ended = _how_it_ended(pid), True
@@ -110,6 +123,7 @@ class Worker:
             return len(samples)
         finally:
             os.close(reader)
+            os.close(starter)
             if not ended:
                 _kill(pid)
                 os.waitpid(pid, 0)

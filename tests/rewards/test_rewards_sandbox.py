@@ -17,7 +17,6 @@ import pytest
 
 from rewards import Limits, RewardError, Sample, VerifierPool
 from rewards import landlock as landlock_module
-from rewards import seccomp as seccomp_module
 from rewards.sandbox import Sandbox
 
 Make = Callable[..., Sample]
@@ -41,7 +40,9 @@ ATTACKS = {
     "chmod": "IMPORT('os').chmod('{victim}', 0)",
     "connect": "IMPORT('socket').create_connection(('127.0.0.1', '{port}'))",
     "kill": "IMPORT('os').kill(IMPORT('os').getppid(), 9)",
-    "fork": "IMPORT('os').fork() or (IMPORT('builtins').open('{mark}', 'w'), IMPORT('os')._exit(0))",
+    "fork": "IMPORT('os').fork() or (open('{mark}', 'w'), IMPORT('os')._exit(0))".replace(
+        "open", "IMPORT('builtins').open"
+    ),
 }
 
 
@@ -332,8 +333,7 @@ def test_strict_refuses_to_start_without_libseccomp(monkeypatch: pytest.MonkeyPa
     def missing() -> None:
         raise RuntimeError("Unable to find libseccomp")
 
-    monkeypatch.setattr(seccomp_module, "build_filter", missing)
-    monkeypatch.setattr("rewards.sandbox.build_filter", missing)
+    monkeypatch.setattr("rewards.sandbox.compile_filter", missing)
     with pytest.raises(RewardError, match=r"libseccomp2.*sandbox=limits"):
         Sandbox("strict", Limits(), [])
     Sandbox("limits", Limits(), [])

@@ -102,8 +102,8 @@ def test_math_answers_that_are_equal_are_the_same_vote(sample: Make) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("$1,234.50", "2469/2"), ("3/4", "3/4"), ("12%", "12"), ("5.", "5"), ("1/0", None), ("a", None),
-     ("1e999999999", None)],
+    [("$1,234.50", "2469/2"), ("3/4", "3/4"), ("12%", "12"), ("5.", "5"), ("1/0", None),
+     ("a", None), ("1e999999999", None)],
 )  # fmt: skip
 def test_to_fraction(text: str, value: str | None) -> None:
     assert (None if value is None else str(to_fraction(text))) == value
