@@ -268,36 +268,34 @@ def test_close_ends_what_is_running_and_fails_the_waiting(sample: Make) -> None:
 
 
 @pytest.mark.parametrize("ending", ["pass", "os._exit(0)", "os.kill(os.getpid(), 9)"])
-def test_workers_end_with_their_parent(ending: str) -> None:
+def test_workers_and_their_children_end_with_the_parent(ending: str, tmp_path: Path) -> None:
     code = f"""
-import os, threading, time, sys
+import os, threading, time, sys, psutil
 sys.path[:0] = {sys.path!r}
 from rewards import VerifierPool, Sample
 pool = VerifierPool({SPEC!r}, workers=2, timeout_s=60.0)
 threading.Thread(target=pool.score_sync, daemon=True,
                  args=([Sample('', 'spin', None, {{}}, 'stop', 1)] * 4,)).start()
-time.sleep(0.5)
-print(*pool.worker_pids, flush=True)
+deadline = time.monotonic() + 10
+while len(family := psutil.Process().children(recursive=True)) < 4 and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(*(process.pid for process in family), flush=True)
 {ending}
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2, done.stderr
+    assert len(pids) == 4, done.stderr  # two workers, a scoring child each
     deadline = time.monotonic() + 5
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(_alive, pids))
-    # The scoring children ran in sessions of their own; by their command line they are workers too.
-    marks = {str(pid) for pid in pids}
-    assert not [
-        process.pid
-        for process in psutil.process_iter(["cmdline", "status"])
-        if "rewards.worker" in (process.info["cmdline"] or [])
-        and process.info["status"] != psutil.STATUS_ZOMBIE
-        and str(process.ppid()) in marks
-    ]
 
 
 def _alive(pid: int) -> bool:

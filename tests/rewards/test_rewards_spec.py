@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import rewards
 from rewards import RewardError, RewardSet, Sample, build
 from rewards.spec import Measurement, NamedReward
 
@@ -106,3 +110,24 @@ def test_a_forged_value_outside_the_bounds_is_refused() -> None:
     rewards = build({"m": {"_target_": "rewards.math_verify.MathVerify"}})
     total, reason = rewards.total(Measurement({"m": 1e9}, {}, None))
     assert total is None and reason is not None and "outside its bounds" in reason
+
+
+def test_the_package_stands_alone_and_is_light() -> None:
+    """Neither torch nor rlkit, and the verifier libraries only in the workers."""
+    code = """
+import importlib, pkgutil, sys, rewards
+for module in pkgutil.iter_modules(rewards.__path__):
+    importlib.import_module(f"rewards.{module.name}")
+heavy = {"torch", "rlkit", "sympy", "math_verify", "reasoning_gym", "numpy"}
+print(*(heavy & set(sys.modules)))
+"""
+    root = Path(rewards.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == []
