@@ -106,8 +106,7 @@ def rollback(
     for ordinal, parts in by_ordinal.items():
         survives = all(
             x.state == GroupState.SCORED
-            and x.newest_version in steps
-            and x.newest_version <= watermark.version
+            and x.newest_version in steps  # then so are all between: the newest dies first
             and x.oldest_version in steps
             and ordinal < bound(steps[x.oldest_version])
             for x in parts

@@ -11,7 +11,6 @@ import pytest
 from buffer_work import (
     START,
     Clock,
-    finish,
     open_at,
     prompt,
     request,
@@ -28,6 +27,7 @@ from rlkit.errors import BufferError
 from rlkit.types import Rollout
 
 TIMEOUT = 10.0
+sampling = st.sampled_from(("oldest", "newest", "mixed"))
 pick = st.randoms(use_true_random=False)
 
 
@@ -87,11 +87,14 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(share=st.floats(0.3, 1), samples=st.integers(1, 5))
     def request(self, share: float, samples: int) -> None:
         count = -int(-share * self.buffer.capacity() // 1)
+        self.request_groups(count, samples)
+
+    def request_groups(self, count: int, samples: int) -> None:
         request(self.buffer, count, samples)
         self.next_ordinal += count
 
     @rule()
-    def request_too_many(self) -> None:
+    def refuses_too_many(self) -> None:
         with pytest.raises(BufferError, match="staleness bound"):
             request(self.buffer, self.buffer.capacity() + 1)
 
@@ -128,13 +131,24 @@ class BufferMachine(RuleBasedStateMachine):
         self.ledger += sorted(self.taken)
         self.taken = []
 
+    @rule(steps=st.integers(1, 3), eager=st.booleans(), spans=sampling)
+    def train(self, steps: int, eager: bool, spans: str) -> None:
+        """Some whole steps: single rules alone seldom get far into a run."""
+        for _ in range(steps):
+            waiting = self.next_ordinal - len(self.ledger) - len(self.dropped)
+            needed = max(0, self.prompts - waiting)
+            self.request_groups(self.buffer.capacity() if eager else needed, 2)
+            self.work(spans)
+            self.take()
+            self.publish(0)
+
     @rule(random=pick)
     def drop(self, random) -> None:
         ended = {*self.ledger, *self.dropped}
         candidates = [k for k in range(self.next_ordinal) if k not in ended]
         if not candidates:
             return
-        ordinal = random.choice(self.taken or candidates)
+        ordinal = random.choice(random.choice([self.taken, []]) or candidates)
         self.buffer.drop([ordinal], "tired of it")
         self.dropped.add(ordinal)
         self.taken = [k for k in self.taken if k != ordinal]
@@ -171,6 +185,7 @@ class BufferMachine(RuleBasedStateMachine):
             # what the lost database knew of versions went with it: an id means one thing in one
             self.used = set(chosen.versions)
             self.zombies, self.leases, self.fenced, self.expired = [], {}, 0, 0
+            self.submitted.clear()  # lease ids begin anew
             self.checkpoints = [chosen]
             self.ledger_start = len(chosen.ledger)
             assert report.restored == report.requested_again == ()
@@ -209,16 +224,19 @@ class BufferMachine(RuleBasedStateMachine):
             self.submitted.discard(x.lease_id)
 
     @precondition(lambda self: self.leases)
-    @rule(random=pick, mixed=st.booleans())
-    def submit(self, random, mixed: bool) -> None:
+    @rule(random=pick, spans=sampling)
+    def submit(self, random, spans: str) -> None:
         lease = random.choice([*self.leases.values()])
-        allowed = [v for v in sorted(self.versions) if v >= lease.min_version]
-        versions = allowed if mixed else [lease.min_version]
-        work = rollouts(lease, versions)
         if lease.lease_id in self.submitted:
             with pytest.raises(BufferError, match="cannot be submitted"):
-                self.buffer.submit(lease, work)
-            return
+                self.buffer.submit(lease, rollouts(lease))
+        else:
+            self.sample(lease, spans)
+
+    def sample(self, lease: Lease, spans: str) -> None:
+        allowed = [v for v in sorted(self.versions) if v >= lease.min_version]
+        chosen = {"oldest": allowed[:1], "newest": allowed[-1:], "mixed": allowed}[spans]
+        work = rollouts(lease, chosen)
         self.buffer.submit(lease, work)
         self.submitted.add(lease.lease_id)
         self.stored |= {(r.ordinal, r.index): r for r in work}
@@ -230,19 +248,26 @@ class BufferMachine(RuleBasedStateMachine):
         self.buffer.score(lease, verdicts(lease))
         del self.leases[lease.lease_id]
 
-    @rule()
-    def work(self) -> None:
-        """A worker finishes everything it and the others have begun."""
+    @precondition(lambda self: self.leases)
+    @rule(random=pick, spans=sampling)
+    def finish_one(self, random, spans: str) -> None:
+        self.finish(self.leases[random.choice(sorted(self.leases))], spans)
+
+    @rule(spans=sampling)
+    def work(self, spans: str) -> None:
+        """A worker finishes everything it and the others have begun, and all that waits."""
         for lease in [*self.leases.values()]:
-            if lease.lease_id not in self.submitted:
-                work = rollouts(lease)
-                self.buffer.submit(lease, work)
-                self.stored |= {(r.ordinal, r.index): r for r in work}
-            self.buffer.score(lease, verdicts(lease))
-            del self.leases[lease.lease_id]
+            self.finish(lease, spans)
         while leases := self.buffer.lease("d", 64, TIMEOUT):
-            finish(self.buffer, leases)
-            self.stored |= {(r.ordinal, r.index): r for x in leases for r in rollouts(x)}
+            for lease in leases:
+                self.leases[lease.lease_id] = lease
+                self.finish(lease, spans)
+
+    def finish(self, lease: Lease, spans: str) -> None:
+        if lease.lease_id not in self.submitted:
+            self.sample(lease, spans)
+        self.buffer.score(lease, verdicts(lease))
+        del self.leases[lease.lease_id]
 
     @precondition(lambda self: self.leases)
     @rule(random=pick)
@@ -305,13 +330,7 @@ class BufferMachine(RuleBasedStateMachine):
             self.clock.now += TIMEOUT
             self.expired += len(self.leases)
             self.leases.clear()
-            for _ in range(self.staleness + 2):
-                self.request(1.0, 2)
-                self.work()
-                self.take()
-                assert len(self.taken) == self.prompts
-                self.publish(0)
-                self.request(1.0, 2)
+            self.train(self.staleness + 2, True, "oldest")
             ended = set(self.ledger) | self.dropped
             assert set(range(max(self.ledger) + 1)) <= ended
             assert self.buffer.trained_ordinals() == self.ledger[self.ledger_start :]
