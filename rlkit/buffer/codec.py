@@ -9,6 +9,7 @@ bool, int of any size, float, str, bytes, list, tuple and dict, nested.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 from rlkit.errors import BufferError
 from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 
-_BIG_INT, _TUPLE = 1, 2
+_BIG_INT, _TUPLE, _DICT, _SURROGATES = 1, 2, 3, 4
+_LONE = re.compile("[\ud800-\udfff]")  # surrogates msgpack's strings cannot hold
 _NARROW = tuple(
     (np.dtype(x), int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8")
 )
@@ -48,7 +50,7 @@ class _Prompt(msgspec.Struct, array_like=True):
     text: bytes
     token_ids: _Array
     reference: bytes | None
-    metadata: dict[Any, Any]
+    metadata: Any
 
 
 class _Verdict(msgspec.Struct, array_like=True):
@@ -217,10 +219,15 @@ def _portable(value: Any, prompt_id: str) -> Any:
         value = value.item()
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgspec.msgpack.Ext(_BIG_INT, hex(value).encode())
+    if isinstance(value, str) and not value.isascii() and _LONE.search(value):
+        return msgspec.msgpack.Ext(_SURROGATES, _bytes(value))
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
     if isinstance(value, Mapping):
-        return {_portable(k, prompt_id): _portable(v, prompt_id) for k, v in value.items()}
+        pairs = [(_portable(k, prompt_id), _portable(v, prompt_id)) for k, v in value.items()]
+        if all(type(k) is str for k, _ in pairs):
+            return dict(pairs)
+        return msgspec.msgpack.Ext(_DICT, msgspec.msgpack.encode(pairs))
     if isinstance(value, tuple | list):
         items = [_portable(v, prompt_id) for v in value]
         if isinstance(value, list):
@@ -238,6 +245,10 @@ def _portable(value: Any, prompt_id: str) -> Any:
 def _extension(code: int, data: memoryview) -> Any:
     if code == _BIG_INT:
         return int(bytes(data), 16)
+    if code == _SURROGATES:
+        return _string(bytes(data))
     if code == _TUPLE:
         return tuple(msgspec.msgpack.decode(data, ext_hook=_extension))
+    if code == _DICT:
+        return dict(msgspec.msgpack.decode(data, ext_hook=_extension))
     raise BufferError("unknown extension in stored metadata", key="code", value=code)
