@@ -71,6 +71,7 @@ def rollback(
 ) -> RollbackReport:
     """See VersionedBuffer.rollback."""
     _check(connection, watermark)
+    _check_ledger(connection, watermark)
     dead = _move_versions(connection, watermark, now)
     position = connection.execute(select(meta)).one()
     prompts_per_step, window = position.prompts_per_step, position.max_staleness + 1
@@ -106,8 +107,7 @@ def rollback(
     for ordinal, parts in by_ordinal.items():
         survives = all(
             x.state == GroupState.SCORED
-            and x.newest_version in steps  # then so are all between: the newest dies first
-            and x.oldest_version in steps
+            and x.newest_version in steps  # then so are its older ones: the newest dies first
             and ordinal < bound(steps[x.oldest_version])
             for x in parts
         )
@@ -222,4 +222,22 @@ def _check(connection: Connection, watermark: Watermark) -> None:
             value=watermark.step,
             expected=f"{known.step}, the step of version {watermark.version}",
             fix="resume from a checkpoint of this run",
+        )
+
+
+def _check_ledger(connection: Connection, watermark: Watermark) -> None:
+    """What the checkpoint covers cannot have been trained on after it."""
+    trained = groups.c.state == GroupState.TRAINED
+    later = groups.c.trained_step >= watermark.step
+    query = select(groups.c.ordinal).where(
+        trained, later, groups.c.ordinal < watermark.next_ordinal
+    )
+    ordinal = connection.execute(query.limit(1)).scalar()
+    if ordinal is not None:
+        raise BufferError(
+            "this checkpoint is of an abandoned lineage, written before an earlier rollback",
+            key="watermark",
+            value=watermark,
+            expected=f"group {ordinal} not trained on after it",
+            fix="resume from the checkpoint the run last went on from, or a newer one",
         )

@@ -169,16 +169,15 @@ class BufferMachine(RuleBasedStateMachine):
     def crash(self, back: int, lose_buffer: int) -> None:
         """The process dies; the run resumes from its newest checkpoint, or the one before."""
         self.buffer.close()
-        chosen = self.checkpoints[-min(back, len(self.checkpoints))]
+        kept = len(self.checkpoints) - min(back, len(self.checkpoints)) + 1
+        self.checkpoints = self.checkpoints[:kept]  # those after it are of a dead lineage
+        chosen = self.checkpoints[-1]
         lost = lose_buffer == 0
         if lost:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
         self.reopen()
         report = self.buffer.rollback(chosen.watermark)
-        self.checkpoints = [
-            x for x in self.checkpoints if x.watermark.step <= chosen.watermark.step
-        ]
         first = chosen.watermark.next_ordinal
         dead = set(self.versions) - set(chosen.versions)
         if lost:

@@ -257,6 +257,19 @@ def test_keep_payloads(tmp_path: Path, clock: Clock) -> None:
     buffer.close()
 
 
+def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: SqlBuffer) -> None:
+    """It drops group 0, which the surviving lineage has trained on since; the version is the same."""
+    fill(buffer)
+    buffer.drop([0], "no signal")
+    abandoned = buffer.watermark()
+    assert abandoned == Watermark(step=0, version=0, next_ordinal=1, refused=1)
+    buffer.rollback(START)
+    train(buffer)
+    with pytest.raises(BufferError, match="abandoned lineage"):
+        buffer.rollback(abandoned)
+    assert buffer.trained_ordinals() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
