@@ -91,6 +91,8 @@ class BufferMachine(RuleBasedStateMachine):
 
     def request_groups(self, count: int, samples: int) -> None:
         request(self.buffer, count, samples)
+        # an ordinal that a rollback removed may come back with fewer samples
+        self.stored = {k: r for k, r in self.stored.items() if k[0] < self.next_ordinal}
         self.next_ordinal += count
 
     @rule()
