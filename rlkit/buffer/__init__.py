@@ -1,4 +1,4 @@
-"""The versioned buffer between rollout workers and the learner: see protocol.py and docs/buffer.md."""
+"""The versioned buffer between rollout workers and learner: protocol.py, docs/buffer.md."""
 
 from __future__ import annotations
 

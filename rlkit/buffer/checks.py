@@ -60,7 +60,7 @@ def sampled_under(lease: Lease, spanned: Collection[int], live: Collection[int])
     bad = sorted(v for v in spanned if v not in live or v < lease.min_version)
     if bad:
         raise BufferError(
-            f"group {lease.ordinal}[{lease.start}:{lease.stop}] was sampled under the wrong weights",
+            f"group {lease.ordinal}[{lease.start}:{lease.stop}] was sampled under wrong weights",
             key="versions",
             value=bad,
             expected=f"published, surviving versions from {lease.min_version} on",

@@ -54,7 +54,7 @@ class PromptView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferView:
-    """A snapshot of a buffer. lags: trained groups by steps between their oldest token and training."""
+    """A snapshot of a buffer. lags: trained groups by steps from their oldest token to training."""
 
     path: Path
     step: int

@@ -36,7 +36,7 @@ class PayloadRef:
 
 
 class PayloadStore(Protocol):
-    """What the buffer needs of a store: segment files here, rows of a server's database elsewhere."""
+    """What the buffer needs of a store: segment files here; rows of a database could be another."""
 
     def append(self, record: bytes) -> PayloadRef:
         """Store a record. Called under the database's write lock."""
@@ -69,7 +69,7 @@ class SegmentFiles:
         folder.mkdir(parents=True, exist_ok=True)
 
     def append(self, record: bytes) -> PayloadRef:
-        """See PayloadStore. A full disk raises BufferError; the torn bytes are never referred to."""
+        """See PayloadStore. A full disk raises BufferError; no row refers to the torn bytes."""
         with self._lock:
             descriptor = self._writable()
             offset = os.lseek(descriptor, 0, os.SEEK_END)

@@ -9,16 +9,17 @@ Terms
                  lineages included, so that an id never means two things. Version 0 is the start.
     step         number of publishes in the surviving lineage: version 0 is step 0.
     admission    ordinal k may be requested only while k < (step + S + 1) * P + refused, with
-                 S = max_staleness, P = prompts_per_step, refused = groups dropped so far. Groups are
-                 taken in ordinal order, so k is trained at step <= admission step + S.
+                 S = max_staleness, P = prompts_per_step, refused = groups dropped so far. Groups
+                 are taken in ordinal order, so k is trained at step <= admission step + S.
     min_version  the version at admission. An engine acknowledges it before it samples for k.
                  Together: lag of every trained token <= S.
     fencing      every lease has an epoch; a slice accepts writes from its newest lease only.
     commit       a checkpoint is the only commit point; what was trained after it is undone by
                  `rollback` when the run resumes from it.
 
-The order a learner keeps: take P groups (drop some, take as many again) -> publish(version, those P)
--> hand the weights to the engines. A worker can submit tokens of published, surviving versions only.
+The order a learner keeps: take P groups (drop some, take as many again) -> publish(version, those
+P) -> hand the weights to the engines. A worker can submit tokens of published, surviving versions
+only.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class GroupRequest:
 class Lease:
     """The right to produce samples [start, stop) of one group until `deadline` (unix seconds).
 
-    Example: a group of 16 samples with slice size 8 is two leases, (ordinal 7, 0, 8) and (7, 8, 16).
+    Example: a group of 16 samples with slice size 8 is two leases, (7, 0, 8) and (7, 8, 16).
     """
 
     lease_id: int
@@ -59,7 +60,7 @@ class Lease:
 
 
 class FencedError(BufferError):
-    """A write under a lease that is not the newest one of its slice (expired, released, rolled back).
+    """A write under a lease that is not its slice's newest (expired, released, rolled back).
 
     `lost` holds those leases. What the same call wrote for its other leases is kept.
     """
@@ -121,7 +122,7 @@ class BufferStats:
 
 
 class VersionedBuffer(Protocol):
-    """See the module docstring. Every verb is one transaction; all raise `BufferError` on misuse."""
+    """See the module docstring. Every verb is one transaction; misuse raises `BufferError`."""
 
     def capacity(self) -> int:
         """How many further ordinals may be requested now (>= 0)."""
@@ -132,27 +133,27 @@ class VersionedBuffer(Protocol):
     def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
         """Lease slices of the lowest ordinals, at most `max_samples` samples in all; [] if none.
 
-        A slice is never larger than `slice_samples` of the buffer, and one larger than `max_samples`
-        is split. Expired leases are reclaimed first.
+        A slice is never larger than `slice_samples` of the buffer, and one larger than
+        `max_samples` is split. Expired leases are reclaimed first.
         """
 
     def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
-        """Heartbeat: extend the deadline; a lost lease raises FencedError (the others are extended)."""
+        """Extend the deadlines; a lost lease raises FencedError, the others are extended."""
 
     def submit(self, lease: Lease, rollouts: Sequence[Rollout]) -> None:
         """Store a slice's rollouts (GENERATED). FencedError if the lease is not the newest."""
 
     def submit_many(self, work: Sequence[tuple[Lease, Sequence[Rollout]]]) -> None:
-        """`submit` of several slices in one transaction; lost leases raise after the rest is stored."""
+        """`submit` of several slices at once; lost leases raise after the rest is stored."""
 
     def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
         """Store a slice's verdicts, in order of sample index; the group is SCORED once all are."""
 
     def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
-        """`score` of several slices in one transaction; lost leases raise after the rest is stored."""
+        """`score` of several slices at once; lost leases raise after the rest is stored."""
 
     def release(self, leases: Sequence[Lease]) -> None:
-        """Give leases back unfinished; their slices are REQUESTED again. Lost leases are passed over."""
+        """Give leases back: unfinished slices are REQUESTED again, lost leases passed over."""
 
     def take(self, count: int) -> list[Group] | None:
         """The `count` lowest open ordinals as TAKEN, or None while any of them is not SCORED."""

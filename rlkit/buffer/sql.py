@@ -1,4 +1,4 @@
-"""The versioned buffer on a SQL database: the verbs of protocol.VersionedBuffer, a transaction each.
+"""The versioned buffer on a SQL database: the verbs of VersionedBuffer, a transaction each.
 
 What a verb does is in admission.py (request, take, drop, publish), leases.py (lease to score) and
 recovery.py (watermark, commit, rollback); here is what happens around the transaction.

@@ -67,7 +67,9 @@ def test_rollback_undoes_training_after_the_checkpoint(tmp_path: Path, clock: Cl
         buffer.submit(lease, rollouts(lease, [2]))  # an engine still on the dead version
     again = train(buffer)
     pairs = [
-        (x, y) for g, h in zip(lost, again, strict=True) for x, y in zip(g.rollouts, h.rollouts)
+        (x, y)
+        for g, h in zip(lost, again, strict=True)
+        for x, y in zip(g.rollouts, h.rollouts, strict=True)
     ]
     assert len(pairs) == 4 and all(same(x, y) for x, y in pairs)
     assert buffer.watermark() == Watermark(step=2, version=3, next_ordinal=4, refused=0)
@@ -258,7 +260,7 @@ def test_keep_payloads(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: SqlBuffer) -> None:
-    """It drops group 0, which the surviving lineage has trained on since; the version is the same."""
+    """It drops group 0, which the surviving lineage has trained on since, at the same version."""
     fill(buffer)
     buffer.drop([0], "no signal")
     abandoned = buffer.watermark()

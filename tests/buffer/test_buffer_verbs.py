@@ -366,6 +366,8 @@ def test_batches_equal_single_calls(tmp_path: Path) -> None:
     one, other = taken
     assert all(a.verdicts == b.verdicts for a, b in zip(one, other, strict=True))
     pairs = [
-        (x, y) for a, b in zip(one, other, strict=True) for x, y in zip(a.rollouts, b.rollouts)
+        (x, y)
+        for a, b in zip(one, other, strict=True)
+        for x, y in zip(a.rollouts, b.rollouts, strict=True)
     ]
     assert len(pairs) == 16 and all(same(x, y) for x, y in pairs)
