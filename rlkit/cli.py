@@ -89,7 +89,8 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "buffer":
         from rlkit.buffer.inspect import main as inspect
 
-        return int(inspect(options.run) or 0)
+        inspect(options.run)
+        return 0
     return _run_recipe(command, options, [*options.overrides, *rest])
 
 

@@ -27,7 +27,7 @@ def position(connection: Connection) -> Any:
 
 
 def capacity(now: Any) -> int:
-    """Ordinals that may still be requested at position `now`, up to (step + S + 1) * P + refused."""
+    """Ordinals that may be requested at position `now`, up to (step + S + 1) * P + refused."""
     bound = (now.step + now.max_staleness + 1) * now.prompts_per_step + now.refused
     return int(max(0, bound - now.next_ordinal))
 

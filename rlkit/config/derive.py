@@ -285,8 +285,10 @@ def _check_rewards(config: Config) -> Iterator[ConfigError]:
         key = f"reward.rewards.{name}"
         weight = component.get("weight", 1.0)
         weights.append(weight)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or (
-            not math.isfinite(weight)
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or (not math.isfinite(weight))
         ):
             yield ConfigError(
                 "not a weight", key=f"{key}.weight", value=weight, expected="a finite number"
@@ -305,8 +307,12 @@ def _construct_reward(component: dict[str, Any], key: str) -> None:
     """Check a reward, and call its constructor if it is a class: that checks its settings' values."""
     target = import_target(component.get(TARGET), key) if TARGET in component else None
     if inspect.isfunction(target):
-        validate(component, key, supplied=[next(iter(inspect.signature(target).parameters), "")],
-                 ignored=("weight",))
+        validate(
+            component,
+            key,
+            supplied=[next(iter(inspect.signature(target).parameters), "")],
+            ignored=("weight",),
+        )
         return
     build({name: value for name, value in component.items() if name != "weight"}, key=key)
 
@@ -338,8 +344,9 @@ def _check_algorithm(config: Config) -> Iterator[ConfigError]:
             fix="max_staleness=0, or old_policy=rollout",
         )
     if config.prompts_per_step % config.learner.updates_per_step:
-        divisors = [n for n in range(1, config.prompts_per_step + 1)
-                    if config.prompts_per_step % n == 0]
+        divisors = [
+            n for n in range(1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0
+        ]
         yield ConfigError(
             "a step's groups cannot be split evenly between its updates",
             key="learner.updates_per_step",
@@ -467,35 +474,63 @@ def batch_table(config: Config) -> list[Row]:
         evaluations = int(config.evaluation.at_start) + between + 1
     table = [
         Row("sequences per step", sequences, "prompts_per_step * samples_per_prompt"),
-        Row("sampled tokens per step, at most",
+        Row(
+            "sampled tokens per step, at most",
             sequences * config.rollout.max_completion_tokens,
-            "sequences * rollout.max_completion_tokens"),
-        Row("trained tokens per step, at most", sequences * longest,
-            "sequences * (data.train.max_prompt_tokens + rollout.max_completion_tokens)"),
+            "sequences * rollout.max_completion_tokens",
+        ),
+        Row(
+            "trained tokens per step, at most",
+            sequences * longest,
+            "sequences * (data.train.max_prompt_tokens + rollout.max_completion_tokens)",
+        ),
         Row("sequences per update", per_update, "sequences / learner.updates_per_step"),
-        Row("sequences per micro-batch, at full length", rows_at_once,
-            "learner.max_tokens_per_microbatch / longest sequence"),
-        Row("micro-batches per step, at most", updates * -(-per_update // rows_at_once),
-            "all sequences at full length, one device"),
+        Row(
+            "sequences per micro-batch, at full length",
+            rows_at_once,
+            "learner.max_tokens_per_microbatch / longest sequence",
+        ),
+        Row(
+            "micro-batches per step, at most",
+            updates * -(-per_update // rows_at_once),
+            "all sequences at full length, one device",
+        ),
         Row("optimiser steps", config.steps * updates, "steps * learner.updates_per_step"),
         Row("prompts of the run", config.steps * groups, "steps * prompts_per_step"),
         Row("completions of the run", config.steps * sequences, "steps * sequences"),
-        Row("groups in flight, at most", (config.max_staleness + 1) * groups,
-            "(max_staleness + 1) * prompts_per_step"),
-        Row("age of a trained token, at most", config.max_staleness,
-            "max_staleness, in policy versions"),
-        Row("leases per step, at least", -(-sequences // config.rollout.slice_samples),
-            "sequences / rollout.slice_samples"),
-        Row("seconds of verifying per step, at most",
+        Row(
+            "groups in flight, at most",
+            (config.max_staleness + 1) * groups,
+            "(max_staleness + 1) * prompts_per_step",
+        ),
+        Row(
+            "age of a trained token, at most",
+            config.max_staleness,
+            "max_staleness, in policy versions",
+        ),
+        Row(
+            "leases per step, at least",
+            -(-sequences // config.rollout.slice_samples),
+            "sequences / rollout.slice_samples",
+        ),
+        Row(
+            "seconds of verifying per step, at most",
             math.ceil(-(-sequences // config.reward.workers) * config.reward.timeout_s),
-            "every sample timing out: sequences / reward.workers * reward.timeout_s"),
-        Row("checkpoints written, at least", -(-config.steps // config.checkpoint.every_steps),
-            "steps / checkpoint.every_steps, and one at the end"),
+            "every sample timing out: sequences / reward.workers * reward.timeout_s",
+        ),
+        Row(
+            "checkpoints written, at least",
+            -(-config.steps // config.checkpoint.every_steps),
+            "steps / checkpoint.every_steps, and one at the end",
+        ),
         Row("evaluations", evaluations, f"of {len(config.data.eval)} held-out sets"),
     ]
     if config.sft is not None:
         table.append(
-            Row("warm-start sequences", config.sft.steps * config.sft.batch_size,
-                "sft.steps * sft.batch_size")
+            Row(
+                "warm-start sequences",
+                config.sft.steps * config.sft.batch_size,
+                "sft.steps * sft.batch_size",
+            )
         )
     return table

@@ -135,7 +135,9 @@ class Library:
         if content is None:
             return
         if not isinstance(content, dict):
-            raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of keys")
+            raise ConfigError(
+                f"{path} holds a {type(content).__name__}, expected a mapping of keys"
+            )
         entries = content.get("defaults", [])
         if not isinstance(entries, list):
             raise ConfigError(f"'defaults' in {path} must be a list of '- group: option'")

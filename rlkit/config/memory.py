@@ -68,10 +68,16 @@ def estimate(config: Config) -> list[Part]:
         Part("gradients", shape.parameters * weight_bytes, "as the weights"),
         Part("AdamW moments", 2 * shape.parameters * weight_bytes, "two, as the weights"),
         Part("activations of a micro-batch", tokens * saved * compute_bytes, f"{tokens:,} tokens"),
-        Part("log-prob chunk", 2 * chunk * shape.vocabulary * 4,
-             f"logits and their gradient, {chunk:,} tokens x {shape.vocabulary:,} words, float32"),
-        Part("key-value cache of the embedded engine", cache * weight_bytes,
-             f"{engine_rows:,} sequences of {longest:,} tokens"),
+        Part(
+            "log-prob chunk",
+            2 * chunk * shape.vocabulary * 4,
+            f"logits and their gradient, {chunk:,} tokens x {shape.vocabulary:,} words, float32",
+        ),
+        Part(
+            "key-value cache of the embedded engine",
+            cache * weight_bytes,
+            f"{engine_rows:,} sequences of {longest:,} tokens",
+        ),
     ]
     if _autocast(config) and weight_bytes == 4:
         parts.append(Part("bfloat16 copy of the weights", 2 * shape.parameters, "autocast's cache"))
@@ -118,7 +124,8 @@ def _architecture(model: ModelConfig) -> PreTrainedConfig:
     try:
         if model.architecture is None:
             assert name is not None
-            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+            found: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            return found
         settings: dict[str, Any] = dict(model.architecture)
         if model.alphabet is not None:
             settings["vocab_size"] = len(model.alphabet) + SPECIAL_TOKENS

@@ -76,9 +76,7 @@ def summarise(
     counts with the rest in avg@k, but only whole prompts count in pass@j and maj@k, whose value
     depends on the number of samples. "Correct" is a score of at least `correct_at`.
     """
-    ks = sorted(
-        {2**j for j in range(samples.bit_length()) if 2**j <= samples} | {samples}
-    )
+    ks = sorted({2**j for j in range(samples.bit_length()) if 2**j <= samples} | {samples})
     values: dict[str, list[float]] = {f"avg@{samples}": []}
     values |= {f"pass@{k}": [] for k in ks} | {f"maj@{samples}": []}
     for verdicts in verdicts_by_prompt:

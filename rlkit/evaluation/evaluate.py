@@ -33,9 +33,7 @@ class Evaluation:
             out[f"eval/{self.name}/{key}_se"] = value.standard_error
         flat = [r for row in self.rollouts for r in row]
         unscored = [v.score is None for row in self.verdicts for v in row]
-        out[f"eval/{self.name}/length/mean"] = float(
-            np.mean([len(r.token_ids) for r in flat])
-        )
+        out[f"eval/{self.name}/length/mean"] = float(np.mean([len(r.token_ids) for r in flat]))
         out[f"eval/{self.name}/truncated_frac"] = float(
             np.mean([r.finish_reason == "length" for r in flat])
         )
@@ -75,9 +73,7 @@ async def evaluate(
             verdicts.append(scored[i * k : (i + 1) * k])
     return Evaluation(
         name=name,
-        estimates=summarise(
-            verdicts, samples=k, correct_at=config.correct_at, part=config.part
-        ),
+        estimates=summarise(verdicts, samples=k, correct_at=config.correct_at, part=config.part),
         prompts=tuple(prompts),
         rollouts=tuple(tuple(r) for r in rollouts),
         verdicts=tuple(tuple(v) for v in verdicts),

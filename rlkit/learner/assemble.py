@@ -59,9 +59,7 @@ def assemble(
             positions.append((group.ordinal, rollout.index))
             scores.append(verdict.score)
             for name, value in verdict.parts.items():
-                parts.setdefault(name, []).append(
-                    float("nan") if value is None else value
-                )
+                parts.setdefault(name, []).append(float("nan") if value is None else value)
     inputs = AdvantageInputs(
         scores=torch.tensor(scores, dtype=torch.float64),
         group=torch.tensor(group_index, dtype=torch.int64),
@@ -82,8 +80,7 @@ def assemble(
         )
     batch = StepBatch(
         sequences=tuple(
-            replace(s, advantage=float(a))
-            for s, a in zip(sequences, advantages, strict=True)
+            replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)
         ),
         group=tuple(group_index),
         positions=tuple(positions),
@@ -102,9 +99,7 @@ def _metrics(
     rollouts = [r for g in groups for r in g.rollouts]
     scores = inputs.scores
     constant = constant_groups(scores, inputs.group, len(groups))
-    first = torch.zeros(len(groups), dtype=scores.dtype).scatter_(
-        0, inputs.group, scores
-    )
+    first = torch.zeros(len(groups), dtype=scores.dtype).scatter_(0, inputs.group, scores)
     lengths = np.array([len(r.token_ids) for r in rollouts])
     lags = version - np.concatenate([r.versions() for r in rollouts])
     sizes = np.array([len(g.rollouts) for g in groups])
@@ -112,9 +107,7 @@ def _metrics(
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
         "reward/unscored_frac": float(np.mean([v.score is None for v in verdicts])),
-        "reward/timeout_frac": float(
-            np.mean([v.reason == "timeout" for v in verdicts])
-        ),
+        "reward/timeout_frac": float(np.mean([v.reason == "timeout" for v in verdicts])),
         "group/dead_frac": float(constant.double().mean()),
         "group/all_correct_frac": float((constant & (first > 0)).double().mean()),
         "group/all_wrong_frac": float((constant & (first <= 0)).double().mean()),
@@ -131,9 +124,7 @@ def _metrics(
         ),
         "off_policy/lag/mean": float(lags.mean()),
         "off_policy/lag/max": float(lags.max()),
-        "off_policy/versions_per_rollout": float(
-            np.mean([len(r.version_spans) for r in rollouts])
-        ),
+        "off_policy/versions_per_rollout": float(np.mean([len(r.version_spans) for r in rollouts])),
     }
     for name, values in inputs.parts.items():
         metrics[f"reward/{name}/mean"] = float(values.nanmean())

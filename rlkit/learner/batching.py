@@ -56,9 +56,7 @@ class MicroBatch:
     head_positions: Tensor  # [n]
     targets: Tensor  # [n]
     sequence: Tensor  # [n]
-    counted: bool = (
-        True  # False: filler for a rank with no work left; its loss is multiplied by 0
-    )
+    counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
@@ -93,9 +91,7 @@ def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]
     return plan
 
 
-def share_of_rank(
-    plan: list[list[int]], rank: int, world: int
-) -> list[tuple[list[int], bool]]:
+def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[list[int], bool]]:
     """This rank's micro-batches and whether they count; every rank gets the same number of them.
 
     Collectives hang when ranks run different numbers of backward passes, so the shortest micro-batch
@@ -119,9 +115,7 @@ def collate(
     input_ids = np.zeros((len(chosen), width), dtype=np.int64)
     positions, targets, owner = [], [], []
     for row, s in enumerate(chosen):
-        input_ids[row, : s.total_tokens] = np.concatenate(
-            [s.prompt_token_ids, s.token_ids]
-        )
+        input_ids[row, : s.total_tokens] = np.concatenate([s.prompt_token_ids, s.token_ids])
         at = np.flatnonzero(s.loss_mask)
         # The hidden state one before a token predicts it.
         positions.append(row * width + len(s.prompt_token_ids) - 1 + at)
@@ -144,9 +138,7 @@ def split_updates(group: Sequence[int], updates: int) -> list[list[int]]:
     `group` gives each sequence's group, ascending. Fewer groups than updates: fewer lists.
     """
     ids = sorted(set(group))
-    parts = [
-        part.tolist() for part in np.array_split(np.array(ids), updates) if len(part)
-    ]
+    parts = [part.tolist() for part in np.array_split(np.array(ids), updates) if len(part)]
     member = {g: number for number, part in enumerate(parts) for g in part}
     out: list[list[int]] = [[] for _ in parts]
     for index, g in enumerate(group):

@@ -82,9 +82,7 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Inverse of `optimizer_tensors`; raises CheckpointError if it belongs to another model."""
-    by_name = {
-        names[id(p)]: p for group in optimizer.param_groups for p in group["params"]
-    }
+    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     unknown = {key.split("/", 1)[1] for key in tensors} ^ set(by_name)
     if tensors and unknown:
         raise CheckpointError(
@@ -125,9 +123,7 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
     """Set torch's, Python's and numpy's global generators (sampling itself is keyed, not drawn)."""
     torch.set_rng_state(rng["tensors"]["cpu"])
     if torch.cuda.is_available():
-        states = [
-            t for name, t in sorted(rng["tensors"].items()) if name.startswith("cuda")
-        ]
+        states = [t for name, t in sorted(rng["tensors"].items()) if name.startswith("cuda")]
         torch.cuda.set_rng_state_all(states)
     version, internal, gauss = rng["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -75,10 +75,7 @@ class Trainer:
                 self.check_stop()
                 metrics = await self.train_step()
                 self.step += 1
-                if (
-                    self.step % config.checkpoint.every_steps == 0
-                    or self.step == config.steps
-                ):
+                if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
                     metrics["time/checkpoint"] = self.save()
                 self.telemetry.log(self.step, metrics)
                 every = config.evaluation.every_steps
@@ -110,9 +107,7 @@ class Trainer:
         if config.telemetry.save_rollouts:
             advantages = {
                 position: sequence.advantage
-                for position, sequence in zip(
-                    batch.positions, batch.sequences, strict=True
-                )
+                for position, sequence in zip(batch.positions, batch.sequences, strict=True)
             }
             step = self.step + 1
             path = self.folder.path / "rollouts" / f"step_{step}.parquet"
@@ -135,11 +130,7 @@ class Trainer:
         }
         if config.learner.updates_per_step == 1 and config.max_staleness == 0:
             # On-policy the ratio is 1: clipping cannot trigger, its share would say nothing.
-            metrics = {
-                k: v
-                for k, v in metrics.items()
-                if not k.startswith("policy/clip_frac/")
-            }
+            metrics = {k: v for k, v in metrics.items() if not k.startswith("policy/clip_frac/")}
         return metrics
 
     async def collect(self, clock: dict[str, float]) -> tuple[list[Group], int]:

@@ -11,9 +11,7 @@ from torch import nn
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def learning_rate_factor(
-    step: int, *, schedule: str, warmup_steps: int, total_steps: int
-) -> float:
+def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
     """Share of the peak learning rate at optimiser step `step` (0-based).
 
     Warm-up rises linearly to 1 over `warmup_steps`; then constant, or linear or half-cosine down to 0

@@ -29,9 +29,7 @@ class Policy(nn.Module):
     The whole computation is in `forward`, so that DDP and FSDP wrappers see it.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, temperature: float, chunk_tokens: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
         for name, neutral in LOGIT_TRANSFORMS.items():
             value = getattr(model.config, name, neutral)

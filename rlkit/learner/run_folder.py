@@ -125,11 +125,7 @@ def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -
     ]
     if changed:
         key = changed[0]
-        more = (
-            f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})"
-            if changed[1:]
-            else ""
-        )
+        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if changed[1:] else ""
         raise ConfigError(
             f"{path} holds a run with {key} = {before.get(key)!r}{more}",
             key=key,

@@ -80,22 +80,16 @@ def open_pool(config: RewardConfig) -> VerifierPool:
             sandbox=config.sandbox,
         )
     except RewardError as error:
-        raise ConfigError(
-            str(error), key="reward", value=list(config.rewards)
-        ) from error
+        raise ConfigError(str(error), key="reward", value=list(config.rewards)) from error
 
 
 def load_prompt_sets(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PromptSet, dict[str, PromptSet]]:
     """Training prompts and the held-out sets; errors before anything is trained."""
-    train = load_prompts(
-        config.data.train, tokenizer, "data.train", needs_reference(config)
-    )
+    train = load_prompts(config.data.train, tokenizer, "data.train", needs_reference(config))
     held_out = {
-        name: load_prompts(
-            dataset, tokenizer, f"data.eval.{name}", needs_reference(config)
-        )
+        name: load_prompts(dataset, tokenizer, f"data.eval.{name}", needs_reference(config))
         for name, dataset in config.data.eval.items()
     }
     return train, held_out
@@ -127,17 +121,13 @@ def sampling_params(
     )
 
 
-async def preflight(
-    pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8
-) -> None:
+async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
     """Score the reference answers of the first prompts: a reward that cannot judge is found here.
 
     Raises ConfigError if a reward gives NaN for any of them, or no score for all of them.
     """
     probes = prompts[:count]
-    verdicts = await score_rollouts(
-        pool, probes, [reference_rollout(p) for p in probes]
-    )
+    verdicts = await score_rollouts(pool, probes, [reference_rollout(p) for p in probes])
     reasons = [v.reason or "no reason given" for v in verdicts if v.score is None]
     not_a_number = [r for r in reasons if "nan" in r.lower()]
     if not_a_number or len(reasons) == len(probes):
@@ -153,7 +143,5 @@ async def preflight(
 
 def message_of(left_out: Mapping[str, int], name: str, kept: int) -> str:
     """One line about the rows of a data set that were left out."""
-    lost = (
-        ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    )
+    lost = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     return f"{name}: {kept} prompts; left out: {lost}"

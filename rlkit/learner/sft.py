@@ -61,7 +61,7 @@ def cache_key(config: Config) -> str:
     sft = dataclasses.asdict(config.sft)
     for name in ("cache_dir", "checkpoint_every_steps"):
         del sft[name]
-    inputs = {"model": dataclasses.asdict(config.model), "sft": sft}
+    inputs: dict[str, Any] = {"model": dataclasses.asdict(config.model), "sft": sft}
     if config.sft.data.path is not None:
         inputs["data"] = checkpoints.checksum(Path(config.sft.data.path))
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
@@ -96,9 +96,7 @@ def ensure_warm_start(
                           expected="an sft section")  # fmt: skip
     folder = Path(sft.cache_dir) / f"sft-{cache_key(config)}"
     final = folder / "checkpoints" / f"step_{sft.steps}"
-    guard = (
-        _exclusive(folder, check_stop) if accelerator.is_main_process else _nothing()
-    )
+    guard = _exclusive(folder, check_stop) if accelerator.is_main_process else _nothing()
     with guard:
         accelerator.wait_for_everyone()
         if final.exists():
@@ -128,9 +126,7 @@ def _train(
     if accelerator.is_main_process:
         print(message_of(examples.left_out, "sft.data", len(examples)))
     learner = Learner(
-        Policy(
-            model, temperature=1.0, chunk_tokens=config.learner.logprob_chunk_tokens
-        ),
+        Policy(model, temperature=1.0, chunk_tokens=config.learner.logprob_chunk_tokens),
         None,
         Objective(
             loss=NegativeLogLikelihood(),
@@ -164,9 +160,7 @@ def _train(
     with _telemetry(config, sft, resolved, folder, accelerator, done) as telemetry:
         step = done
         try:
-            for indices in batches(
-                examples.lengths(), sft.batch_size, sft.steps, sft.seed, done
-            ):
+            for indices in batches(examples.lengths(), sft.batch_size, sft.steps, sft.seed, done):
                 metrics = learner.step(_batch(sequences, indices), check_stop)
                 step += 1
                 if telemetry is not None:

@@ -43,17 +43,13 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        os.write(
-            sys.stderr.fileno(), f"\n{name}: stopping at the next safe point\n".encode()
-        )
+        os.write(sys.stderr.fileno(), f"\n{name}: stopping at the next safe point\n".encode())
 
     def check(self) -> None:
         """Raise Interrupted if a signal has arrived."""
         if self.received is not None:
             name = signal.Signals(self.received).name
-            raise Interrupted(
-                f"stopped by {name}; the same command goes on from the checkpoint"
-            )
+            raise Interrupted(f"stopped by {name}; the same command goes on from the checkpoint")
 
     @property
     def exit_code(self) -> int:

@@ -78,26 +78,18 @@ def _lead(
         with open_pool(config.reward) as pool:
             start = _start_model(config, resolved, accelerator, check_stop)
             source = start if previous is None else model_at(start, previous.path)
-            tokenizer, model, learner = _load_learner(
-                config, accelerator, source, start
-            )
+            tokenizer, model, learner = _load_learner(config, accelerator, source, start)
             train, held_out = load_prompt_sets(config, tokenizer)
             for name, prompts in {"data.train": train, **held_out}.items():
                 print(message_of(prompts.left_out, name, len(prompts)))
                 if name != "data.train" and (shared := train.shared_with(prompts)):
-                    print(
-                        f"{name}: {shared} prompts are among the training prompts as well"
-                    )
+                    print(f"{name}: {shared} prompts are among the training prompts as well")
             with contextlib.ExitStack() as stack:
                 if accelerator.num_processes > 1:
                     stack.callback(broadcast_object_list, [None], from_process=0)
-                buffer = stack.enter_context(
-                    contextlib.closing(_open_buffer(config, folder))
-                )
+                buffer = stack.enter_context(contextlib.closing(_open_buffer(config, folder)))
                 step = 0 if previous is None else previous.state.step
-                buffer.rollback(
-                    previous.state.watermark or START if previous else START
-                )
+                buffer.rollback(previous.state.watermark or START if previous else START)
                 telemetry = stack.enter_context(
                     Telemetry.open(
                         config.telemetry,
@@ -128,9 +120,7 @@ def _lead(
                     advantage=build_advantage(config),
                     budget=build(config.budget, key="budget"),
                     prompts=train,
-                    order=PromptOrder(
-                        len(train), config.seed, config.data.train.shuffle
-                    ),
+                    order=PromptOrder(len(train), config.seed, config.data.train.shuffle),
                     held_out=held_out,
                     buffer=buffer,
                     engine=engine,
@@ -178,9 +168,7 @@ def _restore(trainer: Trainer, previous: checkpoints.Checkpoint) -> None:
     print(f"resuming from {previous.path} (step {previous.state.step})")
 
 
-def _follow(
-    config: Config, resolved: Mapping[str, Any], accelerator: Accelerator
-) -> None:
+def _follow(config: Config, resolved: Mapping[str, Any], accelerator: Accelerator) -> None:
     start = _start_model(config, resolved, accelerator, lambda: None)
     previous = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints")
     source = start if previous is None else model_at(start, previous.path)
@@ -201,9 +189,7 @@ def _start_model(
     """Where the run's first weights are: the recipe's model, or its finished warm start."""
     if config.sft is None:
         return config.model
-    return model_at(
-        config.model, ensure_warm_start(config, resolved, accelerator, check_stop)
-    )
+    return model_at(config.model, ensure_warm_start(config, resolved, accelerator, check_stop))
 
 
 def _load_learner(

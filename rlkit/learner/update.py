@@ -75,13 +75,9 @@ class Meter:
             tops = [self.maxima[n] for n in peaks]
         else:
             device = accelerator.device
-            table = torch.tensor(
-                [self.sums[n] for n in names], dtype=torch.float64, device=device
-            )
+            table = torch.tensor([self.sums[n] for n in names], dtype=torch.float64, device=device)
             totals = accelerator.reduce(table, "sum").tolist()
-            top = torch.tensor(
-                [self.maxima[n] for n in peaks], dtype=torch.float64, device=device
-            )
+            top = torch.tensor([self.maxima[n] for n in peaks], dtype=torch.float64, device=device)
             tops = accelerator.gather(top[None]).amax(dim=0).tolist() if peaks else []
         means = {n: s / c for n, (s, c) in zip(names, totals, strict=True) if c}
         return means | dict(zip(peaks, tops, strict=True))
@@ -94,8 +90,7 @@ def token_tensor(
 ) -> Tensor:
     """Lay per-sequence values [T_i] end to end as [n], loss tokens only."""
     return torch.cat(
-        [values[i][torch.from_numpy(sequences[i].loss_mask)] for i in indices]
-        or [torch.empty(0)]
+        [values[i][torch.from_numpy(sequences[i].loss_mask)] for i in indices] or [torch.empty(0)]
     )
 
 
@@ -126,9 +121,7 @@ class Learner:
         )
         self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
 
-    def step(
-        self, batch: StepBatch, check_stop: Callable[[], None]
-    ) -> dict[str, float]:
+    def step(self, batch: StepBatch, check_stop: Callable[[], None]) -> dict[str, float]:
         """Train on a batch; returns metrics, equal on every rank.
 
         `check_stop` may raise only before the first optimiser update, so that weights are never
@@ -180,14 +173,8 @@ class Learner:
         for number, micro in enumerate(microbatches):
             check_stop()
             last = number == len(microbatches) - 1
-            with (
-                contextlib.nullcontext()
-                if last
-                else self.accelerator.no_sync(self.policy)
-            ):
-                loss = self._loss(
-                    sequences, micro, weights, old, behavior, meter, first=first
-                )
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+                loss = self._loss(sequences, micro, weights, old, behavior, meter, first=first)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def _loss(
@@ -204,9 +191,7 @@ class Learner:
         device = self.accelerator.device
         here = micro.to(device)
         entropy_coefficient = self.objective.entropy_coefficient
-        logprobs, entropy = self._forward(
-            self.policy, here, entropy_grad=entropy_coefficient != 0
-        )
+        logprobs, entropy = self._forward(self.policy, here, entropy_grad=entropy_coefficient != 0)
         mu = token_tensor(behavior, sequences, micro.indices).to(logprobs)
         anchor = logprobs.detach()
         if old is not None:
@@ -218,9 +203,7 @@ class Learner:
                 logprobs=logprobs,
                 old_logprobs=anchor,
                 behavior_logprobs=mu,
-                advantages=torch.tensor(per_sequence, device=device).to(logprobs)[
-                    here.sequence
-                ],
+                advantages=torch.tensor(per_sequence, device=device).to(logprobs)[here.sequence],
                 sequence=here.sequence,
                 sequences=len(micro.indices),
             )
@@ -242,9 +225,7 @@ class Learner:
             observed["mismatch/kl"] = difference.exp() - 1 - difference
             if micro.counted:
                 meter.maximum("mismatch/logprob_absdiff/max", difference.abs())
-        token_weight = torch.tensor(per_token_weight, device=device).to(logprobs)[
-            here.sequence
-        ]
+        token_weight = torch.tensor(per_token_weight, device=device).to(logprobs)[here.sequence]
         loss = (objective * token_weight).sum()
         if not micro.counted:
             return loss * 0.0
@@ -297,12 +278,8 @@ class Learner:
     ) -> dict[int, float]:
         weights: dict[int, float] = {}
         for indices in updates:
-            lengths = torch.tensor(
-                [sequences[i].loss_tokens for i in indices], dtype=torch.float64
-            )
-            weights |= zip(
-                indices, self.objective.aggregation(lengths).tolist(), strict=True
-            )
+            lengths = torch.tensor([sequences[i].loss_tokens for i in indices], dtype=torch.float64)
+            weights |= zip(indices, self.objective.aggregation(lengths).tolist(), strict=True)
         return weights
 
     def _old_logprobs(
@@ -318,8 +295,7 @@ class Learner:
         if anchor.uses_current_weights and updates == 1:
             return None
         behavior = [
-            torch.from_numpy(sequences[i].behavior_logprobs[sequences[i].loss_mask])
-            for i in local
+            torch.from_numpy(sequences[i].behavior_logprobs[sequences[i].loss_mask]) for i in local
         ]
 
         def rescore() -> list[Tensor]:
@@ -329,15 +305,11 @@ class Learner:
         return dict(zip(local, anchor(behavior, rescore), strict=True))
 
     @torch.no_grad()
-    def rescore(
-        self, microbatches: Iterator[MicroBatch]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def rescore(self, microbatches: Iterator[MicroBatch]) -> Iterator[tuple[int, Tensor]]:
         """(sequence, its loss tokens' log-probs under the current weights), no gradient."""
         for micro in microbatches:
             logprobs, _ = self._forward(self.policy, micro.to(self.accelerator.device))
-            counts = torch.bincount(
-                micro.sequence, minlength=len(micro.indices)
-            ).tolist()
+            counts = torch.bincount(micro.sequence, minlength=len(micro.indices)).tolist()
             yield from zip(micro.indices, logprobs.cpu().split(counts), strict=True)
 
 

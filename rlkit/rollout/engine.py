@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
-    ) -> AsyncIterator[Rollout]:
+    ) -> AsyncGenerator[Rollout, None]:
         """Yield a rollout for every request, in the order they finish.
 
         Behaviour log-probs are those of the sampling distribution, version spans the engine's own.

@@ -38,9 +38,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     tokens, logprobs = [], []
     rows = max(1, ROW_CHUNK_ELEMENTS // logits.shape[-1])
     for part, u in zip(logits.split(rows), uniform.split(rows), strict=True):
-        log_probabilities = torch.log_softmax(
-            part.float() / (temperature or 1.0), dim=-1
-        )
+        log_probabilities = torch.log_softmax(part.float() / (temperature or 1.0), dim=-1)
         if temperature == 0:
             token = part.argmax(dim=-1)
         else:

@@ -11,9 +11,10 @@ places warm. The stretches run in a thread: verifiers and lease heartbeats go on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class _Batch:
     lengths: Tensor  # [B] tokens generated
     logprobs: Tensor  # [B, tokens so far] float32
     prompt_width: int
-    cache: object | None = None
+    cache: Any = None  # transformers Cache
 
 
 class EmbeddedEngine:
@@ -92,28 +93,22 @@ class EmbeddedEngine:
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
-    ) -> AsyncIterator[Rollout]:
+    ) -> AsyncGenerator[Rollout, None]:
         """Yield rollouts as they finish; raises what `check_stop` raises between stretches."""
         self._generating += 1
         try:
             size = self.settings.max_batch_samples
             for start in range(0, len(requests), size):
-                batch: _Batch | None = self._start(
-                    list(requests[start : start + size]), sampling
-                )
+                batch: _Batch | None = self._start(list(requests[start : start + size]), sampling)
                 while batch is not None:
                     self.check_stop()
-                    batch, finished = await asyncio.to_thread(
-                        self._stretch, batch, sampling
-                    )
+                    batch, finished = await asyncio.to_thread(self._stretch, batch, sampling)
                     for rollout in finished:
                         yield rollout
         finally:
             self._generating -= 1
 
-    def _start(
-        self, requests: list[GenerationRequest], sampling: SamplingParams
-    ) -> _Batch:
+    def _start(self, requests: list[GenerationRequest], sampling: SamplingParams) -> _Batch:
         width = max(len(r.prompt_token_ids) for r in requests)
         ids = np.full((len(requests), width), self.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(requests), width), dtype=np.int64)
@@ -122,10 +117,7 @@ class EmbeddedEngine:
             ids[row, width - len(tokens) :] = tokens
             mask[row, width - len(tokens) :] = 1
         draws = np.stack(
-            [
-                uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens)
-                for r in requests
-            ]
+            [uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens) for r in requests]
         )
         device = self.model.device
         return _Batch(
@@ -163,7 +155,8 @@ class EmbeddedEngine:
         # penalty or top-k would bias the distribution: replace it for the call.
         self.model.generation_config = GenerationConfig()
         try:
-            output = self.model.generate(
+            generate: Any = self.model.generate
+            output = generate(
                 batch.input_ids,
                 attention_mask=mask,
                 past_key_values=batch.cache,
@@ -189,9 +182,7 @@ class EmbeddedEngine:
         batch.lengths = tracker.lengths
         return self._compact(batch, tracker)
 
-    def _compact(
-        self, batch: _Batch, tracker: StopTracker
-    ) -> tuple[_Batch | None, list[Rollout]]:
+    def _compact(self, batch: _Batch, tracker: StopTracker) -> tuple[_Batch | None, list[Rollout]]:
         finished = [
             self._rollout(batch, row, stopped=bool(tracker.stopped[row]))
             for row in torch.nonzero(tracker.finished).flatten().tolist()
@@ -201,7 +192,7 @@ class EmbeddedEngine:
         keep = torch.nonzero(~tracker.finished).flatten()
         if len(keep) == 0:
             return None, finished
-        batch.cache.batch_select_indices(keep)  # type: ignore[union-attr]
+        batch.cache.batch_select_indices(keep)
         batch.requests = [batch.requests[row] for row in keep.tolist()]
         for name in ("input_ids", "attention_mask", "uniforms", "lengths", "logprobs"):
             setattr(batch, name, getattr(batch, name)[keep])
@@ -210,9 +201,7 @@ class EmbeddedEngine:
     def _rollout(self, batch: _Batch, row: int, *, stopped: bool) -> Rollout:
         length = int(batch.lengths[row])
         start = batch.prompt_width
-        tokens = (
-            batch.input_ids[row, start : start + length].cpu().numpy().astype(np.int64)
-        )
+        tokens = batch.input_ids[row, start : start + length].cpu().numpy().astype(np.int64)
         request = batch.requests[row]
         return Rollout(
             ordinal=request.ordinal,
@@ -236,13 +225,9 @@ class EmbeddedEngine:
         """Full log-softmax of a plain forward, one sequence at a time: slow, independent, exact."""
         out = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            ids = torch.from_numpy(np.concatenate([prompt, completion]))[None].to(
-                self.model.device
-            )
+            ids = torch.from_numpy(np.concatenate([prompt, completion]))[None].to(self.model.device)
             with torch.no_grad():
-                logits = (
-                    self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-                )
+                logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
             table = torch.log_softmax(logits / temperature, dim=-1)
             picked = table.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
             out.append(picked.cpu().numpy())

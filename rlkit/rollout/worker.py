@@ -76,9 +76,7 @@ class RolloutWorker:
                 async for lease, rollouts in self._finished_slices(leases):
                     tokens += sum(len(r.token_ids) for r in rollouts)
                     self.buffer.submit(lease, rollouts)
-                    scoring.append(
-                        asyncio.create_task(self._score(lease, rollouts, open_leases))
-                    )
+                    scoring.append(asyncio.create_task(self._score(lease, rollouts, open_leases)))
                 generated = time.perf_counter()
                 await asyncio.gather(*scoring)
         except BaseException:
@@ -100,15 +98,11 @@ class RolloutWorker:
         """Generate all samples of `leases`; yield each lease when its last sample is there."""
         owner = {(a.ordinal, i): a for a in leases for i in range(a.start, a.stop)}
         requests = [
-            GenerationRequest(
-                ordinal=o, index=i, prompt_token_ids=lease.prompt.token_ids
-            )
+            GenerationRequest(ordinal=o, index=i, prompt_token_ids=lease.prompt.token_ids)
             for (o, i), lease in owner.items()
         ]
         arrived: dict[int, list[Rollout]] = {lease.lease_id: [] for lease in leases}
-        async with contextlib.aclosing(
-            self.engine.generate(requests, self.sampling)
-        ) as stream:
+        async with contextlib.aclosing(self.engine.generate(requests, self.sampling)) as stream:
             async for rollout in stream:
                 lease = owner[rollout.ordinal, rollout.index]
                 have = arrived[lease.lease_id]
@@ -122,16 +116,12 @@ class RolloutWorker:
         rollouts: list[Rollout],
         open_leases: dict[tuple[int, int], Lease],
     ) -> None:
-        verdicts = await score_rollouts(
-            self.pool, [lease.prompt] * len(rollouts), rollouts
-        )
+        verdicts = await score_rollouts(self.pool, [lease.prompt] * len(rollouts), rollouts)
         self.buffer.score(lease, verdicts)
         del open_leases[lease.ordinal, lease.start]
 
     @contextlib.asynccontextmanager
-    async def _heartbeat(
-        self, open_leases: dict[tuple[int, int], Lease]
-    ) -> AsyncIterator[None]:
+    async def _heartbeat(self, open_leases: dict[tuple[int, int], Lease]) -> AsyncIterator[None]:
         """Renew the open leases three times a timeout while the block runs."""
 
         async def beat() -> None:

@@ -75,10 +75,10 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.2
     return figure
 
 
-def step_axis(axes: Axes, label: str = "learner step") -> None:
+def step_axis(axes: Axes, label: str = "learner step", ticks: int = 8) -> None:
     """Label the axis of steps, with whole numbers only."""
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=ticks, steps=[1, 2, 5, 10]))
 
 
 def draw_line(
@@ -94,8 +94,25 @@ def draw_line(
     axes.plot(steps, means, color=c, label=label)
 
 
-def lines(run: RunRecord, names: Sequence[tuple[str, str]], title: str, unit: str) -> Figure | None:
-    """One axis with the metrics that were logged; names are (label, metric)."""
+def lines(
+    run: RunRecord,
+    names: Sequence[tuple[str, str]],
+    title: str,
+    unit: str,
+    *,
+    from_zero: bool = False,
+    log: bool = False,
+) -> Figure | None:
+    """One axis with the metrics that were logged.
+
+    Args:
+        run: the run.
+        names: (label, metric) of each line.
+        title: over the figure.
+        unit: of the vertical axis.
+        from_zero: begin at 0, and reach 1 at least where all values are 0.
+        log: logarithmic where all values are above 0.
+    """
     found = [(label, *run.metric(name)) for label, name in names]
     found = [(label, steps, values) for label, steps, values in found if steps]
     if not found:
@@ -104,6 +121,11 @@ def lines(run: RunRecord, names: Sequence[tuple[str, str]], title: str, unit: st
     axes = figure.axes[0]
     for (label, steps, values), colour in zip(found, CYCLE * len(found), strict=False):
         draw_line(axes, steps, values, label, colour)
+    everything = [value for _, _, values in found for value in values]
+    if log and min(everything) > 0:
+        axes.set_yscale("log")
+    elif from_zero:
+        axes.set_ylim(0, max(everything) * 1.08 or 1.0)
     axes.set(title=title, ylabel=unit)
     step_axis(axes)
     if len(names) > 1:

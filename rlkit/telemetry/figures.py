@@ -40,7 +40,7 @@ def _bars(axes: Axes, run: RunRecord) -> None:
     """Before and after of avg@k for every held-out set, with standard errors."""
     curves = run.averages
     width = 0.36
-    top = 0.0
+    top = bottom = 0.0
     for offset, colour, name in ((-width / 2, GREY, "before"), (width / 2, BLUE, "after")):
         points = [(i, getattr(curve, name)) for i, curve in enumerate(curves)]
         points = [(i, point) for i, point in points if point is not None]
@@ -56,7 +56,8 @@ def _bars(axes: Axes, run: RunRecord) -> None:
             error_kw={"capsize": 4, "elinewidth": 1.2, "ecolor": "#1f2937"},
         )
         for i, point in points:
-            height = point.value + (point.error or 0.0)
+            height = max(0.0, point.value + (point.error or 0.0))
+            bottom = min(bottom, point.value - (point.error or 0.0))
             axes.annotate(
                 f"{point.value:.3f}",
                 (i + offset, height),
@@ -68,7 +69,7 @@ def _bars(axes: Axes, run: RunRecord) -> None:
             top = max(top, height)
     axes.set_xticks(range(len(curves)), [f"{curve.set}\n{curve.label}" for curve in curves])
     axes.set_xlim(-0.6, len(curves) - 0.4)
-    axes.set_ylim(0, max(top * 1.25, 0.01))
+    axes.set_ylim(min(0.0, bottom * 1.25), max(top * 1.25, 0.01))
     axes.grid(visible=False, axis="x")
     axes.set(title="Held-out, before and after (bars: standard error)", ylabel="mean score")
     axes.legend(loc="upper left", ncols=2)
@@ -101,6 +102,7 @@ def learning_curve(run: RunRecord) -> Figure | None:
             label=f"held-out {average.set} {average.label}",
         )
     curve.set(title="Training reward and held-out figures by step", ylabel="mean score")
+    curve.set_ylim(bottom=min(0.0, curve.get_ylim()[0]))
     step_axis(curve)
     curve.legend()
     return figure
@@ -266,7 +268,8 @@ def optimiser(run: RunRecord) -> Figure | None:
             draw_line(axes, steps, values, title, colour)
         axes.set(title=title)
         axes.set_ylim(bottom=0)
-        step_axis(axes)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        step_axis(axes, ticks=4)
     return figure
 
 

@@ -198,6 +198,8 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
 
 
 def _time(run: RunRecord) -> Iterator[Finding]:
+    if not (run.config or {}).get("max_staleness"):
+        return  # synchronous: the learner waits by design
     wait, step = _last(run, "time/wait_rollout"), _last(run, "time/step")
     if wait and step and sum(step) > 0 and len(wait) == len(step):
         share = sum(wait) / sum(step)
@@ -205,7 +207,7 @@ def _time(run: RunRecord) -> Iterator[Finding]:
             yield Finding(
                 "note",
                 f"The learner waited for rollouts {percent(share)} of the time.",
-                "In an asynchronous run: more rollout workers, or a larger max_staleness.",
+                "More rollout workers, or a larger max_staleness.",
             )
 
 

@@ -38,7 +38,9 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "entropy",
         "Entropy of the next-token distribution.",
-        lambda run: lines(run, [("entropy", "policy/entropy")], "Policy entropy", "nats"),
+        lambda run: lines(
+            run, [("entropy", "policy/entropy")], "Policy entropy", "nats", from_zero=True
+        ),
     ),
     Panel("optimiser", "Gradient norm and learning rate.", figures.optimiser),
     Panel(
@@ -59,6 +61,7 @@ PANELS: tuple[Panel, ...] = (
             [("below", "policy/clip_frac/low"), ("above", "policy/clip_frac/high")],
             "Clipped tokens",
             "fraction",
+            from_zero=True,
         ),
     ),
     Panel(
@@ -72,6 +75,7 @@ PANELS: tuple[Panel, ...] = (
             ],
             "Log-prob mismatch",
             "nats",
+            log=True,
         ),
     ),
     Panel(
@@ -82,6 +86,7 @@ PANELS: tuple[Panel, ...] = (
             [("mean", "off_policy/lag/mean"), ("max", "off_policy/lag/max")],
             "Staleness",
             "versions",
+            from_zero=True,
         ),
     ),
     Panel("time", "Mean seconds of a step, and each part's share.", figures.time_split),
@@ -89,7 +94,11 @@ PANELS: tuple[Panel, ...] = (
         "throughput",
         "Completion tokens trained on per second.",
         lambda run: lines(
-            run, [("tokens/s", "perf/tokens_per_s")], "Throughput", "tokens per second"
+            run,
+            [("tokens/s", "perf/tokens_per_s")],
+            "Throughput",
+            "tokens per second",
+            from_zero=True,
         ),
     ),
     Panel("warm_start", "Supervised warm start.", figures.warm_start),

@@ -49,6 +49,11 @@ def _crop(text: str) -> Markup:
     return _seen(text[:HEAD_CHARACTERS]) + gap + _seen(text[-TAIL_CHARACTERS:])
 
 
+def _plus_minus(text: str) -> Markup:
+    """`_seen`, with the terminal's "+-" as the sign it stands for."""
+    return _seen(text.replace(" +- ", " \N{PLUS-MINUS SIGN} "))
+
+
 def _pick(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A few right, wrong and unscored samples, of different prompts where there are enough."""
     chosen: list[dict[str, Any]] = []
@@ -154,7 +159,7 @@ def write_report(run_dir: Path) -> Path:
     drawn, empty = draw_all(run)
     stages, no_samples = _stages(run)
     page = Environment(autoescape=True, undefined=StrictUndefined)
-    page.filters |= {"seen": _seen, "crop": _crop}
+    page.filters |= {"seen": _seen, "crop": _crop, "pm": _plus_minus}
     template = resources.files("rlkit.telemetry").joinpath("templates/report.html.j2").read_text()
     html = page.from_string(template).render(
         run=run,

@@ -20,9 +20,7 @@ from rlkit.learner.logprobs import selected_logprobs
 
 def reference(hidden, weight, targets, bias=None, temperature=1.0):
     """The definition, in the widest of the inputs' dtypes and float32."""
-    dtype = torch.promote_types(
-        torch.promote_types(hidden.dtype, weight.dtype), torch.float32
-    )
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)

@@ -1,0 +1,28 @@
+# PIP_FLAGS reaches pip as it is: point it at PyTorch's CPU wheels where the default build of torch is
+# for CUDA, e.g. make quickstart PIP_FLAGS="--extra-index-url <PyTorch's CPU wheel index>".
+PYTHON ?= python3.11
+PIP_FLAGS ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/rlkit train recipe=quickstart
+
+test: $(INSTALLED) lint
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check rlkit rewards recipes tests benchmarks
+	$(BIN)/ruff format --check rlkit rewards recipes tests benchmarks
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -q -c constraints-cpu.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
