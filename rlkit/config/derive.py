@@ -267,7 +267,7 @@ def _check_data(config: Config) -> Iterator[ConfigError]:
             "a warm start needs target completions",
             key="sft.data.completion",
             value=None,
-            expected="a component of rlkit.data.teacher, e.g. FieldTemplate",
+            expected="a component of rlkit.data.teacher, e.g. Template",
             fix="or start from the model as it is: sft=null",
         )
 

@@ -76,9 +76,9 @@ def _lead(
         previous = checkpoints.newest(folder.checkpoints)
         load_prompt_sets(config, load_tokenizer(config.model))
         with open_pool(config.reward) as pool:
-            start = _start_model(config, resolved, accelerator, check_stop)
+            start = start_model(config, resolved, accelerator, check_stop)
             source = start if previous is None else model_at(start, previous.path)
-            tokenizer, model, learner = _load_learner(config, accelerator, source, start)
+            tokenizer, model, learner = load_learner(config, accelerator, source, start)
             train, held_out = load_prompt_sets(config, tokenizer)
             for name, prompts in {"data.train": train, **held_out}.items():
                 print(message_of(prompts.left_out, name, len(prompts)))
@@ -169,10 +169,10 @@ def _restore(trainer: Trainer, previous: checkpoints.Checkpoint) -> None:
 
 
 def _follow(config: Config, resolved: Mapping[str, Any], accelerator: Accelerator) -> None:
-    start = _start_model(config, resolved, accelerator, lambda: None)
+    start = start_model(config, resolved, accelerator, lambda: None)
     previous = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints")
     source = start if previous is None else model_at(start, previous.path)
-    _, model, learner = _load_learner(config, accelerator, source, start)
+    _, model, learner = load_learner(config, accelerator, source, start)
     if previous is not None:
         names = checkpoints.parameter_names(model)
         checkpoints.restore_optimizer(learner.optimizer, names, previous.optimizer)
@@ -180,7 +180,7 @@ def _follow(config: Config, resolved: Mapping[str, Any], accelerator: Accelerato
     follow(accelerator, learner)
 
 
-def _start_model(
+def start_model(
     config: Config,
     resolved: Mapping[str, Any],
     accelerator: Accelerator,
@@ -192,7 +192,7 @@ def _start_model(
     return model_at(config.model, ensure_warm_start(config, resolved, accelerator, check_stop))
 
 
-def _load_learner(
+def load_learner(
     config: Config, accelerator: Accelerator, source: ModelConfig, start: ModelConfig
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, Learner]:
     """Tokenizer, model and learner from `source`; a reference model, where needed, from `start`."""
