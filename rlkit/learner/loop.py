@@ -60,6 +60,7 @@ class Trainer:
     step: int = 0
     seconds: float = 0.0  # of earlier parts of the run
     saved_step: int | None = None
+    updates_of_step: int = 0  # optimiser steps at the last published step
     started: float = field(default_factory=time.perf_counter)
 
     async def run(self) -> None:
@@ -74,7 +75,6 @@ class Trainer:
             while self.step < config.steps:
                 self.check_stop()
                 metrics = await self.train_step()
-                self.step += 1
                 if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
                     metrics["time/checkpoint"] = self.save()
                 self.telemetry.log(self.step, metrics)
@@ -82,9 +82,11 @@ class Trainer:
                 if self.step == config.steps or (every and self.step % every == 0):
                     await self.evaluate()
         except BaseException:
-            # Interrupted, a crash of the engine or the verifiers, an unusable step: the weights are
-            # those of the last finished step, so a checkpoint of it loses nothing.
-            if self.saved_step != self.step and self.step > 0:
+            # Interrupted, a crash of the engine or the verifiers, an unusable step: where the weights
+            # are those of the last published step, a checkpoint of it loses nothing. Weights changed
+            # but not yet published are never saved: their groups would be trained twice.
+            untouched = self.learner.optimizer_steps == self.updates_of_step
+            if untouched and self.saved_step != self.step and self.step > 0:
                 self.save()
             raise
 
@@ -103,15 +105,16 @@ class Trainer:
         metrics |= self.learner.step(batch, self.check_stop if alone else _carry_on)
         trained = time.perf_counter()
         await self.publish([g.ordinal for g in groups])
+        self.step += 1
+        self.updates_of_step = self.learner.optimizer_steps
         published = time.perf_counter()
         if config.telemetry.save_rollouts:
             advantages = {
                 position: sequence.advantage
                 for position, sequence in zip(batch.positions, batch.sequences, strict=True)
             }
-            step = self.step + 1
-            path = self.folder.path / "rollouts" / f"step_{step}.parquet"
-            write_rollouts(path, step, rows_of(groups, advantages))
+            path = self.folder.path / "rollouts" / f"step_{self.step}.parquet"
+            write_rollouts(path, self.step, rows_of(groups, advantages))
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
         ended = time.perf_counter()
         metrics |= {

@@ -163,6 +163,7 @@ def _restore(trainer: Trainer, previous: checkpoints.Checkpoint) -> None:
     checkpoints.restore_optimizer(trainer.learner.optimizer, names, previous.optimizer)
     checkpoints.restore_rng(previous.rng)
     trainer.learner.optimizer_steps = previous.state.optimizer_steps
+    trainer.updates_of_step = previous.state.optimizer_steps
     trainer.step = trainer.saved_step = previous.state.step
     trainer.seconds = previous.state.seconds
     print(f"resuming from {previous.path} (step {previous.state.step})")

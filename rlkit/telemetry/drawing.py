@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from rlkit.telemetry.record import RunRecord
 
@@ -78,7 +78,9 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.2
 def step_axis(axes: Axes, label: str = "learner step", ticks: int = 8) -> None:
     """Label the axis of steps, with whole numbers only."""
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=ticks, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=True, nbins=ticks, steps=[1, 2, 5, 10], min_n_ticks=1)
+    )
 
 
 def draw_line(
@@ -124,6 +126,8 @@ def lines(
     everything = [value for _, _, values in found for value in values]
     if log and min(everything) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the default one needs text.parse_math
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif from_zero:
         axes.set_ylim(0, max(everything) * 1.08 or 1.0)
     axes.set(title=title, ylabel=unit)

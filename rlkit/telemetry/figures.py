@@ -155,7 +155,16 @@ def groups(run: RunRecord) -> Figure | None:
         ("mixed: carries signal", mixed, BLUE),
         ("all correct (dead)", right, "#a9d3ba"),
     ):
-        axes.bar(centres, values, width, bottom=base, color=colour, label=label, linewidth=0)
+        axes.bar(
+            centres,
+            values,
+            width,
+            bottom=base,
+            color=colour,
+            label=label,
+            edgecolor=colour,
+            linewidth=0.4,
+        )
         base = [a + b for a, b in zip(base, values, strict=True)]
     axes.set(title="Groups", ylabel="share of groups", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -237,7 +246,16 @@ def time_split(run: RunRecord) -> Figure | None:
     base = [0.0] * len(centres)
     for (label, values, colour), column in zip(rows, means, strict=True):
         share = f"{label} {sum(values) / whole:.0%}"
-        axes.bar(centres, column, width, bottom=base, color=colour, label=share, linewidth=0)
+        axes.bar(
+            centres,
+            column,
+            width,
+            bottom=base,
+            color=colour,
+            label=share,
+            edgecolor=colour,
+            linewidth=0.4,
+        )
         base = [a + b for a, b in zip(base, column, strict=True)]
     axes.set(title="Where a step's time goes", ylabel="seconds")
     axes.margins(x=0)

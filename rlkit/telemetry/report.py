@@ -92,11 +92,14 @@ def _cards(run: RunRecord) -> list[dict[str, str]]:
     if steps:
         size = max(1, min(20, len(rewards) // 2))
         first, last = sum(rewards[:size]) / size, sum(rewards[-size:]) / size
+        each = "step" if size == 1 else f"{size} steps"
+        arrow = "\N{RIGHTWARDS ARROW}"
+        several = len(rewards) > 1
         cards.append(
             {
                 "label": "training reward",
-                "big": f"{first:.3f} \N{RIGHTWARDS ARROW} {last:.3f}",
-                "sub": f"mean of the first and the last {size} step{'s' if size > 1 else ''}",
+                "big": f"{first:.3f} {arrow} {last:.3f}" if several else f"{last:.3f}",
+                "sub": f"mean of first and last {each}" if several else "of the only step",
             }
         )
     done = run.trained_steps[-1] if run.trained_steps else 0

@@ -1,0 +1,173 @@
+"""`rlkit train` whole: resume bit for bit, kills, signals, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from rlkit.buffer.sql import SqlBuffer
+from rlkit.cli import main
+from rlkit.telemetry.rollouts import read_rollouts
+
+pytestmark = pytest.mark.slow
+
+TINY = [
+    "recipe=quickstart",
+    "sft.steps=8",
+    "sft.data.source.size=256",
+    "data.train.source.size=64",
+    "data.eval.heldout.source.size=8",
+    "prompts_per_step=4",
+    "samples_per_prompt=4",
+    "rollout.max_completion_tokens=12",
+    "learner.deterministic=true",
+    "learner.num_threads=1",
+    "telemetry.report=false",
+    "evaluation.every_steps=0",
+]
+
+
+def settings(folder: Path, name: str, *more: str) -> list[str]:
+    places = [f"output_dir={folder}", f"sft.cache_dir={folder}/cache", f"name={name}"]
+    return [*TINY, *places, *more]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "perf/")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed) and k not in ("time", "seconds")}
+        for row in rows
+    ]
+
+
+def trained(run: Path) -> list[int]:
+    buffer = SqlBuffer(
+        f"sqlite:///{run / 'buffer.db'}", payload_dir=run / "payloads", prompts_per_step=4,
+        max_staleness=0, slice_samples=64,
+    )  # fmt: skip
+    try:
+        return buffer.trained_ordinals()
+    finally:
+        buffer.close()
+
+
+def test_resume_is_bit_for_bit(tmp_path, capsys):
+    assert main(["train", *settings(tmp_path, "whole", "steps=20")]) == 0
+    assert main(["train", *settings(tmp_path, "parts", "steps=10")]) == 0
+    assert main(["train", *settings(tmp_path, "parts", "steps=20")]) == 0
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for step in range(1, 21):
+        a, b = read_rollouts(whole, step), read_rollouts(parts, step)
+        keys = ("ordinal", "index", "prompt_id", "token_ids", "behavior_logprobs", "advantage")
+        assert [[r[k] for k in keys] for r in a] == [[r[k] for k in keys] for r in b]
+    weights = [load_file(r / "checkpoints/step_20/model.safetensors") for r in (whole, parts)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(bool((weights[0][k] == weights[1][k]).all()) for k in weights[0])
+    steps_a = [row for row in metrics(whole) if "reward/mean" in row]
+    steps_b = [row for row in metrics(parts) if "reward/mean" in row]
+    assert steps_a == steps_b
+    assert trained(whole) == trained(parts) == list(range(80))
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlkit", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], deadline_s: float = 120) -> None:
+    end = time.monotonic() + deadline_s
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def assert_no_children(pids: list[int]) -> None:
+    end = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < end, f"left behind: {pids}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ended_at_a_random_moment_every_ordinal_is_trained_once(tmp_path, number):
+    arguments = settings(tmp_path, "run", "steps=30", "checkpoint.every_steps=4")
+    process = start(arguments)
+    run = tmp_path / "run"
+    try:
+        wait_for(run / "rollouts" / "step_5.parquet", process)
+        time.sleep(random.random())
+        children = [c.pid for c in psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert_no_children(children)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, output.decode()
+        assert "goes on from the checkpoint" in output.decode()
+    assert main(["train", *arguments]) == 0
+    assert trained(run) == list(range(120))
+    rows = [row["step"] for row in metrics(run) if "reward/mean" in row]
+    assert rows == list(range(1, 31))
+
+
+BAD = [
+    (["learner.learning_rat=1"], "learning_rate"),
+    (["samples_per_prompt=1"], "samples_per_prompt"),
+    (["data.train.max_prompt_tokens=1"], "max_prompt_tokens"),
+    (["reward.rewards.correct.weight=nan"], "weight"),
+    (["data.train.chat=true"], "chat template"),
+    (["output_dir=/proc/nowhere"], "output_dir"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), BAD)
+def test_bad_input_ends_before_training_and_names_the_key(tmp_path, capsys, overrides, named):
+    assert main(["train", *settings(tmp_path, "bad", "steps=1"), *overrides]) == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/rollouts/*"))
+
+
+def test_corrupt_checkpoint_is_named(tmp_path, capsys):
+    assert main(["train", *settings(tmp_path, "run", "steps=2")]) == 0
+    file = tmp_path / "run/checkpoints/step_2/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["train", *settings(tmp_path, "run", "steps=3")]) == 2
+    assert "model.safetensors is corrupt" in capsys.readouterr().err
+
+
+def test_missing_answer_and_empty_file(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2", "answer": null}\n')
+    plain = ['data.train.prompt="{question}"', "data.train.max_prompt_tokens=16", "sft=null"]
+    arguments = settings(tmp_path, "bad", "steps=1", f"data.train.path={rows}", *plain)
+    assert main(["train", *[a for a in arguments if not a.startswith("sft.")]]) == 2
+    assert "no reference answer" in capsys.readouterr().err
+    rows.write_text("")
+    assert main(["train", *[a for a in arguments if not a.startswith("sft.")]]) == 2
+    assert "empty" in capsys.readouterr().err or "no rows" in capsys.readouterr().err
+
+
+def test_parity_check_passes_on_the_tiny_model(tmp_path, capsys):
+    assert main(["check-parity", *settings(tmp_path, "parity")]) == 0
+    out = capsys.readouterr().out
+    assert "in parity" in out

@@ -1,0 +1,199 @@
+"""The gradient of an update does not depend on how it is cut: design.md section 7, cross-cutting pitfall 3."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
+from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenMean, TokenMean
+from rlkit.algorithms.base import AdvantageInputs, LossInputs
+from rlkit.algorithms.kl import KLPenalty, NoKL
+from rlkit.algorithms.losses.clipped import ClippedLoss
+from rlkit.algorithms.old_policy.rollout import RolloutAnchor
+from rlkit.config.schema import LearnerConfig, ModelConfig
+from rlkit.learner.batching import (
+    TrainingSequence,
+    collate,
+    plan_microbatches,
+    share_of_rank,
+    split_updates,
+)
+from rlkit.learner.model import load_model, load_tokenizer
+from rlkit.learner.policy import Policy
+from rlkit.learner.update import Learner, Meter, Objective
+
+MODEL = ModelConfig(
+    architecture={
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    },
+    alphabet="0123456789+=",
+)
+
+
+def sequences(dtype: torch.dtype) -> list[TrainingSequence]:
+    rng = np.random.default_rng(0)
+    out = []
+    for _i in range(12):
+        length = int(rng.integers(1, 14))
+        mask = rng.random(length) < 0.8
+        mask[0] = True
+        out.append(
+            TrainingSequence(
+                prompt_token_ids=rng.integers(4, 16, int(rng.integers(1, 6))),
+                token_ids=rng.integers(4, 16, length),
+                behavior_logprobs=rng.normal(-2.7, 0.2, length).astype(np.float32),
+                loss_mask=mask,
+                versions=np.zeros(length, dtype=np.int64),
+                advantage=float(rng.normal()),
+            )
+        )
+    return out
+
+
+def learner(dtype: torch.dtype, objective: Objective) -> Learner:
+    tokenizer = load_tokenizer(MODEL)
+    reference = None
+    if objective.kl.needs_reference:
+        frozen = load_model(MODEL, tokenizer, dtype, 1).requires_grad_(False)
+        reference = Policy(frozen, temperature=0.7, chunk_tokens=8)
+    policy = Policy(load_model(MODEL, tokenizer, dtype, 0), temperature=0.7, chunk_tokens=5)
+    return Learner(policy, reference, objective, LearnerConfig(), Accelerator(cpu=True), 1)
+
+
+def gradient(it: Learner, data: list[TrainingSequence], parts: list[list[int]]) -> torch.Tensor:
+    weights = it._weights(data, [list(range(len(data)))])
+    micro = [collate(data, part) for part in parts]
+    old = it._old_logprobs(data, [micro], list(range(len(data))), updates=2)
+    it.accumulate(data, micro, weights, old, Meter(), lambda: None, first=True)
+    flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
+    it.optimizer.zero_grad(set_to_none=True)
+    return flat.clone()
+
+
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kl", [NoKL(), KLPenalty(0.1)])
+def test_gradient_is_the_same_for_every_split(aggregation, dtype, bound, kl):
+    it = learner(
+        dtype,
+        Objective(
+            loss=ClippedLoss(dual_clip=3.0),
+            aggregation=aggregation,
+            kl=kl,
+            old_policy=RolloutAnchor(),
+            entropy_coefficient=0.01,
+        ),
+    )
+    data = sequences(dtype)
+    whole = gradient(it, data, [list(range(len(data)))])
+    assert whole.norm() > 0
+    rng = np.random.default_rng(1)
+    lengths = [s.total_tokens for s in data]
+    splits = [plan_microbatches(lengths, n) for n in (1, 17, 40)]
+    splits += [[[i] for i in rng.permutation(len(data)).tolist()]]
+    splits += [[p.tolist() for p in np.array_split(rng.permutation(len(data)), 5)]]
+    for split in splits:
+        difference = (gradient(it, data, split) - whole).norm() / whole.norm()
+        assert difference <= bound
+
+
+def test_two_ranks_together_hold_every_sequence_once_and_run_equally_often():
+    plan = plan_microbatches([5, 9, 3, 7, 8], 10)
+    shares = [share_of_rank(plan, rank, 2) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1])
+    counted = sorted(i for share in shares for part, counts in share if counts for i in part)
+    assert counted == [0, 1, 2, 3, 4]
+
+
+def test_filler_adds_no_gradient():
+    objective = Objective(
+        loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor()
+    )
+    it = learner(torch.float64, objective)
+    data = sequences(torch.float64)
+    weights = it._weights(data, [list(range(len(data)))])
+    filler = collate(data, [3], counted=False)
+    it.accumulate(data, [filler], weights, None, Meter(), lambda: None, first=True)
+    assert all(float(p.grad.abs().max()) == 0 for p in it.policy.parameters())
+
+
+def test_updates_split_by_whole_groups():
+    parts = split_updates([0, 0, 1, 1, 1, 2, 3, 3], 3)
+    assert sorted(i for part in parts for i in part) == list(range(8))
+    groups = [{(0, 0, 1, 1, 1, 2, 3, 3)[i] for i in part} for part in parts]
+    assert all(not a & b for n, a in enumerate(groups) for b in groups[n + 1 :])
+
+
+@pytest.mark.parametrize("advantage", [GroupNormalizedAdvantage(), MeanCentredAdvantage()])
+def test_advantages_sum_to_zero_in_every_group_and_vanish_in_constant_ones(advantage):
+    # methods.md T2.1: A sums to 0 per group; all-same groups have A = 0.
+    scores = torch.tensor([1, 0, 0, 0.1, 0.1, 0.1, 1, 0.5], dtype=torch.float64)
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    out = advantage(AdvantageInputs(scores=scores, group=group, lengths=torch.ones(8)))
+    for g in range(3):
+        assert abs(float(out[group == g].sum())) < 1e-12
+    assert (out[group == 1] == 0).all()
+
+
+def test_group_normalisation_uses_the_unbiased_deviation():
+    # methods.md T2.1: A_i = (R_i - mean) / (std_u + epsilon).
+    scores = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    inputs = AdvantageInputs(scores=scores, group=torch.zeros(4).long(), lengths=torch.ones(4))
+    expected = (scores - 0.25) / (scores.std() + 1e-6)
+    torch.testing.assert_close(GroupNormalizedAdvantage()(inputs), expected)
+
+
+def test_clipped_loss_equals_a_loop_over_its_definition():
+    # Schulman et al. 2017 eq. 7; dual clip of Ye et al. 2019 eq. 5.
+    generator = torch.Generator().manual_seed(0)
+    lp, old, adv = (torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(3))
+    got = ClippedLoss(0.2, 0.28, 3.0)(
+        LossInputs(
+            logprobs=lp,
+            old_logprobs=old,
+            behavior_logprobs=old,
+            advantages=adv,
+            sequence=torch.zeros(200).long(),
+            sequences=1,
+        )
+    ).per_token
+    for i in range(200):
+        r = float(torch.exp(lp[i] - old[i]))
+        a = float(adv[i])
+        loss = max(-r * a, -min(max(r, 0.8), 1.28) * a)
+        if a < 0:
+            loss = min(loss, -3.0 * a)
+        assert float(got[i]) == pytest.approx(loss, abs=1e-12)
+
+
+def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
+    objective = Objective(
+        loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor()
+    )
+    it = learner(torch.float32, objective)
+    before = [p.detach().clone() for p in it.policy.parameters()]
+    it.config = dataclasses.replace(it.config, learning_rate=0.0)
+    from rlkit.learner.assemble import StepBatch
+
+    data = sequences(torch.float32)
+    batch = StepBatch(
+        sequences=tuple(data), group=tuple(range(12)), positions=tuple((i, 0) for i in range(12)),
+        version=0,
+    )  # fmt: skip
+    metrics = it.step(batch, lambda: None)
+    assert metrics["learner/learning_rate"] == 0
+    for a, b in zip(before, it.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
