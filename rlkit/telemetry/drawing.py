@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil, floor, log10
 from statistics import fmean
 from typing import Any
 
@@ -126,6 +127,9 @@ def lines(
     everything = [value for _, _, values in found for value in values]
     if log and min(everything) > 0:
         axes.set_yscale("log")
+        axes.set_ylim(
+            10 ** floor(log10(min(everything)) - 0.02), 10 ** ceil(log10(max(everything)) + 0.02)
+        )
         axes.yaxis.set_major_formatter("{x:g}")  # the default one needs text.parse_math
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif from_zero:

@@ -101,7 +101,8 @@ def learning_curve(run: RunRecord) -> Figure | None:
             linewidth=1.2,
             label=f"held-out {average.set} {average.label}",
         )
-    curve.set(title="Training reward and held-out figures by step", ylabel="mean score")
+    what = [*(["training reward"] if steps else []), *(["held-out"] if run.averages else [])]
+    curve.set(title=" and ".join(what).capitalize() + " by step", ylabel="mean score")
     curve.set_ylim(bottom=min(0.0, curve.get_ylim()[0]))
     step_axis(curve)
     curve.legend()

@@ -146,6 +146,8 @@ def write_rollouts(path: Path, step: int, rows: Sequence[RolloutRow]) -> None:
     try:
         table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
         table.validate(full=True)
+        if null := [f.name for f in SCHEMA if not f.nullable and table[f.name].null_count]:
+            raise RolloutsError(f"None in {', '.join(null)}", key="step", value=step)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise RolloutsError(
             f"a field has the wrong type: {error}", key="step", value=step

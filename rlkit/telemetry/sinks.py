@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.console import ConsoleSink
 from rlkit.telemetry.jsonl import JsonlSink, Metrics, axis_of
+from rlkit.telemetry.rollouts import rollback_rollouts
 from rlkit.telemetry.wandb_sink import WandbSink
 
 __all__ = ["ConsoleSink", "JsonlSink", "Metrics", "Sink", "Telemetry", "WandbSink"]
@@ -59,8 +60,8 @@ class Telemetry:
             name: of the run, for wandb.
             total_steps: learner steps of the whole run, for the progress bar.
             config: the resolved recipe as plain containers, for wandb.
-            resume_step: step of the checkpoint the run goes on from: later rows of the earlier
-                process are removed. None for a new run.
+            resume_step: step of the checkpoint the run goes on from: later rows and rollout files
+                of the earlier process are removed. None for a new run.
             sft_steps: steps of the warm start, for the progress bar.
 
         Raises:
@@ -72,6 +73,7 @@ class Telemetry:
             sinks: list[Sink] = [jsonl]
             if resume_step is not None:
                 jsonl.rollback(resume_step)
+                rollback_rollouts(run_dir, resume_step)
             if telemetry.wandb != "off":
                 wandb = WandbSink(
                     run_dir,

@@ -1,0 +1,71 @@
+"""The registry knows every name, and the glossary is generated from it."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlkit.telemetry.names import GROUPS, METRICS, SFT_STEP, MetricError, check_name, to_markdown
+
+from .conftest import eval_metrics, training_metrics
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def examples(pattern: str) -> list[str]:
+    """Concrete names of a pattern."""
+    pattern = pattern.replace("<name>", "math_1").replace("<set>", "gsm8k-test").replace("@k", "@16")
+    parts = re.split(r"(\{[^}]*\}|\[_se\])", pattern)
+    choices = [
+        p[1:-1].split(",") if p.startswith("{") else ["", "_se"] if p == "[_se]" else [p]
+        for p in parts
+    ]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def test_glossary_is_up_to_date() -> None:
+    assert DOCS.read_text() == to_markdown(), "run: python -m rlkit.telemetry.names > docs/metrics.md"
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.pattern)
+def test_every_pattern_is_found_by_its_names_only_and_explained(metric) -> None:
+    names = examples(metric.pattern)
+    assert names
+    for name in names:
+        assert check_name(name) is metric
+    assert metric.group in GROUPS
+    assert all((metric.unit, metric.meaning, metric.healthy, metric.action))
+
+
+def test_every_name_the_trainer_logs_is_known() -> None:
+    for name in training_metrics(1, 10, np.random.default_rng(0)) | eval_metrics(0, 10):
+        check_name(name)
+    assert check_name("sft/loss").axis == SFT_STEP
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reward/means",
+        "reward/mean/",
+        "eval/avg@4",
+        "eval/a/b/avg@4",
+        "eval/set/avg@k",
+        "eval/set/avg@4_sd",
+        "policy/clip_frac/middle",
+        "loss",
+        "reward/x y/mean",
+        "",
+        "reward/mean\n",
+    ],
+)
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(MetricError, match=r"docs/metrics\.md"):
+        check_name(name)
+
+
+def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
+    with pytest.raises(MetricError, match="Did you mean 'policy/entropy'"):
+        check_name("policy/entrpy")
