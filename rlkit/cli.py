@@ -96,7 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_recipe(command: str, options: argparse.Namespace, texts: list[str]) -> int:
     from rlkit.config.compose import load
-    from rlkit.config.derive import verify
+    from rlkit.config.verify import verify
 
     config, raw = load(*split_recipe(texts), config_dir=options.config_dir)
     if command == "check":

@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlkit.config.derive import batch_table, verify
+from rlkit.config.derive import batch_table
 from rlkit.config.memory import estimate
 from rlkit.config.schema import Config
+from rlkit.config.verify import verify
 from rlkit.errors import ConfigError
 
 

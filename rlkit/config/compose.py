@@ -80,20 +80,13 @@ def load_file(path: Path) -> tuple[Config, dict[str, Any]]:
 
 def finish(config: DictConfig) -> tuple[Config, dict[str, Any]]:
     """Resolve interpolations and `path` shorthands, and check that nothing mandatory is missing."""
-    missing = OmegaConf.missing_keys(config)
-    for key, dataset in _datasets(config).items():
-        if f"{key}.path" in missing:
-            missing -= {f"{key}.source"}  # naming the file will do
-        elif dataset.path is not None:
+    for dataset in _datasets(config).values():
+        if dataset.path is not None:
             dataset.source = {"_target_": LOCAL_FILE, "path": dataset.path}
-            missing -= {f"{key}.source"}
-    if missing:
-        described = [f"{key} ({keys.describe(keys.locate(key))})" for key in sorted(missing)]
-        raise ConfigError(
-            f"mandatory keys have no value: {', '.join(described)}",
-            fix=f"set {min(missing)}=... or choose an option of its group in the defaults list",
-        )
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise _missing(missing)
         plain = OmegaConf.to_container(config, resolve=True)
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -103,6 +96,19 @@ def finish(config: DictConfig) -> tuple[Config, dict[str, Any]]:
         ) from error
     assert isinstance(typed, Config) and isinstance(plain, dict)
     return typed, {str(key): value for key, value in plain.items()}
+
+
+def _missing(missing: list[str]) -> ConfigError:
+    described = [f"{key} ({keys.describe(keys.locate(key))})" for key in missing]
+    fixes = [f"{key}=..." for key in missing]
+    for number, key in enumerate(missing):
+        section, _, name = key.rpartition(".")
+        if name == "source":
+            fixes[number] = f"{section}.path=FILE (.jsonl, .json, .parquet) or {key}={{...}}"
+    return ConfigError(
+        f"mandatory keys have no value: {', '.join(described)}",
+        fix=f"set {' and '.join(fixes)}, or choose an option of the group in the defaults list",
+    )
 
 
 def _datasets(config: DictConfig) -> dict[str, DictConfig]:
@@ -212,13 +218,11 @@ def _delete(config: DictConfig, change: _Change, where: str) -> DictConfig:
     parent = OmegaConf.select(config, parent_path) if parent_path else config
     if not isinstance(parent, DictConfig) or OmegaConf.get_type(parent) is not dict:
         raise ConfigError(
-            f"only keys of a component or of a mapping of names can be deleted{where}",
-            key=change.path,
+            f"only keys of a component or of a mapping of names can be deleted{where}"
         )
     if name not in parent:
         raise ConfigError(
             f"nothing to delete{where}",
-            key=change.path,
             expected=f"one of {', '.join(map(str, parent))}",
         )
     del parent[name]

@@ -49,7 +49,7 @@ def describe(annotation: Any) -> str:
     if origin in (list, tuple) and args:
         return f"list of {describe(args[0])}"
     if is_component(annotation):
-        return "component (a mapping with _target_)"
+        return "component: a mapping with _target_"
     if origin is dict:
         value = args[1]
         inner = "component" if is_component(value) else getattr(value, "__name__", "value")
@@ -125,15 +125,12 @@ def _unknown(
     path: str, part: str, done: list[str], known: list[str], value: object, where: str
 ) -> ConfigError:
     parent = ".".join(done)
-    near = nearest(part, known)
-    if near and parent:
+    # The right name in the wrong section comes before a similar name in this one.
+    same = [key.path for key in walk() if key.path.split(".")[-1] == path.split(".")[-1]]
+    near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else nearest(part, known)
+    if near and parent and not same:
         near = near.replace(" '", f" '{parent}.")
-    if not near:
-        same = [key.path for key in walk() if key.path.split(".")[-1] == path.split(".")[-1]]
-        if same:
-            near = f" Did you mean {' or '.join(repr(key) for key in same[:3])}?"
-        else:
-            near = nearest(path, [key.path for key in walk()])
+    near = near or nearest(path, [key.path for key in walk()])
     return ConfigError(
         f"no such key{where}.{near}",
         key=path,

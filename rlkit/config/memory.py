@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlkit.config.derive import datasets, needs_reference
+from rlkit.config.components import build
+from rlkit.config.parts import datasets, needs_reference
 from rlkit.config.schema import Config, ModelConfig
 from rlkit.errors import ConfigError
 
@@ -58,8 +59,9 @@ def estimate(config: Config) -> list[Part]:
     if config.model.gradient_checkpointing:
         saved = shape.layers * shape.hidden + block
     chunk = min(config.learner.logprob_chunk_tokens, tokens)
+    engine = build(config.rollout.engine, key="rollout.engine")
     engine_rows = min(
-        int(config.rollout.engine.get("max_batch_samples", config.rollout.slice_samples)),
+        getattr(engine, "max_batch_samples", sequences),
         max(sequences, config.evaluation.batch_samples if config.data.eval else 0),
     )
     cache = 2 * shape.layers * shape.key_value_width * longest * engine_rows

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from rlkit.config import keys, schema
-from rlkit.config.derive import CHOICES
+from rlkit.config.values import CHOICES
 
 INTRODUCTION = """\
 # Configuration reference
