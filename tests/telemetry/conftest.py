@@ -146,6 +146,10 @@ def rollout_row(ordinal: int, index: int, score: float | None) -> RolloutRow:
 class MakeRun:
     """Writes a run folder; every part can be left out."""
 
+    training_metrics = staticmethod(training_metrics)
+    eval_metrics = staticmethod(eval_metrics)
+    rollout_row = staticmethod(rollout_row)
+
     def __init__(self, parent: Path) -> None:
         self.parent = parent
 
@@ -204,3 +208,9 @@ class MakeRun:
 def make_run(tmp_path: Path) -> MakeRun:
     """Factory of run folders below tmp_path."""
     return MakeRun(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_run_class() -> type[MakeRun]:
+    """For fixtures that outlive one test."""
+    return MakeRun

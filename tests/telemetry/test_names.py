@@ -9,14 +9,14 @@ import pytest
 
 from rlkit.telemetry.names import GROUPS, METRICS, SFT_STEP, MetricError, check_name, to_markdown
 
-from .conftest import eval_metrics, training_metrics
-
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def examples(pattern: str) -> list[str]:
     """Concrete names of a pattern."""
-    pattern = pattern.replace("<name>", "math_1").replace("<set>", "gsm8k-test").replace("@k", "@16")
+    pattern = (
+        pattern.replace("<name>", "math_1").replace("<set>", "gsm8k-test").replace("@k", "@16")
+    )
     parts = re.split(r"(\{[^}]*\}|\[_se\])", pattern)
     choices = [
         p[1:-1].split(",") if p.startswith("{") else ["", "_se"] if p == "[_se]" else [p]
@@ -26,7 +26,9 @@ def examples(pattern: str) -> list[str]:
 
 
 def test_glossary_is_up_to_date() -> None:
-    assert DOCS.read_text() == to_markdown(), "run: python -m rlkit.telemetry.names > docs/metrics.md"
+    assert DOCS.read_text() == to_markdown(), (
+        "run: python -m rlkit.telemetry.names > docs/metrics.md"
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.pattern)
@@ -39,8 +41,9 @@ def test_every_pattern_is_found_by_its_names_only_and_explained(metric) -> None:
     assert all((metric.unit, metric.meaning, metric.healthy, metric.action))
 
 
-def test_every_name_the_trainer_logs_is_known() -> None:
-    for name in training_metrics(1, 10, np.random.default_rng(0)) | eval_metrics(0, 10):
+def test_every_name_the_trainer_logs_is_known(make_run) -> None:
+    row = make_run.training_metrics(1, 10, np.random.default_rng(0))
+    for name in row | make_run.eval_metrics(0, 10):
         check_name(name)
     assert check_name("sft/loss").axis == SFT_STEP
 

@@ -1,6 +1,5 @@
 """Telemetry fans out and always closes; the console and wandb show what they should."""
 
-import importlib
 import io
 import os
 import shutil
@@ -18,8 +17,6 @@ from rlkit.telemetry.jsonl import Metrics, read_metrics
 from rlkit.telemetry.names import MetricError
 from rlkit.telemetry.rollouts import rollout_steps, write_rollouts
 from rlkit.telemetry.sinks import ConsoleSink, JsonlSink, Telemetry, WandbSink
-
-from .conftest import rollout_row
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,19 +53,23 @@ def test_all_sinks_are_closed_when_the_run_and_one_of_them_fail() -> None:
     assert first.closed == broken.closed == last.closed == [True]
 
 
-def test_open_resumes_where_the_checkpoint_stands(tmp_path: Path) -> None:
+def test_open_resumes_where_the_checkpoint_stands(tmp_path: Path, make_run) -> None:
     config = TelemetryConfig(console=False)
     arguments = {"name": "run", "total_steps": 4, "config": {}}
     with Telemetry.open(config, tmp_path, **arguments) as telemetry:
         for step in (1, 2, 3):
             telemetry.log(step, {"reward/mean": step / 10})
             path = tmp_path / "rollouts" / f"step_{step}.parquet"
-            write_rollouts(path, step, [rollout_row(1, 0, 1.0)])
+            write_rollouts(path, step, [make_run.rollout_row(1, 0, 1.0)])
     with Telemetry.open(config, tmp_path, resume_step=2, **arguments) as telemetry:
         assert [type(sink) for sink in telemetry.sinks] == [JsonlSink]
         telemetry.log(3, {"reward/mean": 0.9})
     rows = read_metrics(tmp_path)
-    assert [(row.step, row.metrics["reward/mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.9)]
+    assert [(row.step, row.metrics["reward/mean"]) for row in rows] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.9),
+    ]
     assert [row.seconds for row in rows] == sorted(row.seconds for row in rows)
     assert rollout_steps(tmp_path) == [1, 2]
 
@@ -189,4 +190,3 @@ def test_wandb_is_not_imported_unless_asked_for() -> None:
     code = "import sys, rlkit.telemetry.sinks; sys.exit('wandb' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
-    assert importlib.util.find_spec("rlkit.telemetry.wandb_sink") is not None

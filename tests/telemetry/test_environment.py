@@ -1,0 +1,87 @@
+"""environment.json says what matters and gives nothing private away."""
+
+import getpass
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rlkit.telemetry import environment
+from rlkit.telemetry.environment import (
+    collect_environment,
+    redact_argument,
+    redact_text,
+    write_environment,
+)
+
+CWD = Path("/home/someone/project")
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("train", "train"),
+        ("rollout.max_completion_tokens=64", "rollout.max_completion_tokens=64"),
+        ("model.eos_token=x", "model.eos_token=x"),
+        ("judge.api_key=abc", "judge.api_key=***"),
+        ("++hub.hf_token=abc", "++hub.hf_token=***"),
+        ("token=abc", "token=***"),
+        ("buffer.url=postgresql://u:p@host/db", "buffer.url=postgresql://***@host/db"),
+        ("model.path=/home/someone/models/m", "model.path=.../m"),
+        ("/home/someone/project/recipes/a.yaml", "recipes/a.yaml"),
+        ("~/secret/a.yaml", ".../a.yaml"),
+    ],
+)
+def test_arguments_are_redacted(argument: str, shown: str) -> None:
+    assert redact_argument(argument, CWD) == shown
+
+
+def test_yaml_is_redacted_line_by_line() -> None:
+    text = "a: 1\n  api_key: abc\n  token: xyz\n  url: s3://u:p@h\n  tokens: 5\n  pad_token: <p>\n"
+    shown = (
+        "a: 1\n  api_key: '***'\n  token: '***'\n  url: s3://***@h\n  tokens: 5\n  pad_token: <p>\n"
+    )
+    assert redact_text(text) == shown
+
+
+def test_the_record_is_useful_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "s3cr3t-in-the-environment")
+    path = write_environment(tmp_path, ["/usr/bin/rlkit", "train", f"output_dir={tmp_path}"])
+    text = path.read_text()
+    record = json.loads(text)
+    assert record["versions"]["python"] == platform.python_version()
+    assert {"torch", "transformers", "numpy", "rlkit"} <= record["versions"].keys()
+    assert record["cpu"]["cores"] >= record["cpu"]["usable_cores"] >= 1
+    assert record["command"][:2] == ["rlkit", "train"]
+    for private in ("s3cr3t", str(tmp_path.parent), str(Path.home()) + "/", platform.node()):
+        assert private not in text or private in {"", "/"}
+    if getpass.getuser() != "root":
+        assert getpass.getuser() not in text
+
+
+def test_the_commit_is_that_of_rlkits_own_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "rlkit"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(environment.rlkit, "__file__", str(package / "__init__.py"))
+    assert collect_environment([])["git"] is None
+
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("commit", "-m", "one")
+    assert collect_environment([])["git"] is None  # somebody else's repository
+    git("add", "rlkit")
+    git("commit", "-m", "two")
+    clean = collect_environment([])["git"]
+    assert len(clean["commit"]) == 40 and clean["modified"] is False
+    (package / "__init__.py").write_text("x = 1")
+    assert collect_environment([])["git"]["modified"] is True
