@@ -248,6 +248,13 @@ def _raise(
         raise ConfigError(f"{text}{where if where not in text else ''}") from error
     full = str(getattr(cause, "full_key", None) or "") or path
     if full is None:
+        # A whole section of another kind: OmegaConf names its class, not its key.
+        section = re.search(r"(\w+) is not a subclass of (\w+)\. value: (.*)", _first_line(cause))
+        for key in keys.walk() if section else ():
+            if section and getattr(keys.unwrap(key.annotation), "__name__", "") == section[2]:
+                raise ConfigError(
+                    f"wrong type{where}", key=key.path, value=section[3], expected="a section: keys"
+                ) from error
         raise ConfigError(f"{_first_line(cause)}{where}") from error
     annotation = keys.locate(full, value=value, where=where)  # raises where the key is unknown
     shown = value

@@ -99,8 +99,11 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
     """
     annotation: Any = Config
     done: list[str] = []
-    for part in path.split("."):
+    for part in path.replace("[", ".[").split("."):
         inner = unwrap(annotation)
+        if part.startswith("["):  # an element of a list
+            annotation = (*typing.get_args(inner), Any)[0]
+            continue
         if dataclasses.is_dataclass(inner) and isinstance(inner, type):
             known = fields(inner)
             if part not in known:

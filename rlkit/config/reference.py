@@ -88,7 +88,9 @@ def _section(section: type, places: list[str]) -> str:
         place = f"{places[0]}.{name}" if places[0] else name
         if place in CHOICES:
             assert all(choice in doc for choice in CHOICES[place]), f"{place} documents its choices"
-        cells = (f"`{name}`", keys.describe(key.annotation), _default(key.default), doc)
+        kind = "section" if _is_section(keys.unwrap(key.annotation)) else ""
+        kind = kind or keys.describe(key.annotation)
+        cells = (f"`{name}`", kind, _default(key.default), doc.replace("<", "&lt;"))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -100,7 +102,7 @@ def _doc_of(annotation: Any) -> str:
 
 def _default(value: Any) -> str:
     if value is dataclasses.MISSING:
-        return "section"
+        return ""
     if value == MISSING:
         return "**mandatory**"
     if value is None:

@@ -1,0 +1,91 @@
+"""Every shipped recipe and option is sound; the wheel ships them; the reference is up to date."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rlkit.config.compose import load
+from rlkit.config.derive import batch_table
+from rlkit.config.library import Library, shipped
+from rlkit.config.reference import markdown
+from rlkit.config.verify import verify
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = Library.open()
+
+
+def local_data(recipe: str, rows: Path) -> list[str]:
+    """The recipe whose data are the user's gets some."""
+    return [f"data.train.path={rows}"] if recipe == "gsm8k_smoke" else []
+
+
+@pytest.mark.parametrize("recipe", LIBRARY.recipes())
+def test_recipe(recipe: str, rows: Path) -> None:
+    config, _ = load(recipe, local_data(recipe, rows))
+    verify(config)
+    assert config.name == recipe
+    assert all(row.value >= 0 for row in batch_table(config))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{group}={option}"
+        for group in LIBRARY.groups()
+        if group.split("/")[0] not in ("model", "data", "reward")  # these go together
+        for option in LIBRARY.options(group)
+    ],
+)
+def test_option_fits_the_quickstart(choice: str) -> None:
+    verify(load("quickstart", [choice])[0])
+
+
+def test_every_option_is_reached(rows: Path) -> None:
+    """No file that no recipe and no group choice can use."""
+    groups = set(LIBRARY.groups())
+    assert {"algorithm", "algorithm/loss", "model", "data", "reward"} <= groups
+    used = {path.relative_to(shipped()).parent.as_posix() for path in shipped().rglob("*.yaml")} - {
+        "."
+    }
+    assert used == groups
+
+
+def test_reference_is_up_to_date() -> None:
+    written = (ROOT / "docs" / "config.md").read_text()
+    assert written == markdown(), "run: python -m rlkit.config.reference > docs/config.md"
+
+
+@pytest.mark.slow
+def test_wheel_holds_packages_and_recipes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in files:
+        if name.startswith(("rlkit/", "rewards/", "recipes/")) or "/" not in name:
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*command, "--no-index", "-q", "-w", str(tmp_path), str(source)], check=True, timeout=200
+    )
+    (wheel,) = tmp_path.glob("rlkit_rlvr-*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("rlkit", "rewards", "recipes")
+        for suffix in ("*.py", "*.yaml", "*.j2")
+        for path in (ROOT / package).rglob(suffix)
+    }
+    assert wanted <= held
+    assert not [name for name in held if name.startswith(("tests", "benchmarks", "docs"))]
