@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlkit.config.components import build
 from rlkit.config.parts import datasets, needs_reference
 from rlkit.config.schema import Config, ModelConfig
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,10 +93,12 @@ def model_shape(model: ModelConfig) -> Shape:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    settings = _architecture(model)
     try:
+        settings = _architecture(model)
         with init_empty_weights(include_buffers=True):
             empty = AutoModelForCausalLM.from_config(settings, attn_implementation=model.attention)
+    except ConfigError:
+        raise
     # Architectures check their settings by any kind of error, KeyError to RuntimeError.
     except Exception as error:
         raise ConfigError(
@@ -120,33 +122,39 @@ def model_shape(model: ModelConfig) -> Shape:
 
 
 def _architecture(model: ModelConfig) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
-    name = model.path
+    if model.architecture is None:
+        assert model.path is not None
+        found: PreTrainedConfig = _fetched(AutoConfig, model.path, "model.path")
+        return found
+    settings: dict[str, Any] = dict(model.architecture)
+    model_type = settings.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}",
+            key="model.architecture.model_type",
+            value=model_type,
+        )
+    if model.alphabet is not None:
+        settings["vocab_size"] = len(model.alphabet) + SPECIAL_TOKENS
+    else:
+        assert model.tokenizer is not None
+        tokenizer = _fetched(AutoTokenizer, model.tokenizer, "model.tokenizer")
+        settings["vocab_size"] = len(tokenizer)
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _fetched(kind: Any, name: str, key: str) -> Any:
+    """From a folder, the local cache or the hub."""
     try:
-        if model.architecture is None:
-            assert name is not None
-            found: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            return found
-        settings: dict[str, Any] = dict(model.architecture)
-        if model.alphabet is not None:
-            settings["vocab_size"] = len(model.alphabet) + SPECIAL_TOKENS
-        else:
-            name = model.tokenizer
-            settings["vocab_size"] = len(AutoTokenizer.from_pretrained(name))
-        model_type = settings.pop("model_type")
-        if model_type not in CONFIG_MAPPING:
-            raise ConfigError(
-                "transformers has no such model type",
-                key="model.architecture.model_type",
-                value=model_type,
-            )
-        return AutoConfig.for_model(model_type, **settings)
+        return kind.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"its configuration is not to be had ({type(error).__name__}: "
             f"{str(error).splitlines()[0]})",
-            key="model.path" if model.path is not None else "model.tokenizer",
+            key=key,
             value=name,
             fix="give a local folder, or download it where there is a network",
         ) from error
