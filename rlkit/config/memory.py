@@ -122,7 +122,6 @@ def model_shape(model: ModelConfig) -> Shape:
 
 
 def _architecture(model: ModelConfig) -> PreTrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
     if model.architecture is None:
