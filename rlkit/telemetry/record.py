@@ -10,18 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from rlkit.errors import RlkitError
 from rlkit.telemetry.jsonl import Row, read_metrics, series
 from rlkit.telemetry.names import LEARNER_STEP
+from rlkit.telemetry.recipe import RunError, read_config
 from rlkit.telemetry.rollouts import rollout_steps
 
 _EVAL = re.compile(r"eval/([^/]+)/((?:avg|pass|maj)@(\d+))")
-
-
-class RunError(RlkitError):
-    """A run folder cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,23 +172,17 @@ def load_run(run_dir: Path) -> RunRecord:
             expected="a run folder, outputs/<name>",
             fix="give the folder that `rlkit train` printed",
         )
-    config_path = run_dir / "config.yaml"
-    environment_path = run_dir / "environment.json"
-    config_text = config_path.read_text() if config_path.exists() else None
-    config: Any = None
-    environment: Any = None
+    config, config_text = read_config(run_dir)
+    path = run_dir / "environment.json"
     try:
-        if config_text is not None:
-            config = OmegaConf.to_container(OmegaConf.create(config_text), resolve=False)
-        if environment_path.exists():
-            environment = json.loads(environment_path.read_text())
-    except Exception as error:  # yaml, omegaconf and json share no base class
-        problem = f"config.yaml or environment.json is broken: {error}"
+        environment = json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        problem = f"environment.json is not readable: {error}"
         raise RunError(problem, key="run", value=run_dir.name) from error
     return RunRecord(
         run_dir=run_dir,
         rows=read_metrics(run_dir),
-        config=config if isinstance(config, dict) else None,
+        config=config,
         config_text=config_text,
         environment=environment,
         rollout_steps=rollout_steps(run_dir),
