@@ -22,7 +22,7 @@ from rlkit.telemetry.drawing import (
     smooth,
     step_axis,
 )
-from rlkit.telemetry.record import RunRecord
+from rlkit.telemetry.record import EvalCurve, RunRecord
 
 TIME_PARTS = (
     ("generate", "time/generate", BLUE),
@@ -34,6 +34,7 @@ TIME_PARTS = (
     ("checkpoint", "time/checkpoint", "#8c6d46"),
     ("evaluation", "time/eval", "#5d6673"),
 )
+ON_TOP = ("time/checkpoint", "time/eval")  # not within time/step
 
 
 def _bars(axes: Axes, run: RunRecord) -> None:
@@ -110,8 +111,11 @@ def learning_curve(run: RunRecord) -> Figure | None:
 
 
 def evaluations(run: RunRecord) -> Figure | None:
-    """avg@k, pass@k and maj@k by step, where there are at least three evaluations."""
-    curves = [curve for curve in run.evaluations if len(curve.points) >= 3]
+    """avg@k, pass@k and maj@k by step, each at its largest k, where there are at least three evaluations."""
+    largest: dict[tuple[str, str], EvalCurve] = {}  # k descends within a statistic
+    for curve in run.evaluations:
+        largest.setdefault((curve.set, curve.statistic), curve)
+    curves = [curve for curve in largest.values() if len(curve.points) >= 3]
     if not curves:
         return None
     sets = list(dict.fromkeys(curve.set for curve in curves))
@@ -212,6 +216,16 @@ def lengths(run: RunRecord) -> Figure | None:
     return figure
 
 
+def _spent(run: RunRecord, name: str) -> dict[int, float]:
+    """Seconds by step; evaluations of several sets are rows of their own and add up."""
+    spent: dict[int, float] = {}
+    for row in run.training:
+        if (value := row.metrics.get(name)) is not None:
+            before = spent.get(row.step, 0.0) if name == "time/eval" else 0.0
+            spent[row.step] = before + value
+    return spent
+
+
 def time_split(run: RunRecord) -> Figure | None:
     """Seconds of a step by what they went to.
 
@@ -222,24 +236,25 @@ def time_split(run: RunRecord) -> Figure | None:
     if not total:
         return None
     steps = sorted(total)
-    logged = {name: dict(zip(*run.metric(name), strict=True)) for _, name, _ in TIME_PARTS}
-    parts = {name: [logged[name].get(s, 0.0) for s in steps] for name in logged}
-    wait, rollout = (
-        sum(parts["time/wait_rollout"]),
-        sum(parts["time/generate"]) + sum(parts["time/score"]),
+    logged = {name: _spent(run, name) for _, name, _ in TIME_PARTS}
+    parts = {name: [spent.get(step, 0.0) for step in steps] for name, spent in logged.items()}
+    wait, generate, score = (
+        parts[f"time/{name}"] for name in ("wait_rollout", "generate", "score")
     )
-    columns = zip(
-        parts["time/wait_rollout"], parts["time/generate"], parts["time/score"], strict=True
-    )
-    if wait == 0.0 or rollout <= 1.02 * wait:
-        parts["time/wait_rollout"] = [max(0.0, w - g - s) for w, g, s in columns]
+    if sum(wait) == 0.0 or sum(generate) + sum(score) <= 1.02 * sum(wait):
+        split = zip(wait, generate, score, strict=True)
+        parts["time/wait_rollout"] = [max(0.0, w - g - s) for w, g, s in split]
     else:
         parts["time/generate"] = parts["time/score"] = [0.0] * len(steps)
-    spent = [sum(column) for column in zip(*parts.values(), strict=True)]
-    rest = [max(0.0, total[s] - t) for s, t in zip(steps, spent, strict=True)]
+    both = zip(parts["time/learner"], parts["time/old_logits"], strict=True)
+    parts["time/learner"] = [max(0.0, all_of_it - old) for all_of_it, old in both]
+    within = [values for name, values in parts.items() if name not in ON_TOP]
+    rest = [
+        max(0.0, total[s] - sum(t)) for s, t in zip(steps, zip(*within, strict=True), strict=True)
+    ]
+    whole = sum(map(sum, parts.values())) + sum(rest)
     rows = [(label, parts[name], colour) for label, name, colour in TIME_PARTS]
     rows.append(("rest", rest, "#eef0f3"))
-    whole = sum(spent) + sum(rest)
     rows = [row for row in rows if whole > 0 and sum(row[1]) > 0.002 * whole]
     centres, width, means = binned(steps, [values for _, values, _ in rows])
     figure = new_figure()

@@ -69,9 +69,10 @@ GROUPS: dict[str, str] = {
     "off_policy": "Age of the data. A version is one publish of weights; the lag of a token is the"
     " learner's version minus the version that sampled it.",
     "queue": "Groups in the buffer by state, at the end of the step.",
-    "time": "Wall-clock seconds of one step. `time/step` = wait_rollout + old_logits + learner +"
-    " weight_sync + checkpoint + eval + the rest. generate and score are the rollout worker's: they"
-    " lie within wait_rollout in a synchronous run and overlap the learner in an asynchronous one.",
+    "time": "Wall-clock seconds of one step. `time/step` = wait_rollout + learner + weight_sync +"
+    " the rest; checkpoint and eval come on top. old_logits is a part of learner. generate and"
+    " score are the rollout worker's: they lie within wait_rollout in a synchronous run and overlap"
+    " the learner in an asynchronous one.",
     "perf": "Throughput and memory.",
     "eval": "Held-out sets, k samples a prompt with fixed seeds; `_se` is the standard error over"
     " prompts. Step 0 is before training.",
@@ -167,7 +168,7 @@ METRICS: tuple[Metric, ...] = tuple(
         ("queue/{requested,leased,scored}", "groups", "Groups waiting in that state.",
          "scored near 0 to one step's worth.",
          "scored full: the learner is the brake. requested full: rollout is."),
-        ("time/step", "s", "The whole step as the learner lives it.", "Steady.",
+        ("time/step", "s", "The step as the learner lives it, without checkpoint and eval.", "Steady.",
          "Grows with completion length; look at the split."),
         ("time/generate", "s", "Sampling completions.", "The largest part of a step.",
          "Shorter completions, larger batches, a faster engine."),
@@ -177,7 +178,7 @@ METRICS: tuple[Metric, ...] = tuple(
          "Small in an asynchronous run.", "Large: more rollout workers or larger max_staleness."),
         ("time/wait_learner", "s", "Rollout waiting for admission or new weights.", "Small.",
          "Large: more learner devices or a larger max_staleness."),
-        ("time/learner", "s", "Forward and backward passes and updates, without old logits.",
+        ("time/learner", "s", "Old logits, forward and backward passes, updates.",
          "Comparable to generation.", "Larger micro-batches, mixed precision."),
         ("time/old_logits", "s", "Computing the anchor's log-probs.", "Below time/learner.",
          "Choose an anchor that needs no forward pass (rollout)."),
@@ -185,7 +186,7 @@ METRICS: tuple[Metric, ...] = tuple(
          "A few percent.", "Large: publish less often; check the transfer path."),
         ("time/checkpoint", "s", "Writing a checkpoint; only in steps that wrote one.", "Rare.",
          "Raise checkpoint.every_steps."),
-        ("time/eval", "s", "Held-out evaluation; only in steps that had one.", "Rare.",
+        ("time/eval", "s", "Evaluating one held-out set; a row a set.", "Rare.",
          "Fewer samples or rows, larger evaluation.every_steps."),
         ("perf/tokens_per_s", "tokens/s", "Completion tokens trained on over time/step.",
          "Steady.", "Falls: look at the time split."),
@@ -198,9 +199,9 @@ METRICS: tuple[Metric, ...] = tuple(
         ("eval/<set>/avg@k[_se]", "fraction", "Mean score of k samples a prompt.",
          "After is above before by more than 2 standard errors.",
          "Within noise: more rows or samples before any claim."),
-        ("eval/<set>/pass@k[_se]", "fraction", "Prompts with a right sample among k (unbiased).",
+        ("eval/<set>/pass@k[_se]", "fraction", "Prompts with a correct sample (evaluation.correct_at) among k, unbiased.",
          "At least its value before training.", "Falls while avg@k rises: diversity is lost."),
-        ("eval/<set>/maj@k[_se]", "fraction", "Prompts whose most frequent answer is right.",
+        ("eval/<set>/maj@k[_se]", "fraction", "Mean score of each prompt's most frequent answer.",
          "Above avg@k.", "Below: wrong answers agree with each other; look at them."),
         ("eval/<set>/length/mean", "tokens", "Mean completion length in the evaluation.",
          "As in training.", "Differs: prompts or temperature differ."),

@@ -32,7 +32,7 @@ PANELS: tuple[Panel, ...] = (
         figures.learning_curve,
     ),
     Panel("evaluations", "Held-out avg@k, pass@k and maj@k.", figures.evaluations),
-    Panel("rewards", "Each named reward before its weight.", figures.named_rewards),
+    Panel("named_rewards", "Each named reward before its weight.", figures.named_rewards),
     Panel("groups", "Only mixed groups carry signal.", figures.groups),
     Panel("length", "Length of completions and share cut at the limit.", figures.lengths),
     Panel(

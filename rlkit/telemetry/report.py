@@ -20,9 +20,9 @@ from rlkit.telemetry.plots import draw_all
 from rlkit.telemetry.record import RunRecord, load_run
 from rlkit.telemetry.rollouts import (
     TEXT_COLUMNS,
+    Judge,
     RolloutsError,
     read_rollouts,
-    verdict_of,
     visible,
 )
 from rlkit.telemetry.summary import with_error
@@ -30,6 +30,7 @@ from rlkit.telemetry.summary import with_error
 HEAD_CHARACTERS = 1200
 TAIL_CHARACTERS = 500
 SAMPLES_OF_A_KIND = 2
+KINDS = ("right", "wrong", "partial", "unscored")
 
 
 def _seen(text: object) -> Markup:
@@ -54,16 +55,16 @@ def _plus_minus(text: str) -> Markup:
     return _seen(text.replace(" +- ", " \N{PLUS-MINUS SIGN} "))
 
 
-def _pick(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few right, wrong and unscored samples, of different prompts where there are enough."""
+def _pick(rows: Sequence[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
+    """A few right, wrong and other samples, of different prompts where there are enough."""
     chosen: list[dict[str, Any]] = []
-    for verdict in ("right", "wrong", "unscored"):
-        kind = [row for row in rows if verdict_of(row["score"]) == verdict]
+    for verdict in KINDS:
+        kind = [row for row in rows if judge.verdict(row) == verdict]
         kind.sort(key=lambda row: (row["ordinal"], row["index"]))
         seen: set[int] = set()
         fresh = [r for r in kind if not (r["ordinal"] in seen or seen.add(r["ordinal"]))]  # type: ignore[func-returns-value]
         rest = [row for row in kind if row not in fresh]
-        limit = 1 if verdict == "unscored" else SAMPLES_OF_A_KIND
+        limit = SAMPLES_OF_A_KIND if verdict in {"right", "wrong"} else 1
         chosen += [{**row, "verdict": verdict} for row in (fresh + rest)[:limit]]
     return chosen
 
@@ -73,13 +74,14 @@ def _stages(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
     if not run.rollout_steps:
         return [], "No rollouts were kept (telemetry.save_rollouts)."
     stages = []
+    judge = Judge.of(run.config)
     try:
         for step in dict.fromkeys((run.rollout_steps[0], run.rollout_steps[-1])):
             rows = read_rollouts(run.run_dir, step, TEXT_COLUMNS)
-            kinds = [verdict_of(row["score"]) for row in rows]
-            parts = [f"{kinds.count(k)} {k}" for k in ("right", "wrong", "unscored")]
+            kinds = [judge.verdict(row) for row in rows]
+            parts = [f"{kinds.count(k)} {k}" for k in KINDS if k in kinds]
             counts = f"{', '.join(parts)} of {len(rows)}"
-            stages.append({"step": step, "counts": counts, "rows": _pick(rows)})
+            stages.append({"step": step, "counts": counts, "rows": _pick(rows, judge)})
     except RolloutsError as error:
         return [], f"The rollouts cannot be read: {error.problem}"
     return stages, ""

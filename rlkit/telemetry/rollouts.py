@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,6 +19,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from rlkit.errors import RlkitError
+from rlkit.telemetry.recipe import read_config
 from rlkit.types import Group
 
 SCHEMA = pa.schema(
@@ -207,9 +209,27 @@ def rollback_rollouts(run_dir: Path, step: int) -> int:
     return len(later)
 
 
-def verdict_of(score: float | None) -> str:
-    """ "right" (score > 0), "wrong" (score <= 0) or "unscored"; as in the glossary's `group`."""
-    return "unscored" if score is None else "right" if score > 0 else "wrong"
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What counts as right: the run's own evaluation.correct_at, of evaluation.part or the total."""
+
+    correct_at: float = 1.0
+    part: str | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | None) -> Judge:
+        """The judge of a run's recipe; the schema's defaults where there is none."""
+        evaluation = (config or {}).get("evaluation") or {}
+        return cls(float(evaluation.get("correct_at", 1.0)), evaluation.get("part"))
+
+    def verdict(self, row: Mapping[str, Any]) -> str:
+        """ "right" (at least correct_at), "partial" (above 0), "wrong" or "unscored"."""
+        score = row["score"]
+        if score is not None and self.part is not None:
+            score = row["parts"].get(self.part)
+        if score is None:
+            return "unscored"
+        return "right" if score >= self.correct_at else "partial" if score > 0 else "wrong"
 
 
 def visible(text: str) -> list[tuple[str, bool]]:
@@ -231,7 +251,8 @@ def visible(text: str) -> list[tuple[str, bool]]:
     return pieces
 
 
-COLOURS = {"right": "green", "wrong": "red", "unscored": "yellow"}
+DEFAULT = Judge()
+COLOURS = {"right": "green", "partial": "blue", "wrong": "red", "unscored": "yellow"}
 
 
 def _text(value: str, style: str = "") -> Text:
@@ -242,10 +263,12 @@ def _text(value: str, style: str = "") -> Text:
     return out
 
 
-def print_rollouts(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def print_rollouts(
+    rows: Sequence[Mapping[str, Any]], console: Console, judge: Judge = DEFAULT
+) -> None:
     """Print rows for reading: verdict, prompt, completion."""
     for row in rows:
-        verdict = verdict_of(row["score"])
+        verdict = judge.verdict(row)
         colour = COLOURS[verdict]
         score = "" if row["score"] is None else f" {row['score']:g}"
         where = f"step {row['step']}  ordinal {row['ordinal']}  sample {row['index']}"
@@ -268,6 +291,10 @@ def print_rollouts(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
                 console.print(Text.assemble((f"{label:>10}  ", "dim"), _text(row[key], style)))
 
 
+def _is(verdict: str, asked: str) -> bool:
+    return verdict == asked or (asked, verdict) == ("wrong", "partial")
+
+
 def select(
     rows: Sequence[dict[str, Any]],
     *,
@@ -275,13 +302,14 @@ def select(
     verdict: str | None = None,
     sort: str | None = None,
     limit: int | None = None,
+    judge: Judge = DEFAULT,
 ) -> list[dict[str, Any]]:
     """Rows to look at: filtered, sorted (score: worst first, unscored last; length: longest first).
 
-    Without `sort` they come by ordinal and sample.
+    Without `sort` they come by ordinal and sample. Verdict "wrong" takes in "partial".
     """
     kept = [row for row in rows if ordinal is None or row["ordinal"] == ordinal]
-    kept = [row for row in kept if verdict is None or verdict_of(row["score"]) == verdict]
+    kept = [row for row in kept if verdict is None or _is(judge.verdict(row), verdict)]
     kept.sort(key=lambda row: (row["step"], row["ordinal"], row["index"]))
     if sort == "score":
         kept.sort(key=lambda row: (row["score"] is None, row["score"] or 0.0))
@@ -316,14 +344,16 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     steps = rollout_steps(options.run)
     step = options.step if options.step is not None or not steps else steps[-1]
     rows = read_rollouts(options.run, step, TEXT_COLUMNS)
+    judge = Judge.of(read_config(options.run)[0])
     chosen = select(
         rows,
         ordinal=options.ordinal,
         verdict=options.verdict,
         sort=options.sort,
         limit=options.limit,
+        judge=judge,
     )
-    print_rollouts(chosen, console)
+    print_rollouts(chosen, console, judge)
     console.print(Text(f"{len(chosen)} of {len(rows)} rollouts of step {step}", style="dim"))
     return 0
 

@@ -86,7 +86,7 @@ def training_metrics(step: int, steps: int, rng: np.random.Generator) -> dict[st
         "queue/requested": 0,
         "queue/leased": 0,
         "queue/scored": 32,
-        "time/step": wait + learner + sync + 0.35,
+        "time/step": wait + learner + sync + 0.15,
         "time/generate": wait - 0.5,
         "time/score": 0.4,
         "time/wait_rollout": wait,

@@ -308,3 +308,14 @@ def test_overlapped_rollouts_are_not_stacked_on_the_learner(make_run) -> None:
     assert figure is not None
     labels = " ".join(text.get_text() for text in figure.legends[0].get_texts())
     assert "generate" not in labels and "wait for rollouts" in labels
+
+
+def test_evaluations_of_several_sets_add_up(make_run) -> None:
+    from rlkit.telemetry.figures import _spent
+
+    run_dir = make_run(steps=3, eval_steps=(3,))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        last = load_run(run_dir).rows[-1]
+        row = {"step": 3, "time": last.time, "seconds": last.seconds, "time/eval": 2.0}
+        file.write(json.dumps(row) + "\n")
+    assert _spent(load_run(run_dir), "time/eval") == {3: 8.0}

@@ -13,6 +13,7 @@ from rich.console import Console
 from rlkit.telemetry import rollouts as module
 from rlkit.telemetry.rollouts import (
     SCHEMA,
+    Judge,
     RolloutsError,
     main,
     read_rollouts,
@@ -20,7 +21,6 @@ from rlkit.telemetry.rollouts import (
     rollout_steps,
     rows_of,
     select,
-    verdict_of,
     visible,
     write_rollouts,
 )
@@ -184,7 +184,32 @@ def test_the_viewer_filters_and_sorts(make_run) -> None:
     assert lengths == sorted(lengths, reverse=True)
     scores = [row["score"] for row in select(rows, sort="score")]
     assert scores == [0.0] * 8 + [1.0] * 4 + [None] * 4
-    assert {verdict_of(r["score"]) for r in select(rows, verdict="right")} == {"right"}
+    assert {r["score"] for r in select(rows, verdict="right")} == {1.0}
+    stricter = select(rows, verdict="wrong", judge=Judge(correct_at=2.0))
+    assert {r["score"] for r in stricter} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("score", "parts", "judge", "verdict"),
+    [
+        (1.0, {}, Judge(), "right"),
+        (0.5, {}, Judge(), "partial"),
+        (0.5, {}, Judge(correct_at=0.5), "right"),
+        (0.0, {}, Judge(), "wrong"),
+        (-1.0, {}, Judge(), "wrong"),
+        (None, {"math": 1.0}, Judge(part="math"), "unscored"),
+        (0.2, {"math": 1.0}, Judge(part="math"), "right"),
+        (1.2, {"math": 0.0}, Judge(part="math"), "wrong"),
+        (1.2, {"math": None}, Judge(part="math"), "unscored"),
+    ],
+)
+def test_right_is_what_the_recipe_calls_correct(
+    score: float | None, parts: dict, judge: Judge, verdict: str
+) -> None:
+    assert judge.verdict({"score": score, "parts": parts}) == verdict
+    evaluation = {"correct_at": judge.correct_at, "part": judge.part}
+    assert Judge.of({"evaluation": evaluation}) == judge
+    assert Judge.of(None) == Judge()
 
 
 def test_a_run_without_rollouts_says_what_to_set(tmp_path: Path) -> None:
