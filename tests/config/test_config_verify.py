@@ -1,0 +1,162 @@
+"""Checks across keys: each fault is found before anything starts, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from rlkit.config import keys
+from rlkit.config.compose import load
+from rlkit.config.schema import Config
+from rlkit.config.values import CHOICES, RANGES
+from rlkit.config.verify import problems, verify
+from rlkit.errors import ConfigError
+
+Smoke = Callable[..., Config]
+Plugin = Callable[[str], str]
+Refused = Callable[..., AbstractContextManager[None]]
+
+
+def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
+    verify(smoke())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.architecture=null"], ("model.path, model.architecture", "neither")),
+        (["model.path=somewhere"], ("model.path, model.architecture", "both")),
+        (["model.tokenizer=somewhere"], ("model.alphabet", "tokenizer as well")),
+        (["model.alphabet=null"], ("model.tokenizer", "model.alphabet")),
+        (["~model.architecture.model_type"], ("model.architecture", "model_type")),
+        (["model.chat_template=null"], ("data.train.chat", "chat template")),
+        (["data.train.system=Be brief.", "data.train.chat=false"], ("data.train.system",)),
+        (["samples_per_prompt=1"], ("samples_per_prompt", "2 or more")),
+        (["learner.updates_per_step=3"], ("learner.updates_per_step", "1, 2, 4")),
+        (["rollout.top_p=0.9"], ("rollout.top_p", "biases")),
+        (["rollout.top_k=50"], ("rollout.top_k", "biases")),
+        (["rollout.temperature=0"], ("rollout.temperature", "more than 0")),
+        (["rollout.stop=['']"], ("rollout.stop",)),
+        (["max_staleness=1", "old_policy=recompute"], ("max_staleness", "old_policy=rollout")),
+        (["reward.rewards.correct.weight=heavy"], ("reward.rewards.correct.weight",)),
+        (["reward.rewards.correct.weight=inf"], ("reward.rewards.correct.weight", "finite")),
+        (["reward.rewards.correct.weight=0"], ("every reward has weight 0",)),
+        (["~reward.rewards.correct"], ("no reward",)),
+        (["reward.rewards.correct.extrct=boxed"], ("'extract'",)),
+        (["reward.rewards.correct.extract=bxed"], ("reward.rewards.correct", "RewardError")),
+        (["evaluation.temperature=0"], ("evaluation.samples", "greedy")),
+        (["evaluation.every_steps=2"], ("evaluation.every_steps", "held-out")),
+        (["evaluation.part=corect"], ("evaluation.part", "'correct'")),
+        (["algorithm.loss.clip_low=2"], ("algorithm.loss", "clip_low")),
+        (["algorithm.loss.clip_lw=0.1"], ("algorithm.loss.clip_lw", "'clip_low'")),
+        (["algorithm/kl=reference", "algorithm.kl.estimator=k1"], ("algorithm.kl", "k2")),
+        (["rollout.engine.compact_every=0"], ("rollout.engine", "compact_every")),
+        (["rollout.engine._target_=nowhere.Engine"], ("rollout.engine._target_", "nowhere")),
+        (["data.train.path=missing.jsonl"], ("data.train.path", "no such file")),
+        (["rollout.max_completion_tokens=2000"], ("max_position_embeddings=2048",)),
+        (["learner.max_tokens_per_microbatch=64"], ("learner.max_tokens_per_microbatch", "1088")),
+        (["learner.schedule=cosin"], ("learner.schedule", "'cosine'", "constant, linear, cosine")),
+        (["learner.betas=[0.9]"], ("learner.betas",)),
+        (["learner.betas=[0.9,1.0]"], ("learner.betas",)),
+        (["data.train.reference_pattern='('"], ("reference_pattern", "regular expression")),
+        (["name=../up"], ("name", "folder")),
+        (["learner.learning_rate=nan"], ("learner.learning_rate",)),
+    ],
+)
+def test_fault(
+    smoke: Smoke, overrides: list[str], parts: tuple[str, ...], refused: Refused
+) -> None:
+    config = smoke(*overrides)
+    assert len(list(problems(config))) == 1
+    with refused(*parts):
+        verify(config)
+
+
+def test_all_faults_are_named_at_once(smoke: Smoke, refused: Refused) -> None:
+    config = smoke("samples_per_prompt=1", "rollout.top_p=0.9", "steps=0")
+    with refused("3 problems", "samples_per_prompt = 1", "rollout.top_p = 0.9", "steps = 0"):
+        verify(config)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_choices(key: str, refused: Refused) -> None:
+    config, _ = load("quickstart", [f"{key}=bogus"])
+    with refused(f"{key} = 'bogus'", *CHOICES[key]):
+        verify(config)
+    for choice in CHOICES[key]:
+        verify(load("quickstart", [f"{key}='{choice}'"])[0])
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    own = {"rollout.temperature", "rollout.top_p", "rollout.top_k"}  # checks of their own
+    for key in keys.walk():
+        inside_a_dataset = "data." in key.path
+        if keys.unwrap(key.annotation) in (int, float) and not inside_a_dataset:
+            assert key.path in RANGES or key.path in own, f"{key.path} has no range"
+    assert {key.path for key in keys.walk()} >= {*RANGES, *CHOICES}
+
+
+@pytest.mark.parametrize("key", [key for key, (low, _) in RANGES.items() if low in (0, 1)])
+def test_below_the_range(key: str, refused: Refused) -> None:
+    with refused(f"{key} = -1", "at least"):
+        verify(load("quickstart", [f"{key}=-1"])[0])
+
+
+def test_a_warm_start_needs_a_teacher(refused: Refused) -> None:
+    with refused("sft.data.completion", "sft=null"):
+        verify(load("quickstart", ["sft.data.completion=null"])[0])
+    verify(load("quickstart", ["sft=null"])[0])
+
+
+def test_group_size_and_lag_are_read_off_the_class(
+    plugin: Plugin, smoke: Smoke, refused: Refused
+) -> None:
+    module = plugin(
+        """
+        class NeedsThree:
+            minimum_group_size = 3
+        class NeedsNone:
+            minimum_group_size = 1
+        class FreshOnly:
+            exact_only_at_lag_zero = True
+        class Silent:
+            pass
+        """
+    )
+
+    def config(advantage: str, anchor: str, *overrides: str) -> Config:
+        return smoke(
+            f"algorithm.advantage={{_target_: {module}.{advantage}}}",
+            f"old_policy={{_target_: {module}.{anchor}}}",
+            *overrides,
+        )
+
+    verify(config("NeedsNone", "Silent", "samples_per_prompt=1", "max_staleness=2"))
+    verify(config("NeedsThree", "FreshOnly", "samples_per_prompt=3"))
+    with refused("samples_per_prompt", "3 or more"):
+        verify(config("NeedsThree", "FreshOnly", "samples_per_prompt=2"))
+    with refused("max_staleness"):
+        verify(config("NeedsThree", "FreshOnly", "max_staleness=1"))
+
+
+def test_a_plain_function_can_be_a_reward(plugin: Plugin, smoke: Smoke, refused: Refused) -> None:
+    module = plugin("def short(sample, limit: int = 3):\n    return 1.0\n")
+    reward = f"{{_target_: {module}.short, weight: 0.5, limit: 4}}"
+    verify(smoke(f"reward.rewards.short={reward}"))
+    with refused("reward.rewards.short.limt", "'limit'"):
+        verify(smoke(f"reward.rewards.short={reward.replace('limit', 'limt')}"))
+
+
+def test_relative_paths_start_where_rlkit_runs(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, _ = load("gsm8k_smoke", [f"data.train.path={rows.name}"])
+    monkeypatch.chdir(rows.parent)
+    verify(config)
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    with pytest.raises(ConfigError, match="no such file"):
+        verify(config)
