@@ -142,10 +142,7 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, head in HEADS.items():
             seconds[name].append(timed(head, tensors))
-    ratios = {
-        name: [a / b for a, b in zip(times, seconds["plain"], strict=True)]
-        for name, times in seconds.items()
-    }
+    ratios = {name: [a / b for a, b in zip(times, seconds["plain"], strict=True)] for name, times in seconds.items()}
     for name, times in seconds.items():
         r = ratios[name]
         print(f"  forward + backward {name:16s} {statistics.median(times):8.3f} s    "

@@ -48,9 +48,7 @@ def run_child(
         os._exit(status)
 
 
-def _confine(
-    worker: int, results: int, turns: int, sandbox: Sandbox, work_dir: str, cpu_seconds: int
-) -> bool:
+def _confine(worker: int, results: int, turns: int, sandbox: Sandbox, work_dir: str, cpu_seconds: int) -> bool:
     """Confine this process and say so on `results`, or say why not."""
     try:
         os.setsid()

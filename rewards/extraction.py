@@ -29,9 +29,7 @@ def check_extraction(method: str, marker: str) -> None:
     meaning = METHODS[method]
     if meaning is None:
         if marker:
-            raise RewardError(
-                f"marker={marker!r} has no meaning with extract={method!r}; remove it"
-            )
+            raise RewardError(f"marker={marker!r} has no meaning with extract={method!r}; remove it")
         return
     if not marker and method != "tag":
         raise RewardError(f"extract={method!r} needs marker: {meaning}")

@@ -35,9 +35,7 @@ class Format:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise RewardError(
-                f"pattern={self.pattern!r} is not a regular expression: {error}"
-            ) from error
+            raise RewardError(f"pattern={self.pattern!r} is not a regular expression: {error}") from error
 
     def __call__(self, sample: Sample) -> float:
         text = sample.completion

@@ -34,9 +34,7 @@ def _poll(fd: int, events: int, deadline: float | None, watch: int | None = None
         raise TimeoutError
 
 
-def write_frame(
-    fd: int, payload: bytes, deadline: float | None = None, watch: int | None = None
-) -> None:
+def write_frame(fd: int, payload: bytes, deadline: float | None = None, watch: int | None = None) -> None:
     """Write one frame. Raises TimeoutError, HungUp, or BrokenPipeError if the reader is gone.
 
     With a deadline the descriptor must be non-blocking, or a full pipe outlasts it.

@@ -126,9 +126,7 @@ class _Keeper:
         while self._process is None:
             path = Path(shared.setup.work_dir, f"worker-{self._index}.stderr")
             try:
-                self._process = WorkerProcess(
-                    shared.setup, path, shared.start_timeout_s, shared.watch
-                )
+                self._process = WorkerProcess(shared.setup, path, shared.start_timeout_s, shared.watch)
             except WorkerDied as death:
                 self._bury(death, path.read_text(errors="replace")[-4096:].strip())
                 continue

@@ -74,13 +74,7 @@ def create_ruleset(read_paths: Iterable[str]) -> int:
         try:
             folder = stat.S_ISDIR(os.fstat(fd).st_mode)
             rule = _PathBeneathAttr(_READ_FILE | (_READ_DIR if folder else 0), fd)
-            _syscall(
-                _ADD,
-                ctypes.c_int(ruleset),
-                ctypes.c_int(_PATH_BENEATH),
-                ctypes.byref(rule),
-                ctypes.c_uint32(0),
-            )
+            _syscall(_ADD, ctypes.c_int(ruleset), ctypes.c_int(_PATH_BENEATH), ctypes.byref(rule), ctypes.c_uint32(0))
         finally:
             os.close(fd)
     return ruleset

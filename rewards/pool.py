@@ -96,12 +96,7 @@ class VerifierPool:
         self._shared = Shared(setup, start_timeout_s, max_restarts, os.getpid(), *os.pipe())
         started: list[Future[None]] = [Future() for _ in range(workers)]
         self._threads = [
-            threading.Thread(
-                target=serve,
-                args=(self._shared, index, ready),
-                name=f"verifier-{index}",
-                daemon=True,
-            )
+            threading.Thread(target=serve, args=(self._shared, index, ready), name=f"verifier-{index}", daemon=True)
             for index, ready in enumerate(started)
         ]
         # Also at interpreter exit and when the pool is dropped unclosed.
@@ -156,10 +151,7 @@ class VerifierPool:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -167,19 +159,14 @@ class VerifierPool:
         return self
 
     async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
 
     def _submit(self, samples: Sequence[Sample]) -> list[Future[Score]]:
         shared = self._shared
         if os.getpid() != shared.owner:
-            raise RewardError(
-                "the verifier pool was made before this process was forked; make one in each"
-            )
+            raise RewardError("the verifier pool was made before this process was forked; make one in each")
         tasks, futures = [], []
         for position, sample in enumerate(samples):
             future: Future[Score] = Future()
@@ -192,9 +179,7 @@ class VerifierPool:
                 reason = f"text cannot be encoded as UTF-8: {error}"
                 future.set_result(Score(None, parts, None, reason, 0.0))
             except TypeError as error:
-                raise RewardError(
-                    f"sample {position}: metadata must be plain JSON values: {error}"
-                ) from error
+                raise RewardError(f"sample {position}: metadata must be plain JSON values: {error}") from error
         with shared.lock:
             if shared.failure is not None:
                 raise shared.failure

@@ -40,9 +40,7 @@ class ReasoningGym:
     task: str | Sequence[str] | Mapping[str, Mapping[str, Any]]
     extract: str = "tag"
     marker: str = ""
-    _loaded: dict[str, _Task] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
+    _loaded: dict[str, _Task] = field(default_factory=dict, init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
         check_extraction(self.extract, self.marker)
@@ -86,9 +84,7 @@ class ReasoningGym:
             return next(iter(tasks))
         name = sample.metadata.get("source_dataset")
         if name not in tasks:
-            raise Unscorable(
-                f"metadata['source_dataset'] is {name!r}, expected one of: {', '.join(tasks)}"
-            )
+            raise Unscorable(f"metadata['source_dataset'] is {name!r}, expected one of: {', '.join(tasks)}")
         return str(name)
 
     def _task(self, name: str) -> _Task:
@@ -108,9 +104,7 @@ def _load(name: str, settings: Mapping[str, Any]) -> _Task:
         dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **settings})
         entry = dataset[0]
     except Exception as error:
-        raise RewardError(
-            f"task={name!r} with {dict(settings)} cannot be built: {error}"
-        ) from error
+        raise RewardError(f"task={name!r} with {dict(settings)} cannot be built: {error}") from error
     expected = dataset.score_answer(entry["answer"], entry)
     # Keys and scalars of numpy types become plain text: what a data file would hold.
     returned = json.loads(json.dumps(entry, default=str))
@@ -124,8 +118,7 @@ def _load(name: str, settings: Mapping[str, Any]) -> _Task:
         except Exception as error:  # this reading of the entry is not the scorer's
             problem = f"{type(error).__name__}: {error}"
     raise RewardError(
-        f"task={name!r}: its scorer does not accept an entry that was stored as JSON ({problem}); "
-        "choose another task"
+        f"task={name!r}: its scorer does not accept an entry that was stored as JSON ({problem}); choose another task"
     )
 
 

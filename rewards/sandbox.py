@@ -174,15 +174,11 @@ def violations() -> list[str]:
 def _seccomp_filter() -> bytes:
     mend = "or choose sandbox=limits (resource limits only, see docs/rewards.md)"
     if sys.platform != "linux":
-        raise RewardError(
-            f"sandbox 'strict' needs Linux (this is {sys.platform}); move there {mend}"
-        )
+        raise RewardError(f"sandbox 'strict' needs Linux (this is {sys.platform}); move there {mend}")
     try:
         return compile_filter()
     except ImportError as error:
-        raise RewardError(
-            f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp {mend}"
-        ) from error
+        raise RewardError(f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp {mend}") from error
     except (RuntimeError, OSError) as error:
         raise RewardError(
             f"sandbox 'strict' needs the libseccomp library ({error}); install it "

@@ -130,9 +130,7 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises RewardError.
     """
     if not isinstance(spec, Mapping):
-        raise RewardError(
-            f"reward specification is {type(spec).__name__}, expected a mapping of names to rewards"
-        )
+        raise RewardError(f"reward specification is {type(spec).__name__}, expected a mapping of names to rewards")
     if not spec:
         raise RewardError("reward specification is empty; name at least one reward")
     plain: dict[str, dict[str, Any]] = {}
@@ -150,9 +148,7 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 f"e.g. rewards.math_verify.MathVerify{more}"
             )
         if not isinstance(target, str) or "." not in target:
-            raise RewardError(
-                f"reward {name!r}: _target_={target!r} must be an import path 'module.Class'"
-            )
+            raise RewardError(f"reward {name!r}: _target_={target!r} must be an import path 'module.Class'")
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise RewardError(f"reward {name!r}: weight={weight!r} must be a number")
@@ -161,8 +157,7 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         plain[name] = {str(key): value for key, value in entry.items()}
     if all(entry.get("weight", 1.0) == 0 for entry in plain.values()):
         raise RewardError(
-            f"every reward has weight 0 ({', '.join(plain)}): each total would be 0; "
-            "give at least one a weight"
+            f"every reward has weight 0 ({', '.join(plain)}): each total would be 0; give at least one a weight"
         )
     return plain
 
@@ -177,9 +172,7 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
     return RewardSet(tuple(items))
 
 
-def _construct(
-    name: str, target: str, settings: dict[str, Any]
-) -> Callable[[Sample], float | None]:
+def _construct(name: str, target: str, settings: dict[str, Any]) -> Callable[[Sample], float | None]:
     factory = _locate(name, target)
     # A plain function takes the sample first and its settings by keyword.
     plain = inspect.isfunction(factory)
@@ -189,8 +182,7 @@ def _construct(
         for key, value in settings.items():
             if key not in known:
                 raise RewardError(
-                    f"reward {name!r}: {target} has no setting {key!r} "
-                    f"(value {value!r}); {nearest(key, known)}"
+                    f"reward {name!r}: {target} has no setting {key!r} (value {value!r}); {nearest(key, known)}"
                 )
     for parameter in parameters:
         required = parameter.default is parameter.empty and parameter.kind not in (
@@ -206,9 +198,7 @@ def _construct(
     except RewardError as error:
         raise RewardError(f"reward {name!r}: {error}") from error
     except Exception as error:
-        raise RewardError(
-            f"reward {name!r}: {target}({settings}) raised {_describe(error)}"
-        ) from error
+        raise RewardError(f"reward {name!r}: {target}({settings}) raised {_describe(error)}") from error
     if not callable(reward):
         raise RewardError(
             f"reward {name!r}: {target} builds a {type(reward).__name__}, which is not callable; "
@@ -230,8 +220,7 @@ def _locate(name: str, target: str) -> Callable[..., Any]:
     if found is None:
         members = [key for key, value in vars(module).items() if callable(value)]
         raise RewardError(
-            f"reward {name!r}: module {module_name!r} has no {attribute!r}; "
-            f"{nearest(attribute, members)}"
+            f"reward {name!r}: module {module_name!r} has no {attribute!r}; {nearest(attribute, members)}"
         )
     if not callable(found):
         raise RewardError(f"reward {name!r}: {target} is {found!r}, which cannot be called")

@@ -9,17 +9,7 @@ import msgspec
 from rewards.base import Sample, Score
 from rewards.sandbox import Limits, Mode
 
-__all__ = [
-    "Batch",
-    "Failed",
-    "Finished",
-    "Measured",
-    "Outcome",
-    "Ready",
-    "Setup",
-    "decode",
-    "encode",
-]
+__all__ = ["Batch", "Failed", "Finished", "Measured", "Outcome", "Ready", "Setup", "decode", "encode"]
 
 Outcome = Literal["returned", "timeout", "crashed"]
 

@@ -92,16 +92,7 @@ class Worker:
         turns, starter = os.pipe()
         pid = os.fork()
         if pid == 0:
-            run_child(
-                self._pid,
-                results,
-                turns,
-                self._rewards,
-                self._sandbox,
-                samples,
-                work_dir,
-                cpu_seconds,
-            )
+            run_child(self._pid, results, turns, self._rewards, self._sandbox, samples, work_dir, cpu_seconds)
         os.close(results)
         os.close(turns)
         ended = False
@@ -130,9 +121,7 @@ class Worker:
             self._end_orphans()
             shutil.rmtree(work_dir, ignore_errors=True)
 
-    def _await_result(
-        self, frames: FrameReader, index: int, started: float
-    ) -> tuple[Measured | None, Outcome, str]:
+    def _await_result(self, frames: FrameReader, index: int, started: float) -> tuple[Measured | None, Outcome, str]:
         """(result, outcome, reason); a crash comes without a reason, the caller finds it out."""
         deadline = started + self._setup.timeout_s
         try:
@@ -151,9 +140,7 @@ class Worker:
             return None, "crashed", "verifier answered out of turn"
         return measured, "returned", ""
 
-    def _answer(
-        self, index: int, measured: Measured | None, outcome: Outcome, reason: str, seconds: float
-    ) -> None:
+    def _answer(self, index: int, measured: Measured | None, outcome: Outcome, reason: str, seconds: float) -> None:
         if measured is None:
             parts: dict[str, float | None] = dict.fromkeys(self._rewards.names)
             score = Score(None, parts, None, reason, seconds)

@@ -24,10 +24,7 @@ RECIPE_COMMANDS = {
     "check": "print the resolved config, batch table and memory estimate; start nothing",
     "check-parity": "compare the engine's log-probs with the learner's",
 }
-RUN_COMMANDS = {
-    "report": "write report.html and plots of a run folder",
-    "buffer": "show what a run's buffer holds",
-}
+RUN_COMMANDS = {"report": "write report.html and plots of a run folder", "buffer": "show what a run's buffer holds"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
             metavar="recipe=NAME [key=value ...]",
             help="the recipe, then Hydra overrides: key=value, group=option",
         )
-        command.add_argument(
-            "--config-dir", type=Path, help="folder with your own recipes, searched first"
-        )
+        command.add_argument("--config-dir", type=Path, help="folder with your own recipes, searched first")
         if name == "eval":
             command.add_argument("--checkpoint", type=Path, help="checkpoints/step_N of a run")
     for name, text in RUN_COMMANDS.items():

@@ -104,9 +104,7 @@ class OldPolicy(Protocol):
     uses_current_weights: ClassVar[bool]
     exact_only_at_lag_zero: ClassVar[bool]
 
-    def __call__(
-        self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Old log-probs of every sequence, [T_i] each; `rescore` is a no-grad forward of the policy."""
 
 

@@ -109,14 +109,10 @@ class KLPenalty:
                 fix="score the same tokens with the reference model, or choose algorithm/kl=none",
             )  # fmt: skip
         estimate = kl_estimate(logprobs, reference_logprobs, self.estimator, self.log_ratio_limit)
-        return LossOutput(
-            per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()}
-        )
+        return LossOutput(per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()})
 
 
-def kl_estimate(
-    logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0
-) -> Tensor:
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0) -> Tensor:
     """k1, k2 or k3 of every token [n], in nats; no gradient to the reference.
 
     Raises KeyError for another estimator.

@@ -33,11 +33,7 @@ def capacity(now: Any) -> int:
 
 
 def request(
-    connection: Connection,
-    requests: Sequence[GroupRequest],
-    prompts: Sequence[bytes],
-    slice_samples: int,
-    clock: float,
+    connection: Connection, requests: Sequence[GroupRequest], prompts: Sequence[bytes], slice_samples: int, clock: float
 ) -> None:
     """Admit groups (prompts: their encoded prompts) and cut them into slices."""
     now = position(connection)
@@ -105,15 +101,11 @@ def drop(connection: Connection, ordinals: Sequence[int], reason: str) -> None:
     connection.execute(_UPDATE_GROUP, [{"at": x} | dropped for x in ordinals])
     # scored slices stay: a rollback may bring the group back
     unfinished = slices.c.ordinal.in_(ordinals) & (slices.c.state != GroupState.SCORED)
-    connection.execute(
-        update(slices).where(unfinished).values(state=GroupState.DROPPED, **UNLEASED)
-    )
+    connection.execute(update(slices).where(unfinished).values(state=GroupState.DROPPED, **UNLEASED))
     connection.execute(update(meta).values(refused=meta.c.refused + len(ordinals)))
 
 
-def publish(
-    connection: Connection, version: int, trained: Sequence[int], clock: Callable[[], float]
-) -> None:
+def publish(connection: Connection, version: int, trained: Sequence[int], clock: Callable[[], float]) -> None:
     """TAKEN groups become TRAINED; a new live version, a step on."""
     now = position(connection)
     at_least("version", version, now.next_version)
@@ -131,7 +123,5 @@ def publish(
     ended = {"state": GroupState.TRAINED, "trained_step": now.step}
     connection.execute(_UPDATE_GROUP, [{"at": x} | ended for x in trained])
     step = now.step + 1
-    connection.execute(
-        insert(versions).values(version=version, step=step, live=True, published_at=clock())
-    )
+    connection.execute(insert(versions).values(version=version, step=step, live=True, published_at=clock()))
     connection.execute(update(meta).values(step=step, version=version, next_version=version + 1))

@@ -69,9 +69,7 @@ def sampled_under(lease: Lease, spanned: Collection[int], live: Collection[int])
         )
 
 
-def groups_in(
-    connection: Connection, ordinals: Sequence[int], states: Collection[GroupState], verb: str
-) -> None:
+def groups_in(connection: Connection, ordinals: Sequence[int], states: Collection[GroupState], verb: str) -> None:
     """BufferError unless all groups exist, are named once and are in one of `states`."""
     distinct("ordinals", ordinals)
     query = select(groups.c.ordinal, groups.c.state).where(groups.c.ordinal.in_(ordinals))

@@ -21,9 +21,7 @@ from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 
 _BIG_INT, _TUPLE, _DICT, _SURROGATES = 1, 2, 3, 4
 _LONE = re.compile("[\ud800-\udfff]")  # surrogates msgpack's strings cannot hold
-_NARROW = tuple(
-    (np.dtype(x), int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8")
-)
+_NARROW = tuple((np.dtype(x), int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8"))
 
 
 class _Array(msgspec.Struct, array_like=True):
@@ -75,9 +73,7 @@ def decode_rollouts(data: bytes) -> list[Rollout]:
             behavior_logprobs=_unpack(x.behavior_logprobs, np.float32),
             loss_mask=_unpack(x.loss_mask, np.bool_),
             segments=_unpack(x.segments, np.int64),
-            version_spans=tuple(
-                VersionSpan(version=v, start=start, end=end) for v, start, end in x.version_spans
-            ),
+            version_spans=tuple(VersionSpan(version=v, start=start, end=end) for v, start, end in x.version_spans),
             finish_reason=x.finish_reason,
             engine_id=x.engine_id,
             text=_string(x.text),
@@ -154,8 +150,7 @@ def _pack_rollout(x: Rollout) -> _Rollout:
             )
     ends = [0, *(span.end for span in x.version_spans)]
     contiguous = all(
-        span.start == before and span.start < span.end
-        for before, span in zip(ends, x.version_spans, strict=False)
+        span.start == before and span.start < span.end for before, span in zip(ends, x.version_spans, strict=False)
     )
     if not contiguous or ends[-1] != tokens:
         raise BufferError(

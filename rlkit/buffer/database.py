@@ -58,8 +58,7 @@ class Database:
         refuse_network_filesystem(self.path)
         self._pid = os.getpid()
         self._engine = create_engine(
-            f"sqlite:///{self.path}",
-            connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None},
+            f"sqlite:///{self.path}", connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
         )
         self._writer = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         event.listen(self._engine, "connect", _configure)

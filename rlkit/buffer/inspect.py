@@ -95,9 +95,7 @@ def read_view(run_dir: Path, now: float) -> BufferView:
         with engine.connect() as connection:
             return _view(connection, path, run_dir / "payloads", now)
     except DatabaseError as error:
-        raise BufferError(
-            f"the buffer cannot be read: {error.orig}", key="buffer", value=str(path)
-        ) from error
+        raise BufferError(f"the buffer cannot be read: {error.orig}", key="buffer", value=str(path)) from error
     finally:
         engine.dispose()
 
@@ -118,9 +116,7 @@ def render(view: BufferView) -> RenderableType:
     if view.dropped_reasons:
         parts.append(_table("dropped", ("reason", "groups"), list(view.dropped_reasons.items())))
     if view.lags:
-        parts.append(
-            _table("staleness of trained groups", ("lag", "groups"), sorted(view.lags.items()))
-        )
+        parts.append(_table("staleness of trained groups", ("lag", "groups"), sorted(view.lags.items())))
     if view.workers:
         rows = [(x.worker_id, x.leases, x.samples, f"{x.seconds_left:.0f} s") for x in view.workers]
         parts.append(_table("leases", ("worker", "slices", "samples", "first expires in"), rows))
@@ -148,12 +144,7 @@ def _view(connection: Connection, path: Path, payloads: Path, now: float) -> Buf
         .group_by(groups.c.trained_step - versions.c.step)
     )
     leased = (
-        select(
-            slices.c.worker_id,
-            func.count(),
-            func.sum(slices.c.stop - slices.c.start),
-            func.min(slices.c.deadline),
-        )
+        select(slices.c.worker_id, func.count(), func.sum(slices.c.stop - slices.c.start), func.min(slices.c.deadline))
         .where(slices.c.state.in_(IN_WORK))
         .group_by(slices.c.worker_id)
     )

@@ -19,17 +19,7 @@ OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupStat
 IN_WORK = (GroupState.LEASED, GroupState.GENERATED)
 """States of a slice that needs a living lease."""
 UNLEASED: dict[str, Any] = dict.fromkeys(
-    (
-        "lease_id",
-        "worker_id",
-        "deadline",
-        "segment",
-        "offset",
-        "length",
-        "oldest_version",
-        "newest_version",
-        "verdicts",
-    )
+    ("lease_id", "worker_id", "deadline", "segment", "offset", "length", "oldest_version", "newest_version", "verdicts")
 )
 """Columns of a slice nobody works on. Its epoch stays: the next lease takes the next one."""
 
@@ -41,9 +31,7 @@ UPDATE_SLICE = update(slices).where(_SLICE)
 # statements of the busy verbs, built once: building one costs more than running it
 _UPDATE_GROUP = update(groups).where(groups.c.ordinal == bindparam("at_ordinal"))
 _HELD = select(slices).where(slices.c.lease_id.in_(bindparam("ids", expanding=True)))
-_LIVE = select(versions.c.version).where(
-    versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True))
-)
+_LIVE = select(versions.c.version).where(versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True)))
 _SLICE_STATES = (
     select(slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
     .where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True)))
@@ -67,9 +55,7 @@ def anything_to_lease(connection: Connection, now: float) -> bool:
 def reclaim_expired(connection: Connection, now: float) -> int:
     """Take back every lease past its deadline, counted; returns how many."""
     expired = connection.execute(
-        select(slices.c.ordinal, slices.c.start).where(
-            slices.c.state.in_(IN_WORK), slices.c.deadline <= now
-        )
+        select(slices.c.ordinal, slices.c.start).where(slices.c.state.in_(IN_WORK), slices.c.deadline <= now)
     ).all()
     if expired:
         give_back(connection, expired)
@@ -84,9 +70,7 @@ def give_back(connection: Connection, rows: Sequence[Any]) -> None:
     refresh_groups(connection, {row.ordinal for row in rows})
 
 
-def lease_slices(
-    connection: Connection, worker_id: str, max_samples: int, deadline: float
-) -> list[Lease]:
+def lease_slices(connection: Connection, worker_id: str, max_samples: int, deadline: float) -> list[Lease]:
     """Lease the lowest waiting slices, `max_samples` samples at most."""
     rows = connection.execute(
         select(slices, groups.c.prompt, groups.c.min_version)
@@ -126,10 +110,7 @@ def lease_slices(
             break
     if leases:
         fields = {"state": GroupState.LEASED, "worker_id": worker_id, "deadline": deadline}
-        connection.execute(
-            UPDATE_SLICE,
-            [at(x) | fields | {"lease_id": x.lease_id, "epoch": x.epoch} for x in leases],
-        )
+        connection.execute(UPDATE_SLICE, [at(x) | fields | {"lease_id": x.lease_id, "epoch": x.epoch} for x in leases])
         connection.execute(update(meta).values(next_lease=next_id + len(leases)))
         refresh_groups(connection, {x.ordinal for x in leases})
     return leases
@@ -161,9 +142,7 @@ def renew(connection: Connection, leases: Sequence[Lease], deadline: float) -> l
 
 
 def submit(
-    connection: Connection,
-    work: Sequence[tuple[Lease, bytes, set[int]]],
-    payloads: PayloadStore,
+    connection: Connection, work: Sequence[tuple[Lease, bytes, set[int]]], payloads: PayloadStore
 ) -> list[Lease]:
     """Store (lease, encoded rollouts, their versions); returns the lost leases.
 
@@ -224,9 +203,7 @@ def count_fenced(connection: Connection, lost: Sequence[Lease]) -> None:
         connection.execute(update(meta).values(fenced_writes=meta.c.fenced_writes + len(lost)))
 
 
-def refresh_groups(
-    connection: Connection, ordinals: Iterable[int], scored_at: float | None = None
-) -> None:
+def refresh_groups(connection: Connection, ordinals: Iterable[int], scored_at: float | None = None) -> None:
     """Set the state of open groups from that of their slices."""
     wanted = sorted(set(ordinals))
     states: dict[int, dict[str, Any]] = {}
@@ -265,12 +242,7 @@ def insert_slices(connection: Connection, samples: Mapping[int, int], slice_samp
     )
 
 
-_PRECEDENCE = (
-    GroupState.LEASED,
-    GroupState.REQUESTED,
-    GroupState.GENERATED,
-    GroupState.SCORED,
-)
+_PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)
 """A group is leased while any slice is, requested while any waits, scored once all are."""
 
 

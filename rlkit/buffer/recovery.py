@@ -25,9 +25,7 @@ UNENDED = (*OPEN, GroupState.TAKEN)
 def current_watermark(connection: Connection) -> Watermark:
     """Watermark of the surviving lineage as it stands."""
     position = connection.execute(select(meta)).one()
-    lowest = connection.execute(
-        select(func.min(groups.c.ordinal)).where(groups.c.state.in_(UNENDED))
-    ).scalar_one()
+    lowest = connection.execute(select(func.min(groups.c.ordinal)).where(groups.c.state.in_(UNENDED))).scalar_one()
     frontier = position.next_ordinal if lowest is None else lowest
     return Watermark(
         step=position.step,
@@ -37,9 +35,7 @@ def current_watermark(connection: Connection) -> Watermark:
     )
 
 
-def commit(
-    connection: Connection, watermark: Watermark, payloads: PayloadStore, keep_payloads: bool
-) -> None:
+def commit(connection: Connection, watermark: Watermark, payloads: PayloadStore, keep_payloads: bool) -> None:
     """Forget prompts and rollouts of covered groups and delete segments nothing else refers to."""
     _check(connection, watermark)
     position = connection.execute(select(meta)).one()
@@ -58,17 +54,13 @@ def commit(
         return
     covered = groups.c.ordinal < watermark.next_ordinal
     connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
-    connection.execute(
-        update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None)
-    )
+    connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
     # under the write lock: no other process is between writing a record and referring to it
     query = select(slices.c.segment).where(slices.c.segment.is_not(None)).distinct()
     payloads.keep_only(set(connection.execute(query).scalars()))
 
 
-def rollback(
-    connection: Connection, watermark: Watermark, payloads: PayloadStore, now: float
-) -> RollbackReport:
+def rollback(connection: Connection, watermark: Watermark, payloads: PayloadStore, now: float) -> RollbackReport:
     """See VersionedBuffer.rollback."""
     _check(connection, watermark)
     _check_ledger(connection, watermark)
@@ -136,9 +128,7 @@ def rollback(
     )
 
 
-def _restore(
-    connection: Connection, restored: list[int], again: list[int], watermark: Watermark, now: float
-) -> None:
+def _restore(connection: Connection, restored: list[int], again: list[int], watermark: Watermark, now: float) -> None:
     fields: dict[str, Any] = {"trained_step": None, "drop_reason": None}
     where = groups.c.ordinal == bindparam("at")
     if restored:
@@ -155,8 +145,7 @@ def _restore(
         connection.execute(update(groups).where(where), [{"at": x} | fresh for x in again])
         waiting = {"state": GroupState.REQUESTED, **UNLEASED}
         connection.execute(
-            update(slices).where(slices.c.ordinal == bindparam("at")),
-            [{"at": x} | waiting for x in again],
+            update(slices).where(slices.c.ordinal == bindparam("at")), [{"at": x} | waiting for x in again]
         )
 
 
@@ -168,9 +157,7 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
     ahead = known is None and watermark.version > newest and watermark.step > position.step
     if ahead:
         connection.execute(
-            insert(versions).values(
-                version=watermark.version, step=watermark.step, live=True, published_at=now
-            )
+            insert(versions).values(version=watermark.version, step=watermark.step, live=True, published_at=now)
         )
     elif known is None or not known.live:
         raise BufferError(
@@ -182,9 +169,7 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
             "goes on from the checkpoint with an empty one",
         )
     newer = versions.c.live & (versions.c.version > watermark.version)
-    dead = connection.execute(
-        select(versions.c.version).where(newer).order_by(versions.c.version)
-    ).scalars()
+    dead = connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars()
     dying = list(dead)
     connection.execute(update(versions).where(newer).values(live=False))
     return dying
@@ -229,9 +214,7 @@ def _check_ledger(connection: Connection, watermark: Watermark) -> None:
     """What the checkpoint covers cannot have been trained on after it."""
     trained = groups.c.state == GroupState.TRAINED
     later = groups.c.trained_step >= watermark.step
-    query = select(groups.c.ordinal).where(
-        trained, later, groups.c.ordinal < watermark.next_ordinal
-    )
+    query = select(groups.c.ordinal).where(trained, later, groups.c.ordinal < watermark.next_ordinal)
     ordinal = connection.execute(query.limit(1)).scalar()
     if ordinal is not None:
         raise BufferError(

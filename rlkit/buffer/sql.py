@@ -27,14 +27,7 @@ from rlkit.buffer.codec import (
 )
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import PayloadRef, PayloadStore, SegmentFiles
-from rlkit.buffer.protocol import (
-    BufferStats,
-    FencedError,
-    GroupRequest,
-    Lease,
-    RollbackReport,
-    Watermark,
-)
+from rlkit.buffer.protocol import BufferStats, FencedError, GroupRequest, Lease, RollbackReport, Watermark
 from rlkit.buffer.tables import groups
 from rlkit.errors import BufferError
 from rlkit.types import Group, GroupState, Rollout, Verdict
@@ -73,9 +66,7 @@ class SqlBuffer:
         self._clock = clock
         self._slice_samples = slice_samples
         self._keep_payloads = keep_payloads
-        self._db = Database(
-            url, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock()
-        )
+        self._db = Database(url, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock())
         self._payloads: PayloadStore = SegmentFiles(Path(payload_dir))
 
     def capacity(self) -> int:

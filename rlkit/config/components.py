@@ -46,9 +46,7 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
     # Plug-ins raise what they like (rewards have their own error class); the cause is kept.
     except Exception as error:
         raise ConfigError(
-            f"{component[TARGET]} refuses its settings ({type(error).__name__}: {error})",
-            key=key,
-            value=settings,
+            f"{component[TARGET]} refuses its settings ({type(error).__name__}: {error})", key=key, value=settings
         ) from error
 
 
@@ -67,10 +65,7 @@ def validate(
     if not isinstance(component, Mapping) or TARGET not in component:
         near = nearest(TARGET, map(str, component)) if isinstance(component, Mapping) else ""
         raise ConfigError(
-            f"not a component.{near}",
-            key=key,
-            value=component,
-            expected="a mapping with _target_: package.module.Name",
+            f"not a component.{near}", key=key, value=component, expected="a mapping with _target_: package.module.Name"
         )
     path = component[TARGET]
     known = {p.name: p for p in parameters(import_target(path, key)) if p.name not in supplied}
@@ -91,12 +86,7 @@ def validate(
             )
         annotation = known[name].annotation if name in known else Any
         if not fits(value, annotation):
-            raise ConfigError(
-                f"wrong type for {path}",
-                key=f"{key}.{name}",
-                value=value,
-                expected=describe(annotation),
-            )
+            raise ConfigError(f"wrong type for {path}", key=f"{key}.{name}", value=value, expected=describe(annotation))
         _validate_nested(value, f"{key}.{name}")
         settings[str(name)] = _as_tuple(value, annotation)
     lacking = [p.name for p in known.values() if p.required and p.name not in settings]
@@ -147,17 +137,11 @@ def import_target(path: Any, key: str) -> Callable[..., Any]:
             if not hasattr(found, name):
                 here = ".".join(names[:position])
                 members = [n for n in vars(found) if not n.startswith("_")]
-                raise ConfigError(
-                    f"{here} has no {name!r}.{nearest(name, members)}",
-                    key=f"{key}.{TARGET}",
-                    value=path,
-                )
+                raise ConfigError(f"{here} has no {name!r}.{nearest(name, members)}", key=f"{key}.{TARGET}", value=path)
             found = getattr(found, name)
         if not callable(found):
             raise ConfigError(
-                f"this is a {type(found).__name__}, not a class or function",
-                key=f"{key}.{TARGET}",
-                value=path,
+                f"this is a {type(found).__name__}, not a class or function", key=f"{key}.{TARGET}", value=path
             )
         return found  # type: ignore[no-any-return]
     raise ConfigError(

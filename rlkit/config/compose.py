@@ -42,9 +42,7 @@ class _Change:
     delete: bool
 
 
-def load(
-    recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = None
-) -> tuple[Config, dict[str, Any]]:
+def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Config, dict[str, Any]]:
     """Compose `recipe` with Hydra-style overrides into (typed config, the same as plain dicts).
 
     Overrides: `key.path=value`, `group=option`, `group/sub=option`, `~component.key`. Recipes are
@@ -91,8 +89,7 @@ def finish(config: DictConfig) -> tuple[Config, dict[str, Any]]:
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"interpolation cannot be resolved: {_first_line(error)}",
-            key=getattr(error, "full_key", None) or None,
+            f"interpolation cannot be resolved: {_first_line(error)}", key=getattr(error, "full_key", None) or None
         ) from error
     assert isinstance(typed, Config) and isinstance(plain, dict)
     return typed, {str(key): value for key, value in plain.items()}
@@ -117,9 +114,7 @@ def _datasets(config: DictConfig) -> dict[str, DictConfig]:
     return found if config.sft is None else {**found, "sft.data": config.sft.data}
 
 
-def _sort(
-    overrides: Sequence[str], library: Library
-) -> tuple[dict[str, str | None], list[_Change]]:
+def _sort(overrides: Sequence[str], library: Library) -> tuple[dict[str, str | None], list[_Change]]:
     """Split overrides into choices of group options and changes of values; refuse unknown names."""
     parser = OverridesParser.create()
     groups = set(library.groups())
@@ -144,9 +139,7 @@ def _sort(
         name = override.key_or_group
         value = override.value()
         if override.package is not None:
-            raise ConfigError(
-                f"override {text!r} names a package (@), which is for defaults lists only"
-            )
+            raise ConfigError(f"override {text!r} names a package (@), which is for defaults lists only")
         is_value = isinstance(value, dict) or (value is None and "/" not in name)
         if name in groups and not is_value:
             choices[name] = _option(name, override, library)
@@ -217,14 +210,9 @@ def _delete(config: DictConfig, change: _Change, where: str) -> DictConfig:
     config = copy.deepcopy(config)
     parent = OmegaConf.select(config, parent_path) if parent_path else config
     if not isinstance(parent, DictConfig) or OmegaConf.get_type(parent) is not dict:
-        raise ConfigError(
-            f"only keys of a component or of a mapping of names can be deleted{where}"
-        )
+        raise ConfigError(f"only keys of a component or of a mapping of names can be deleted{where}")
     if name not in parent:
-        raise ConfigError(
-            f"nothing to delete{where}",
-            expected=f"one of {', '.join(map(str, parent))}",
-        )
+        raise ConfigError(f"nothing to delete{where}", expected=f"one of {', '.join(map(str, parent))}")
     del parent[name]
     return config
 
@@ -236,9 +224,7 @@ def _where(error: BaseException, library: Library) -> str:
     return f" in {library.find(found.group(1)) or found.group(1)}"
 
 
-def _raise(
-    error: BaseException, where: str, path: str | None = None, value: object = None
-) -> NoReturn:
+def _raise(error: BaseException, where: str, path: str | None = None, value: object = None) -> NoReturn:
     """Turn an error of Hydra or OmegaConf into a ConfigError with key, type and nearest name."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
@@ -263,9 +249,7 @@ def _raise(
         shown = found.group(1)
     if isinstance(cause, ConfigKeyError):
         raise ConfigError(f"{_first_line(cause)}{where}", key=full, value=shown) from error
-    raise ConfigError(
-        f"wrong type{where}", key=full, value=shown, expected=keys.describe(annotation)
-    ) from error
+    raise ConfigError(f"wrong type{where}", key=full, value=shown, expected=keys.describe(annotation)) from error
 
 
 def _first_line(error: BaseException) -> str:

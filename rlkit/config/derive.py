@@ -57,16 +57,8 @@ def batch_table(config: Config) -> list[Row]:
         Row("optimiser steps", config.steps * updates, "steps * learner.updates_per_step"),
         Row("prompts of the run", config.steps * groups, "steps * prompts_per_step"),
         Row("completions of the run", config.steps * sequences, "steps * sequences"),
-        Row(
-            "groups in flight, at most",
-            (config.max_staleness + 1) * groups,
-            "(max_staleness + 1) * prompts_per_step",
-        ),
-        Row(
-            "age of a trained token, at most",
-            config.max_staleness,
-            "max_staleness, in policy versions",
-        ),
+        Row("groups in flight, at most", (config.max_staleness + 1) * groups, "(max_staleness + 1) * prompts_per_step"),
+        Row("age of a trained token, at most", config.max_staleness, "max_staleness, in policy versions"),
         Row(
             "leases per step, at least",
             -(-sequences // config.rollout.slice_samples),
@@ -86,10 +78,6 @@ def batch_table(config: Config) -> list[Row]:
     ]
     if config.sft is not None:
         table.append(
-            Row(
-                "warm-start sequences",
-                config.sft.steps * config.sft.batch_size,
-                "sft.steps * sft.batch_size",
-            )
+            Row("warm-start sequences", config.sft.steps * config.sft.batch_size, "sft.steps * sft.batch_size")
         )
     return table

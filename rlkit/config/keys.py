@@ -124,9 +124,7 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
     return annotation
 
 
-def _unknown(
-    path: str, part: str, done: list[str], known: list[str], value: object, where: str
-) -> ConfigError:
+def _unknown(path: str, part: str, done: list[str], known: list[str], value: object, where: str) -> ConfigError:
     parent = ".".join(done)
     # The right name in the wrong section comes before a similar name in this one.
     same = [key.path for key in walk() if key.path.split(".")[-1] == path.split(".")[-1]]

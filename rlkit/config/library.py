@@ -58,9 +58,7 @@ class Library:
     def groups(self) -> list[str]:
         """All groups, as `algorithm` or `algorithm/loss`."""
         found = {
-            path.parent.relative_to(folder).as_posix()
-            for folder in self.folders
-            for path in folder.rglob("*.yaml")
+            path.parent.relative_to(folder).as_posix() for folder in self.folders for path in folder.rglob("*.yaml")
         }
         return sorted(found - {"."})
 
@@ -88,11 +86,7 @@ class Library:
             fix = "your own recipes: --config-dir FOLDER recipe=NAME (without .yaml)"
             near = nearest(recipe.removesuffix(".yaml"), names)
             raise ConfigError(
-                f"no such recipe.{near}",
-                key="recipe",
-                value=recipe,
-                expected=f"one of {', '.join(names)}",
-                fix=fix,
+                f"no such recipe.{near}", key="recipe", value=recipe, expected=f"one of {', '.join(names)}", fix=fix
             )
 
     def require_option(self, group: str, option: str, where: str) -> None:
@@ -135,9 +129,7 @@ class Library:
         if content is None:
             return
         if not isinstance(content, dict):
-            raise ConfigError(
-                f"{path} holds a {type(content).__name__}, expected a mapping of keys"
-            )
+            raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of keys")
         entries = content.get("defaults", [])
         if not isinstance(entries, list):
             raise ConfigError(f"'defaults' in {path} must be a list of '- group: option'")

@@ -151,8 +151,7 @@ def _fetched(kind: Any, name: str, key: str) -> Any:
         return kind.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"its configuration is not to be had ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})",
+            f"its configuration is not to be had ({type(error).__name__}: {str(error).splitlines()[0]})",
             key=key,
             value=name,
             fix="give a local folder, or download it where there is a network",

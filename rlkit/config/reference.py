@@ -44,11 +44,7 @@ def markdown() -> str:
 
 
 def _is_section(item: Any) -> bool:
-    return (
-        inspect.isclass(item)
-        and dataclasses.is_dataclass(item)
-        and item.__module__ == schema.__name__
-    )
+    return inspect.isclass(item) and dataclasses.is_dataclass(item) and item.__module__ == schema.__name__
 
 
 def _groups() -> str:
@@ -77,12 +73,7 @@ def _places() -> dict[type, list[str]]:
 
 def _section(section: type, places: list[str]) -> str:
     title = " and ".join(f"`{place}`" for place in places) if places != [""] else "Top level"
-    lines = [
-        f"## {title}\n",
-        f"{inspect.getdoc(section)}\n",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
-    ]
+    lines = [f"## {title}\n", f"{inspect.getdoc(section)}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
     for name, key in keys.fields(section).items():
         doc = " ".join((key.doc or _doc_of(key.annotation)).split())
         place = f"{places[0]}.{name}" if places[0] else name

@@ -283,9 +283,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    budget: Component = field(
-        default_factory=lambda: {"_target_": "rlkit.budget.uniform.UniformBudget"}
-    )
+    budget: Component = field(default_factory=lambda: {"_target_": "rlkit.budget.uniform.UniformBudget"})
     """How many samples each prompt gets (rlkit.budget)."""
     old_policy: Component = field(
         default_factory=lambda: {"_target_": "rlkit.algorithms.old_policy.rollout.RolloutAnchor"}

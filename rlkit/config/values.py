@@ -64,10 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sft.seed": (0, 2**63 - 1),
     "sft.checkpoint_every_steps": (1, math.inf),
 }
-DATASET_RANGES: dict[str, tuple[float, float]] = {
-    "max_prompt_tokens": (1, math.inf),
-    "limit": (1, math.inf),
-}
+DATASET_RANGES: dict[str, tuple[float, float]] = {"max_prompt_tokens": (1, math.inf), "limit": (1, math.inf)}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
@@ -79,10 +76,7 @@ def check_names(config: Config) -> Iterator[ConfigError]:
     for key, name in names.items():
         if not _NAME.fullmatch(name):
             yield ConfigError(
-                "not usable as a folder's or metric's name",
-                key=key,
-                value=name,
-                expected="letters, digits and _ . + -",
+                "not usable as a folder's or metric's name", key=key, value=name, expected="letters, digits and _ . + -"
             )
 
 
@@ -107,9 +101,7 @@ def check_values(config: Config) -> Iterator[ConfigError]:
     for key in ("learner.betas", "sft.betas"):
         betas = get(config, key)
         if betas is not None and not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-            yield ConfigError(
-                "not AdamW's betas", key=key, value=betas, expected="two numbers in [0, 1)"
-            )
+            yield ConfigError("not AdamW's betas", key=key, value=betas, expected="two numbers in [0, 1)")
 
 
 def _is_pattern(key: str, pattern: str) -> Iterator[ConfigError]:

@@ -143,14 +143,8 @@ def _check_rewards(config: Config) -> Iterator[ConfigError]:
         key = f"reward.rewards.{name}"
         weight = component.get("weight", 1.0)
         weights.append(weight)
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or (not math.isfinite(weight))
-        ):
-            yield ConfigError(
-                "not a weight", key=f"{key}.weight", value=weight, expected="a finite number"
-            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or (not math.isfinite(weight)):
+            yield ConfigError("not a weight", key=f"{key}.weight", value=weight, expected="a finite number")
         yield from _problem_of(partial(_construct_reward, component, key))
     if weights and all(weight == 0 for weight in weights):
         yield ConfigError(
@@ -165,12 +159,7 @@ def _construct_reward(component: dict[str, Any], key: str) -> None:
     """Check a reward, and call its constructor if it is a class: that checks its settings' values."""
     target = import_target(component.get(TARGET), key) if TARGET in component else None
     if inspect.isfunction(target):
-        validate(
-            component,
-            key,
-            supplied=[next(iter(inspect.signature(target).parameters), "")],
-            ignored=("weight",),
-        )
+        validate(component, key, supplied=[next(iter(inspect.signature(target).parameters), "")], ignored=("weight",))
         return
     build({name: value for name, value in component.items() if name != "weight"}, key=key)
 
@@ -194,15 +183,12 @@ def _check_algorithm(config: Config) -> Iterator[ConfigError]:
             fix="max_staleness=0, or old_policy=rollout",
         )
     if config.prompts_per_step % config.learner.updates_per_step:
-        divisors = [
-            n for n in range(1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0
-        ]
+        divisors = [n for n in range(1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
         yield ConfigError(
             "a step's groups cannot be split evenly between its updates",
             key="learner.updates_per_step",
             value=config.learner.updates_per_step,
-            expected=f"a divisor of prompts_per_step={config.prompts_per_step}: "
-            f"{', '.join(map(str, divisors))}",
+            expected=f"a divisor of prompts_per_step={config.prompts_per_step}: {', '.join(map(str, divisors))}",
         )
 
 
@@ -210,10 +196,7 @@ def _check_sampling(config: Config) -> Iterator[ConfigError]:
     rollout = config.rollout
     if rollout.top_p != 1.0:
         yield ConfigError(
-            "truncated sampling biases the importance ratio",
-            key="rollout.top_p",
-            value=rollout.top_p,
-            expected="1.0",
+            "truncated sampling biases the importance ratio", key="rollout.top_p", value=rollout.top_p, expected="1.0"
         )
     if rollout.top_k != 0:
         yield ConfigError(

@@ -22,9 +22,7 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.bos_token_id] if starts else []
 
 
-def encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequence[str], key: str
-) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequence[str], key: str) -> list[list[int]]:
     """Token ids of every text, no special token added.
 
     Raises `DataError` naming the characters where a text has some the tokenizer maps to <unk>.
@@ -32,8 +30,7 @@ def encode(
     for row_id, text in zip(ids, texts, strict=True):
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise DataError(
-                f"{key}: row {row_id!r} has half a surrogate pair, which is no character",
-                fix="repair the row's text",
+                f"{key}: row {row_id!r} has half a surrogate pair, which is no character", fix="repair the row's text"
             )
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
     unknown = tokenizer.unk_token_id
@@ -46,7 +43,6 @@ def encode(
             raise DataError(
                 f"{key}: row {row_id!r} has text the tokenizer does not know: "
                 f"{', '.join(map(repr, bad)) or 'a sequence of characters'} in {text[:200]!r}",
-                fix="add the characters to model.alphabet, change the template, or leave the "
-                "row out of the data",
+                fix="add the characters to model.alphabet, change the template, or leave the row out of the data",
             )
     return encoded

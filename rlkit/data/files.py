@@ -50,11 +50,7 @@ def _parse(data: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8: {error}", expected="UTF-8 text") from error
     except json.JSONDecodeError as error:
-        where = (
-            f"line {error.lineno}, column {error.colno}"
-            if error.lineno > 1
-            else (f"column {error.colno}")
-        )
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else (f"column {error.colno}")
         raise DataError(f"{place}: malformed JSON at {where}: {error.msg}") from error
     except _NotJson as error:
         raise DataError(f"{place}: malformed JSON: {error} is no JSON value; use null") from error

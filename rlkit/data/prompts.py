@@ -54,10 +54,7 @@ class RenderedRow:
 
 
 def load_prompts(
-    config: DatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    key: str,
-    require_reference: bool,
+    config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str, require_reference: bool
 ) -> PromptSet:
     """Read a data set and make a `Prompt` of every row that is short enough.
 
@@ -195,9 +192,7 @@ def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
     return list(seen)
 
 
-def _chat(
-    contents: Sequence[str], config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str
-) -> list[str]:
+def _chat(contents: Sequence[str], config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[str]:
     if tokenizer.chat_template is None:
         raise DataError(
             "the tokenizer has no chat template",
@@ -210,9 +205,7 @@ def _chat(
         return [
             str(
                 tokenizer.apply_chat_template(
-                    [*system, {"role": "user", "content": content}],
-                    add_generation_prompt=True,
-                    tokenize=False,
+                    [*system, {"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
                 )
             )
             for content in contents

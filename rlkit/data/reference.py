@@ -20,23 +20,17 @@ class Reference:
 
     def __init__(self, config: DatasetConfig, key: str) -> None:
         self.key = key
-        self.template = (
-            None if config.reference is None else RowTemplate(config.reference, f"{key}.reference")
-        )
+        self.template = None if config.reference is None else RowTemplate(config.reference, f"{key}.reference")
         self.pattern: re.Pattern[str] | None = None
         if config.reference_pattern is not None:
             try:
                 self.pattern = re.compile(config.reference_pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"not a regular expression: {error}",
-                    key=f"{key}.reference_pattern",
-                    value=config.reference_pattern,
+                    f"not a regular expression: {error}", key=f"{key}.reference_pattern", value=config.reference_pattern
                 ) from error
 
-    def __call__(
-        self, row: Mapping[str, Any], number: int, row_id: str, required: bool
-    ) -> str | None:
+    def __call__(self, row: Mapping[str, Any], number: int, row_id: str, required: bool) -> str | None:
         text = None if self.template is None else self.template(row, number)
         if text and self.pattern is not None:
             text = self._final(self.pattern, text, row_id)

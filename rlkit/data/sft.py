@@ -43,17 +43,11 @@ class ExampleSet:
 
     def lengths(self) -> IntArray:
         """Tokens of prompt and completion together, [examples]."""
-        return np.array(
-            [len(item.prompt_ids) + len(item.completion_ids) for item in self.examples],
-            dtype=np.int64,
-        )
+        return np.array([len(item.prompt_ids) + len(item.completion_ids) for item in self.examples], dtype=np.int64)
 
 
 def load_examples(
-    config: DatasetConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_completion_tokens: int,
-    key: str,
+    config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_completion_tokens: int, key: str
 ) -> ExampleSet:
     """Read a data set and make an `Example` of every row that is short enough.
 
@@ -69,8 +63,7 @@ def load_examples(
             "supervised fine-tuning needs target completions",
             key=f"{key}.completion",
             value=None,
-            expected="a component such as {_target_: rlkit.data.teacher.Template, "
-            'template: "{solution}"}',
+            expected='a component such as {_target_: rlkit.data.teacher.Template, template: "{solution}"}',
         )
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -95,11 +88,7 @@ def load_examples(
             )
         if len(tokens) < max_completion_tokens:
             examples.append(
-                Example(
-                    id=item.id,
-                    prompt_ids=item.token_ids,
-                    completion_ids=np.array([*tokens, eos], dtype=np.int64),
-                )
+                Example(id=item.id, prompt_ids=item.token_ids, completion_ids=np.array([*tokens, eos], dtype=np.int64))
             )
     if not examples:
         raise DataError(
@@ -114,12 +103,7 @@ def load_examples(
 
 
 def batches(
-    lengths: Sequence[int] | IntArray,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    start: int = 0,
-    window: int = 64,
+    lengths: Sequence[int] | IntArray, batch_size: int, steps: int, seed: int, start: int = 0, window: int = 64
 ) -> Iterator[IntArray]:
     """Yield the example indices of steps [start, steps), each [batch_size].
 
@@ -142,14 +126,10 @@ def batches(
         yield from cut[max(start - first, 0) : steps - first]
 
 
-def _window(
-    sizes: IntArray, order: PromptOrder, batch_size: int, window: int, number: int
-) -> IntArray:
+def _window(sizes: IntArray, order: PromptOrder, batch_size: int, window: int, number: int) -> IntArray:
     """Batches of window `number`, [window, batch_size]."""
     span = window * batch_size
-    chosen = np.array(
-        [order.index(number * span + offset) for offset in range(span)], dtype=np.int64
-    )
+    chosen = np.array([order.index(number * span + offset) for offset in range(span)], dtype=np.int64)
     by_length = chosen[np.argsort(sizes[chosen], kind="stable")].reshape(window, batch_size)
     # A third number keeps this stream apart from the epochs'.
     return by_length[permutation(window, order.seed, number, 1)]

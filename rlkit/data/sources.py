@@ -97,8 +97,7 @@ class HubDataset:
                 value=self.name,
                 expected=f"a data set with subset {self.subset!r} and split {self.split!r}, "
                 "reachable or already in the local cache",
-                fix="download it once where there is a network, or use "
-                "rlkit.data.sources.LocalFile on a file of rows",
+                fix="download it once where there is a network, or use rlkit.data.sources.LocalFile on a file of rows",
             ) from error
         if self.columns is not None:
             _check_columns(self.columns, table.column_names, self.name)
@@ -180,15 +179,9 @@ class ReasoningGym:
                 fix="pip install reasoning-gym",
             ) from error
         if self.task not in DATASETS:
-            raise DataError(
-                f"no such reasoning-gym task.{nearest(self.task, DATASETS)}",
-                key="task",
-                value=self.task,
-            )
+            raise DataError(f"no such reasoning-gym task.{nearest(self.task, DATASETS)}", key="task", value=self.task)
         try:
-            return reasoning_gym.create_dataset(
-                self.task, seed=self.seed, size=size, **self.settings
-            )
+            return reasoning_gym.create_dataset(self.task, seed=self.seed, size=size, **self.settings)
         # Each task checks its settings by assert, ValueError or TypeError, as it likes.
         except (AssertionError, TypeError, ValueError) as error:
             known = sorted(DATASETS[self.task][1].__dataclass_fields__)

@@ -79,15 +79,10 @@ class ChainSumTeacher:
 
     def __post_init__(self) -> None:
         if not 0 <= self.error_rate < 1:
-            raise ConfigError(
-                "not a rate", key="error_rate", value=self.error_rate, expected="0 <= rate < 1"
-            )
+            raise ConfigError("not a rate", key="error_rate", value=self.error_rate, expected="0 <= rate < 1")
         if self.max_error < 1:
             raise ConfigError(
-                "an error changes the result",
-                key="max_error",
-                value=self.max_error,
-                expected="1 or more",
+                "an error changes the result", key="max_error", value=self.max_error, expected="1 or more"
             )
         try:
             self.step.format(left=1, operator="+", right=1, result=2)
@@ -107,9 +102,7 @@ class ChainSumTeacher:
             result = total + right if operator == "+" else total - right
             if draw.random() < self.error_rate:
                 result += draw.choice((-1, 1)) * draw.randint(1, self.max_error)
-            lines.append(
-                self.step.format(left=total, operator=operator, right=right, result=result)
-            )
+            lines.append(self.step.format(left=total, operator=operator, right=right, result=result))
             total = result
         return f"{self.separator.join(lines)}{self.mark}{total}"
 

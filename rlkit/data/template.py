@@ -55,13 +55,10 @@ class RowTemplate:
             ) from error
         except ValueError as error:
             raise self._error(
-                f"not a valid template (row {number}): {error}",
-                fix="write literal braces twice: {{ and }}",
+                f"not a valid template (row {number}): {error}", fix="write literal braces twice: {{ and }}"
             ) from error
 
-    def _error(
-        self, problem: str, expected: str | None = None, fix: str | None = None
-    ) -> DataError:
+    def _error(self, problem: str, expected: str | None = None, fix: str | None = None) -> DataError:
         return DataError(problem, key=self.key, value=self.text, expected=expected, fix=fix)
 
 

@@ -64,11 +64,7 @@ def majority_score(verdicts: Sequence[Verdict], score: Sequence[float]) -> float
 
 
 def summarise(
-    verdicts_by_prompt: Sequence[Sequence[Verdict]],
-    *,
-    samples: int,
-    correct_at: float,
-    part: str | None = None,
+    verdicts_by_prompt: Sequence[Sequence[Verdict]], *, samples: int, correct_at: float, part: str | None = None
 ) -> dict[str, Estimate]:
     """{"avg@k", "pass@1", "pass@2", ..., "pass@k", "maj@k"} over the prompts of a set.
 

@@ -34,9 +34,7 @@ class Evaluation:
         flat = [r for row in self.rollouts for r in row]
         unscored = [v.score is None for row in self.verdicts for v in row]
         out[f"eval/{self.name}/length/mean"] = float(np.mean([len(r.token_ids) for r in flat]))
-        out[f"eval/{self.name}/truncated_frac"] = float(
-            np.mean([r.finish_reason == "length" for r in flat])
-        )
+        out[f"eval/{self.name}/truncated_frac"] = float(np.mean([r.finish_reason == "length" for r in flat]))
         out[f"eval/{self.name}/unscored_frac"] = float(np.mean(unscored))
         return out
 

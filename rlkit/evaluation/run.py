@@ -38,18 +38,13 @@ def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -
     _, held_out = load_prompt_sets(config, tokenizer)
     engine = build(config.rollout.engine, key="rollout.engine").open(model, tokenizer, lambda: None)
     sampling = sampling_params(
-        tokenizer,
-        config,
-        temperature=config.evaluation.temperature,
-        seed=config.evaluation.seed,
+        tokenizer, config, temperature=config.evaluation.temperature, seed=config.evaluation.seed
     )
 
     async def all_sets() -> dict[str, float]:
         metrics: dict[str, float] = {}
         for name, prompts in held_out.items():
-            result = await evaluate(
-                name, prompts.prompts, engine, pool, sampling, config.evaluation
-            )
+            result = await evaluate(name, prompts.prompts, engine, pool, sampling, config.evaluation)
             metrics |= result.metrics()
         return metrics
 

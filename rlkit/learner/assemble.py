@@ -27,14 +27,11 @@ class StepBatch:
 def usable_samples(group: Group) -> int:
     """Samples of a group that have a score and at least one token in the loss."""
     return sum(
-        v.score is not None and bool(r.loss_mask.any())
-        for r, v in zip(group.rollouts, group.verdicts, strict=True)
+        v.score is not None and bool(r.loss_mask.any()) for r, v in zip(group.rollouts, group.verdicts, strict=True)
     )
 
 
-def assemble(
-    groups: Sequence[Group], advantage: Advantage, version: int
-) -> tuple[StepBatch, dict[str, float]]:
+def assemble(groups: Sequence[Group], advantage: Advantage, version: int) -> tuple[StepBatch, dict[str, float]]:
     """Scored samples of `groups` -> batch with advantages, and metrics of rewards and groups.
 
     Unscored samples are left out of the batch and of every mean; they count in
@@ -79,9 +76,7 @@ def assemble(
             expected=f"shape {tuple(inputs.scores.shape)}, finite; got {tuple(advantages.shape)}",
         )
     batch = StepBatch(
-        sequences=tuple(
-            replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)
-        ),
+        sequences=tuple(replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)),
         group=tuple(group_index),
         positions=tuple(positions),
         version=version,
@@ -90,10 +85,7 @@ def assemble(
 
 
 def _metrics(
-    groups: Sequence[Group],
-    inputs: AdvantageInputs,
-    advantages: torch.Tensor,
-    version: int,
+    groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor, version: int
 ) -> dict[str, float]:
     verdicts = [v for g in groups for v in g.verdicts]
     rollouts = [r for g in groups for r in g.rollouts]
@@ -119,9 +111,7 @@ def _metrics(
         "completion/length/mean": float(lengths.mean()),
         "completion/length/min": float(lengths.min()),
         "completion/length/max": float(lengths.max()),
-        "completion/truncated_frac": float(
-            np.mean([r.finish_reason == "length" for r in rollouts])
-        ),
+        "completion/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "off_policy/lag/mean": float(lags.mean()),
         "off_policy/lag/max": float(lags.max()),
         "off_policy/versions_per_rollout": float(np.mean([len(r.version_spans) for r in rollouts])),

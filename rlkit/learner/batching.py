@@ -62,13 +62,7 @@ class MicroBatch:
         """The same batch on `device`."""
         tensors = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in (
-                "input_ids",
-                "position_ids",
-                "head_positions",
-                "targets",
-                "sequence",
-            )
+            for name in ("input_ids", "position_ids", "head_positions", "targets", "sequence")
         }
         return MicroBatch(indices=self.indices, counted=self.counted, **tensors)
 
@@ -103,12 +97,7 @@ def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[li
     return filled[rank::world]
 
 
-def collate(
-    sequences: Sequence[TrainingSequence],
-    indices: Sequence[int],
-    *,
-    counted: bool = True,
-) -> MicroBatch:
+def collate(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, counted: bool = True) -> MicroBatch:
     """Right-pad sequences[indices] (with token 0, never attended to) and index their loss tokens."""
     chosen = [sequences[i] for i in indices]
     width = max(s.total_tokens for s in chosen)

@@ -64,9 +64,7 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
     """Optimiser state as {"exp_avg/<parameter>": tensor}; `names` maps id(parameter) to its name."""
     out = {}
     for parameter, state in optimizer.state.items():
@@ -77,9 +75,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[int, str],
-    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_tensors`; raises CheckpointError if it belongs to another model."""
     by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
@@ -131,10 +127,7 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
     np.random.set_state(
         {
             "bit_generator": "MT19937",
-            "state": {
-                "key": np.array(state["key"], dtype=np.uint32),
-                "pos": state["pos"],
-            },
+            "state": {"key": np.array(state["key"], dtype=np.uint32), "pos": state["pos"]},
             "has_gauss": state["has_gauss"],
             "gauss": state["gauss"],
         }
@@ -172,22 +165,11 @@ def save(
         tokenizer.save_pretrained(draft)
         tensors, others = _rng_state()
         names = parameter_names(model)
-        save_file(
-            optimizer_tensors(optimizer, names),
-            draft / "trainer" / "optimizer.safetensors",
-        )
+        save_file(optimizer_tensors(optimizer, names), draft / "trainer" / "optimizer.safetensors")
         save_file(tensors, draft / "trainer" / "rng.safetensors")
-        (draft / "trainer" / "state.json").write_text(
-            json.dumps({"state": asdict(state), "rng": others})
-        )
+        (draft / "trainer" / "state.json").write_text(json.dumps({"state": asdict(state), "rng": others}))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
-        manifest = {
-            str(p.relative_to(draft)): {
-                "bytes": p.stat().st_size,
-                "xxh3_128": checksum(p),
-            }
-            for p in files
-        }
+        manifest = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _flush(draft)
         replaced = folder / f".step_{state.step}.replaced.tmp"

@@ -89,9 +89,7 @@ class _Tiles:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float,
         chunk_tokens: int, chunk_vocab: int,
     ) -> None:  # fmt: skip
-        self.dtype = torch.promote_types(
-            torch.promote_types(hidden.dtype, weight.dtype), torch.float32
-        )
+        self.dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         self.tokens, self.vocab = hidden.shape[0], weight.shape[0]
         self.chunk_tokens = max(1, min(chunk_tokens, self.tokens))
         self.chunk_vocab = min(chunk_vocab, self.vocab)

@@ -126,9 +126,7 @@ class Trainer:
             "time/weight_sync": published - trained,
             "time/step": ended - started,
             "perf/tokens_per_s": tokens / (ended - started),
-            "perf/tokens_per_s_per_device": tokens
-            / (ended - started)
-            / self.accelerator.num_processes,
+            "perf/tokens_per_s_per_device": tokens / (ended - started) / self.accelerator.num_processes,
             "perf/peak_mem_gb": peak_memory_gb(),
         }
         if config.learner.updates_per_step == 1 and config.max_staleness == 0:
@@ -208,12 +206,7 @@ class Trainer:
         for name, prompts in self.held_out.items():
             started = time.perf_counter()
             result = await evaluate(
-                name,
-                prompts.prompts,
-                self.engine,
-                self.pool,
-                self.evaluation_sampling,
-                self.config.evaluation,
+                name, prompts.prompts, self.engine, self.pool, self.evaluation_sampling, self.config.evaluation
             )
             elapsed = time.perf_counter() - started
             self.telemetry.log(self.step, result.metrics() | {"time/eval": elapsed})

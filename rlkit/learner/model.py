@@ -15,12 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SPECIAL = {
-    "pad_token": "<pad>",
-    "bos_token": "<bos>",
-    "eos_token": "<eos>",
-    "unk_token": "<unk>",
-}
+_SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 _FROM_MODEL_CONFIG = {"dtype": "model.dtype", "attn_implementation": "model.attention"}
 
@@ -64,14 +59,7 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
     Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>; the first character is 4. It saves and loads as
     any tokenizer does; text begins with <bos>. Decoding joins characters without spaces.
     """
-    from tokenizers import (
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-    )
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     repeated = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
@@ -83,9 +71,7 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
             expected="every character once",
         )
     tokens = [*_SPECIAL.values(), *alphabet]
-    inner = Tokenizer(
-        models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>")
-    )
+    inner = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     inner.post_processor = processors.TemplateProcessing(
@@ -169,9 +155,7 @@ def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     folder = _locate(name, key)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _load_error(name, key, "a tokenizer", error) from error
     return tokenizer
@@ -201,8 +185,7 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
         raise ConfigError(
-            f"{len(absent)} weights are missing or of another shape, the first: "
-            f"{', '.join(absent[:3])}",
+            f"{len(absent)} weights are missing or of another shape, the first: {', '.join(absent[:3])}",
             key="model.path",
             value=name,
             expected="all weights of the architecture that its config.json names",
@@ -222,9 +205,7 @@ def _new_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            model: PreTrainedModel = from_config(
-                settings, dtype=torch.float32, attn_implementation=config.attention
-            )
+            model: PreTrainedModel = from_config(settings, dtype=torch.float32, attn_implementation=config.attention)
         # Architectures check their settings by any kind of error, KeyError to RuntimeError.
         except Exception as error:
             raise _architecture_error(config.architecture, error) from error
@@ -235,9 +216,7 @@ def _new_model(
     return model
 
 
-def _new_config(
-    architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedConfig:
+def _new_config(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = architecture.pop("model_type", None)
@@ -256,20 +235,11 @@ def _new_config(
         if name in _FROM_TOKENIZER:
             raise ConfigError("this comes from the tokenizer", key=key, value=value, fix="drop it")
         if name in _FROM_MODEL_CONFIG:
-            raise ConfigError(
-                "this has a key of its own",
-                key=key,
-                value=value,
-                fix=f"set {_FROM_MODEL_CONFIG[name]}",
-            )
+            raise ConfigError("this has a key of its own", key=key, value=value, fix=f"set {_FROM_MODEL_CONFIG[name]}")
         if name not in known:
-            raise ConfigError(
-                f"{model_type} has no such setting.{nearest(name, known)}", key=key, value=value
-            )
+            raise ConfigError(f"{model_type} has no such setting.{nearest(name, known)}", key=key, value=value)
         if "dropout" in name and value:
-            raise ConfigError(
-                "importance ratios need dropout off", key=key, value=value, expected="0"
-            )
+            raise ConfigError("importance ratios need dropout off", key=key, value=value, expected="0")
     if "vocab_size" not in known:
         raise ConfigError(
             "it is not a plain language model: its config has no vocab_size",

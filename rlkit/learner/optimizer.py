@@ -32,12 +32,7 @@ def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_s
 
 
 def make_optimizer(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    betas: Sequence[float],
-    epsilon: float,
-    weight_decay: float,
+    model: nn.Module, *, learning_rate: float, betas: Sequence[float], epsilon: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; norms, biases and other vectors are not decayed."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -46,11 +41,7 @@ def make_optimizer(
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=learning_rate,
-        betas=(betas[0], betas[1]),
-        eps=epsilon,
-        fused=True,
+        [g for g in groups if g["params"]], lr=learning_rate, betas=(betas[0], betas[1]), eps=epsilon, fused=True
     )
 
 

@@ -54,9 +54,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     # Two updates at learning rate 0 with the recomputed anchor: the second one's ratio must be 1.
     learner.objective = dataclasses.replace(learner.objective, old_policy=RecomputeAnchor())
     prompts = train.prompts[:PROMPTS]
-    sampling = sampling_params(
-        tokenizer, quiet, temperature=quiet.rollout.temperature, seed=quiet.seed
-    )
+    sampling = sampling_params(tokenizer, quiet, temperature=quiet.rollout.temperature, seed=quiet.seed)
     requests = [
         GenerationRequest(ordinal=i, index=j, prompt_token_ids=p.token_ids)
         for i, p in enumerate(prompts)
@@ -68,9 +66,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         rollouts = [r async for r in engine.generate(requests, sampling)]
         rollouts.sort(key=lambda r: (r.ordinal, r.index))
         scored = await engine.score(
-            [prompts[r.ordinal].token_ids for r in rollouts],
-            [r.token_ids for r in rollouts],
-            sampling.temperature,
+            [prompts[r.ordinal].token_ids for r in rollouts], [r.token_ids for r in rollouts], sampling.temperature
         )
         return rollouts, scored
 
@@ -96,12 +92,10 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         tokens=sum(len(r.token_ids) for r in rollouts),
         engine_learner_absdiff=metrics["mismatch/logprob_absdiff/max"],
         engine_score_absdiff=max(
-            float(np.abs(s - r.behavior_logprobs).max())
-            for s, r in zip(scored, rollouts, strict=True)
+            float(np.abs(s - r.behavior_logprobs).max()) for s, r in zip(scored, rollouts, strict=True)
         ),
         ratio_absdiff=float(np.sqrt(2 * max(metrics.get("policy/kl_old", 0.0), 0.0))),
-        clip_frac=metrics.get("policy/clip_frac/low", 0.0)
-        + metrics.get("policy/clip_frac/high", 0.0),
+        clip_frac=metrics.get("policy/clip_frac/low", 0.0) + metrics.get("policy/clip_frac/high", 0.0),
     )
     for name, value in dataclasses.asdict(parity).items():
         print(f"{name:24} {value:.3g}")

@@ -15,15 +15,7 @@ from rlkit.errors import ConfigError
 from rlkit.learner.checkpoint import steps
 
 # Keys that may change between two parts of one run: they change neither what is trained nor on what.
-FREE_KEYS = (
-    "telemetry",
-    "checkpoint",
-    "resume",
-    "output_dir",
-    "name",
-    "steps",
-    "evaluation",
-)
+FREE_KEYS = ("telemetry", "checkpoint", "resume", "output_dir", "name", "steps", "evaluation")
 FREE_KEYS_OF_REWARD = ("workers", "timeout_s", "sandbox", "max_unscored_frac")
 
 
@@ -120,8 +112,7 @@ def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == name or key.startswith(name + ".") for name in free)
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
     ]
     if changed:
         key = changed[0]

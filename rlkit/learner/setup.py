@@ -46,9 +46,7 @@ def start_accelerator(config: LearnerConfig) -> Accelerator:
         raise ConfigError("unknown precision", key="learner.mixed_precision", value=precision,
                           expected="no, bf16 or auto")  # fmt: skip
     return Accelerator(
-        cpu=not on_gpu,
-        mixed_precision=precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)],
+        cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
     )
 
 
@@ -73,19 +71,12 @@ def build_advantage(config: Config) -> Advantage:
 def open_pool(config: RewardConfig) -> VerifierPool:
     """Start the verifier processes."""
     try:
-        return VerifierPool(
-            config.rewards,
-            workers=config.workers,
-            timeout_s=config.timeout_s,
-            sandbox=config.sandbox,
-        )
+        return VerifierPool(config.rewards, workers=config.workers, timeout_s=config.timeout_s, sandbox=config.sandbox)
     except RewardError as error:
         raise ConfigError(str(error), key="reward", value=list(config.rewards)) from error
 
 
-def load_prompt_sets(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PromptSet, dict[str, PromptSet]]:
+def load_prompt_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, dict[str, PromptSet]]:
     """Training prompts and the held-out sets; errors before anything is trained."""
     train = load_prompts(config.data.train, tokenizer, "data.train", needs_reference(config))
     held_out = {
@@ -98,18 +89,13 @@ def load_prompt_sets(
 def needs_reference(config: Config) -> bool:
     """Whether any reward compares with a reference answer: attribute `needs_reference`, default yes."""
     targets = [
-        import_target(spec["_target_"], f"reward.rewards.{name}")
-        for name, spec in config.reward.rewards.items()
+        import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in config.reward.rewards.items()
     ]
     return any(getattr(target, "needs_reference", True) for target in targets)
 
 
 def sampling_params(
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-    *,
-    temperature: float,
-    seed: int,
+    tokenizer: PreTrainedTokenizerBase, config: Config, *, temperature: float, seed: int
 ) -> SamplingParams:
     """Sampling with the recipe's limits and stops."""
     return SamplingParams(

@@ -39,11 +39,7 @@ from rlkit.learner.update import Learner, Objective
 from rlkit.telemetry.sinks import Telemetry
 
 LOCK_DEADLINE_S = 3600.0
-LOGGED = {
-    "policy/loss": "sft/loss",
-    "policy/grad_norm": "sft/grad_norm",
-    "learner/learning_rate": "sft/learning_rate",
-}
+LOGGED = {"policy/loss": "sft/loss", "policy/grad_norm": "sft/grad_norm", "learner/learning_rate": "sft/learning_rate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +77,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
 
 
 def ensure_warm_start(
-    config: Config,
-    resolved: Mapping[str, Any],
-    accelerator: Accelerator,
-    check_stop: Callable[[], None],
+    config: Config, resolved: Mapping[str, Any], accelerator: Accelerator, check_stop: Callable[[], None]
 ) -> Path:
     """Folder of the finished warm start, trained now unless the cache has it.
 
@@ -128,12 +121,7 @@ def _train(
     learner = Learner(
         Policy(model, temperature=1.0, chunk_tokens=config.learner.logprob_chunk_tokens),
         None,
-        Objective(
-            loss=NegativeLogLikelihood(),
-            aggregation=TokenMean(),
-            kl=NoKL(),
-            old_policy=RecomputeAnchor(),
-        ),
+        Objective(loss=NegativeLogLikelihood(), aggregation=TokenMean(), kl=NoKL(), old_policy=RecomputeAnchor()),
         _learner_config(sft, config.learner),
         accelerator,
         sft.steps,
@@ -149,9 +137,7 @@ def _train(
     def save(step: int) -> None:
         if accelerator.is_main_process:
             state = checkpoints.TrainerState(
-                step=step,
-                optimizer_steps=learner.optimizer_steps,
-                seconds=seconds + time.perf_counter() - started,
+                step=step, optimizer_steps=learner.optimizer_steps, seconds=seconds + time.perf_counter() - started
             )
             place = folder / "checkpoints"
             checkpoints.save(place, model, tokenizer, learner.optimizer, state, keep=1)
@@ -210,19 +196,12 @@ def _learner_config(sft: SftConfig, learner: LearnerConfig) -> LearnerConfig:
 
 def model_at(model: ModelConfig, path: Path) -> ModelConfig:
     """The same model settings, with weights and tokenizer of a checkpoint folder."""
-    return dataclasses.replace(
-        model, path=str(path), architecture=None, tokenizer=None, alphabet=None
-    )
+    return dataclasses.replace(model, path=str(path), architecture=None, tokenizer=None, alphabet=None)
 
 
 @contextlib.contextmanager
 def _telemetry(
-    config: Config,
-    sft: SftConfig,
-    resolved: Mapping[str, Any],
-    folder: Path,
-    accelerator: Accelerator,
-    done: int,
+    config: Config, sft: SftConfig, resolved: Mapping[str, Any], folder: Path, accelerator: Accelerator, done: int
 ) -> Iterator[Telemetry | None]:
     if not accelerator.is_main_process:
         yield None

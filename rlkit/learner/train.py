@@ -64,10 +64,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
 
 
 def _lead(
-    config: Config,
-    resolved: Mapping[str, Any],
-    accelerator: Accelerator,
-    check_stop: Callable[[], None],
+    config: Config, resolved: Mapping[str, Any], accelerator: Accelerator, check_stop: Callable[[], None]
 ) -> None:
     folder = open_run_folder(config, resolved)
     with contextlib.closing(folder):
@@ -101,15 +98,8 @@ def _lead(
                     )
                 )
                 rollback_rollouts(folder.path, step)
-                engine = build(config.rollout.engine, key="rollout.engine").open(
-                    model, tokenizer, check_stop
-                )
-                sampling = sampling_params(
-                    tokenizer,
-                    config,
-                    temperature=config.rollout.temperature,
-                    seed=config.seed,
-                )
+                engine = build(config.rollout.engine, key="rollout.engine").open(model, tokenizer, check_stop)
+                sampling = sampling_params(tokenizer, config, temperature=config.rollout.temperature, seed=config.seed)
                 trainer = Trainer(
                     config=config,
                     folder=folder,
@@ -137,10 +127,7 @@ def _lead(
                     telemetry=telemetry,
                     check_stop=check_stop,
                     evaluation_sampling=sampling_params(
-                        tokenizer,
-                        config,
-                        temperature=config.evaluation.temperature,
-                        seed=config.evaluation.seed,
+                        tokenizer, config, temperature=config.evaluation.temperature, seed=config.evaluation.seed
                     ),
                 )
                 if previous is not None:
@@ -182,10 +169,7 @@ def _follow(config: Config, resolved: Mapping[str, Any], accelerator: Accelerato
 
 
 def start_model(
-    config: Config,
-    resolved: Mapping[str, Any],
-    accelerator: Accelerator,
-    check_stop: Callable[[], None],
+    config: Config, resolved: Mapping[str, Any], accelerator: Accelerator, check_stop: Callable[[], None]
 ) -> ModelConfig:
     """Where the run's first weights are: the recipe's model, or its finished warm start."""
     if config.sft is None:
@@ -201,11 +185,7 @@ def load_learner(
     dtype = resolve_dtype(config.model.dtype, accelerator.device)
 
     def policy(model: PreTrainedModel) -> Policy:
-        return Policy(
-            model,
-            temperature=config.rollout.temperature,
-            chunk_tokens=config.learner.logprob_chunk_tokens,
-        )
+        return Policy(model, temperature=config.rollout.temperature, chunk_tokens=config.learner.logprob_chunk_tokens)
 
     model = load_model(source, tokenizer, dtype, config.seed)
     objective = build_objective(config)
@@ -213,9 +193,7 @@ def load_learner(
     if objective.kl.needs_reference:
         frozen = load_model(start, tokenizer, dtype, config.seed).requires_grad_(False)
         reference = policy(frozen).to(accelerator.device)
-    learner = Learner(
-        policy(model), reference, objective, config.learner, accelerator, config.steps
-    )
+    learner = Learner(policy(model), reference, objective, config.learner, accelerator, config.steps)
     return tokenizer, model, learner
 
 

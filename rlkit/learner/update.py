@@ -32,11 +32,7 @@ from rlkit.learner.batching import (
     share_of_rank,
     split_updates,
 )
-from rlkit.learner.optimizer import (
-    learning_rate_factor,
-    make_optimizer,
-    set_learning_rate,
-)
+from rlkit.learner.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +79,9 @@ class Meter:
         return means | dict(zip(peaks, tops, strict=True))
 
 
-def token_tensor(
-    values: Sequence[Tensor],
-    sequences: Sequence[TrainingSequence],
-    indices: Sequence[int],
-) -> Tensor:
+def token_tensor(values: Sequence[Tensor], sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> Tensor:
     """Lay per-sequence values [T_i] end to end as [n], loss tokens only."""
-    return torch.cat(
-        [values[i][torch.from_numpy(sequences[i].loss_mask)] for i in indices] or [torch.empty(0)]
-    )
+    return torch.cat([values[i][torch.from_numpy(sequences[i].loss_mask)] for i in indices] or [torch.empty(0)])
 
 
 class Learner:
@@ -234,15 +224,9 @@ class Learner:
         meter.add("policy/loss", out.per_token.detach())
         return loss
 
-    def _forward(
-        self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         logprobs, entropy = policy(
-            micro.input_ids,
-            micro.position_ids,
-            micro.head_positions,
-            micro.targets,
-            entropy_grad,
+            micro.input_ids, micro.position_ids, micro.head_positions, micro.targets, entropy_grad
         )
         return logprobs, entropy
 
@@ -262,9 +246,7 @@ class Learner:
         self.optimizer_steps += 1
         return norm
 
-    def _local_microbatches(
-        self, sequences: Sequence[TrainingSequence], indices: Sequence[int]
-    ) -> list[MicroBatch]:
+    def _local_microbatches(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> list[MicroBatch]:
         lengths = [sequences[i].total_tokens for i in indices]
         plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -273,9 +255,7 @@ class Learner:
             for part, counted in share_of_rank(plan, rank, world)
         ]
 
-    def _weights(
-        self, sequences: Sequence[TrainingSequence], updates: Sequence[Sequence[int]]
-    ) -> dict[int, float]:
+    def _weights(self, sequences: Sequence[TrainingSequence], updates: Sequence[Sequence[int]]) -> dict[int, float]:
         weights: dict[int, float] = {}
         for indices in updates:
             lengths = torch.tensor([sequences[i].loss_tokens for i in indices], dtype=torch.float64)
@@ -294,9 +274,7 @@ class Learner:
         anchor = self.objective.old_policy
         if anchor.uses_current_weights and updates == 1:
             return None
-        behavior = [
-            torch.from_numpy(sequences[i].behavior_logprobs[sequences[i].loss_mask]) for i in local
-        ]
+        behavior = [torch.from_numpy(sequences[i].behavior_logprobs[sequences[i].loss_mask]) for i in local]
 
         def rescore() -> list[Tensor]:
             scored = dict(self.rescore(micro for part in parts for micro in part))

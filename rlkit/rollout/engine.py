@@ -37,10 +37,7 @@ class Engine(Protocol):
         """
 
     async def score(
-        self,
-        prompts: Sequence[IntArray],
-        completions: Sequence[IntArray],
-        temperature: float,
+        self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
     ) -> list[FloatArray]:
         """Log-prob of every completion token under the current weights, for verification."""
 

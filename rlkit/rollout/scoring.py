@@ -25,12 +25,7 @@ def to_sample(prompt: Prompt, rollout: Rollout) -> Sample:
 
 def to_verdict(score: Score) -> Verdict:
     """The verifier's answer as rlkit stores it."""
-    return Verdict(
-        score=score.score,
-        parts=dict(score.parts),
-        answer=score.answer,
-        reason=score.reason,
-    )
+    return Verdict(score=score.score, parts=dict(score.parts), answer=score.answer, reason=score.reason)
 
 
 def reference_rollout(prompt: Prompt) -> Rollout:
@@ -49,9 +44,7 @@ def reference_rollout(prompt: Prompt) -> Rollout:
     )
 
 
-async def score_rollouts(
-    pool: VerifierPool, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
-) -> list[Verdict]:
+async def score_rollouts(pool: VerifierPool, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:
     """Verdicts of aligned prompts and rollouts, in their order."""
     samples = [to_sample(p, r) for p, r in zip(prompts, rollouts, strict=True)]
     return [to_verdict(score) for score in await pool.score(samples)]

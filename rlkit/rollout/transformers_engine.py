@@ -39,15 +39,11 @@ class TransformersEngine:
     def __post_init__(self) -> None:
         if self.compact_every < 1 or self.max_batch_samples < 1:
             raise ValueError(
-                f"compact_every={self.compact_every}, max_batch_samples={self.max_batch_samples}: "
-                "expected 1 or more"
+                f"compact_every={self.compact_every}, max_batch_samples={self.max_batch_samples}: expected 1 or more"
             )
 
     def open(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        check_stop: Callable[[], None],
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None]
     ) -> EmbeddedEngine:
         """Serve `model` (shared, not copied). `check_stop` raises when the run is to end."""
         return EmbeddedEngine(self, model, tokenizer, check_stop)
@@ -116,9 +112,7 @@ class EmbeddedEngine:
             tokens = request.prompt_token_ids
             ids[row, width - len(tokens) :] = tokens
             mask[row, width - len(tokens) :] = 1
-        draws = np.stack(
-            [uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens) for r in requests]
-        )
+        draws = np.stack([uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens) for r in requests])
         device = self.model.device
         return _Batch(
             requests=requests,
@@ -131,9 +125,7 @@ class EmbeddedEngine:
         )
 
     @torch.no_grad()
-    def _stretch(
-        self, batch: _Batch, sampling: SamplingParams
-    ) -> tuple[_Batch | None, list[Rollout]]:
+    def _stretch(self, batch: _Batch, sampling: SamplingParams) -> tuple[_Batch | None, list[Rollout]]:
         """Generate up to `compact_every` tokens; return the open rows and the finished rollouts."""
         done = batch.input_ids.shape[1] - batch.prompt_width
         count = min(self.settings.compact_every, sampling.max_tokens - done)
@@ -176,9 +168,7 @@ class EmbeddedEngine:
         steps = output.sequences.shape[1] - batch.input_ids.shape[1]
         batch.input_ids = output.sequences
         batch.cache = output.past_key_values
-        batch.logprobs = torch.cat(
-            [batch.logprobs, torch.stack(sampler.logprobs[:steps], dim=1)], dim=1
-        )
+        batch.logprobs = torch.cat([batch.logprobs, torch.stack(sampler.logprobs[:steps], dim=1)], dim=1)
         batch.lengths = tracker.lengths
         return self._compact(batch, tracker)
 
@@ -217,10 +207,7 @@ class EmbeddedEngine:
         )
 
     async def score(
-        self,
-        prompts: Sequence[IntArray],
-        completions: Sequence[IntArray],
-        temperature: float,
+        self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
     ) -> list[FloatArray]:
         """Full log-softmax of a plain forward, one sequence at a time: slow, independent, exact."""
         out = []

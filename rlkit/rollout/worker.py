@@ -92,9 +92,7 @@ class RolloutWorker:
             score_wait_seconds=time.perf_counter() - generated,
         )
 
-    async def _finished_slices(
-        self, leases: list[Lease]
-    ) -> AsyncIterator[tuple[Lease, list[Rollout]]]:
+    async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[tuple[Lease, list[Rollout]]]:
         """Generate all samples of `leases`; yield each lease when its last sample is there."""
         owner = {(a.ordinal, i): a for a in leases for i in range(a.start, a.stop)}
         requests = [
@@ -110,12 +108,7 @@ class RolloutWorker:
                 if len(have) == lease.stop - lease.start:
                     yield lease, sorted(have, key=lambda r: r.index)
 
-    async def _score(
-        self,
-        lease: Lease,
-        rollouts: list[Rollout],
-        open_leases: dict[tuple[int, int], Lease],
-    ) -> None:
+    async def _score(self, lease: Lease, rollouts: list[Rollout], open_leases: dict[tuple[int, int], Lease]) -> None:
         verdicts = await score_rollouts(self.pool, [lease.prompt] * len(rollouts), rollouts)
         self.buffer.score(lease, verdicts)
         del open_leases[lease.ordinal, lease.start]

@@ -61,21 +61,13 @@ class ConsoleSink:
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        *,
-        start_step: int = 0,
-        sft_steps: int | None = None,
-        console: Console | None = None,
+        self, total_steps: int, *, start_step: int = 0, sft_steps: int | None = None, console: Console | None = None
     ) -> None:
         self.console = console if console is not None else Console(highlight=False)
         self.total_steps = total_steps
         self.sft_steps = sft_steps
         self._done = {"train": start_step, "sft": 0}
-        self._times: dict[str, deque[tuple[float, int]]] = {
-            "train": deque(maxlen=20),
-            "sft": deque(maxlen=20),
-        }
+        self._times: dict[str, deque[tuple[float, int]]] = {"train": deque(maxlen=20), "sft": deque(maxlen=20)}
         self._tasks: dict[str, TaskID] = {}
         self._progress: Progress | None = None
         if self.console.is_terminal:

@@ -13,14 +13,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from rlkit.telemetry.record import RunRecord
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
-    "#2563a8",
-    "#d9822b",
-    "#2e8b57",
-    "#c23b3b",
-    "#7a4fa3",
-    "#a3a9b3",
-)
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = ("#2563a8", "#d9822b", "#2e8b57", "#c23b3b", "#7a4fa3", "#a3a9b3")
 LIGHT = "#d4d8de"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, "#4aa3a2", "#8c6d46", "#5d6673")
 STYLE: dict[Any, Any] = {
@@ -56,9 +49,7 @@ def smooth(values: Sequence[float]) -> tuple[list[float], int]:
     return means, 2 * half + 1
 
 
-def binned(
-    steps: Sequence[int], columns: Sequence[Sequence[float]]
-) -> tuple[list[float], float, list[list[float]]]:
+def binned(steps: Sequence[int], columns: Sequence[Sequence[float]]) -> tuple[list[float], float, list[list[float]]]:
     """Means over at most BINS stretches of steps: their centres, their width, one list a column."""
     width = max(1, -(-(steps[-1] - steps[0] + 1) // BINS))
     members: dict[int, list[int]] = {}
@@ -79,14 +70,10 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.2
 def step_axis(axes: Axes, label: str = "learner step", ticks: int = 8) -> None:
     """Label the axis of steps, with whole numbers only."""
     axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(integer=True, nbins=ticks, steps=[1, 2, 5, 10], min_n_ticks=1)
-    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=ticks, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
-def draw_line(
-    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, c: str
-) -> None:
+def draw_line(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, c: str) -> None:
     """A metric: thin as logged, thick smoothed; a dot where there is one step only."""
     if len(steps) == 1:
         axes.plot(steps, values, "o", color=c, label=label)
@@ -127,9 +114,7 @@ def lines(
     everything = [value for _, _, values in found for value in values]
     if log and min(everything) > 0:
         axes.set_yscale("log")
-        axes.set_ylim(
-            10 ** floor(log10(min(everything)) - 0.02), 10 ** ceil(log10(max(everything)) + 0.02)
-        )
+        axes.set_ylim(10 ** floor(log10(min(everything)) - 0.02), 10 ** ceil(log10(max(everything)) + 0.02))
         axes.yaxis.set_major_formatter("{x:g}")  # the default one needs text.parse_math
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif from_zero:

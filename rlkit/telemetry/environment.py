@@ -39,8 +39,7 @@ PACKAGES = (
 GIT_DEADLINE_S = 10.0
 
 _WORDS = (  # eos_token and the like are no secrets
-    "(?:api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token"
-    "|(?<!_)token)"
+    "(?:api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token|(?<!_)token)"
 )
 _SECRET = re.compile(rf"(?i)(^|[._-]){_WORDS}$")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
@@ -113,12 +112,7 @@ def _git(*arguments: str) -> str | None:
     folder = Path(rlkit.__file__).parent
     try:
         done = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=GIT_DEADLINE_S,
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=GIT_DEADLINE_S
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -152,9 +146,7 @@ def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "cpu": _cpu(),
         "devices": _devices(),
         "git": _commit(),
-        "command": [
-            Path(w).name if i == 0 else redact_argument(w, cwd) for i, w in enumerate(words)
-        ],
+        "command": [Path(w).name if i == 0 else redact_argument(w, cwd) for i, w in enumerate(words)],
     }
 
 

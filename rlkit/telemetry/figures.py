@@ -143,8 +143,7 @@ def evaluations(run: RunRecord) -> Figure | None:
 def groups(run: RunRecord) -> Figure | None:
     """Share of groups all correct, all wrong, and mixed (the only ones that teach)."""
     correct, wrong = (
-        dict(zip(*run.metric(name), strict=True))
-        for name in ("group/all_correct_frac", "group/all_wrong_frac")
+        dict(zip(*run.metric(name), strict=True)) for name in ("group/all_correct_frac", "group/all_wrong_frac")
     )
     steps = sorted(correct.keys() & wrong.keys())
     if not steps:
@@ -160,16 +159,7 @@ def groups(run: RunRecord) -> Figure | None:
         ("mixed: carries signal", mixed, BLUE),
         ("all correct (dead)", right, "#a9d3ba"),
     ):
-        axes.bar(
-            centres,
-            values,
-            width,
-            bottom=base,
-            color=colour,
-            label=label,
-            edgecolor=colour,
-            linewidth=0.4,
-        )
+        axes.bar(centres, values, width, bottom=base, color=colour, label=label, edgecolor=colour, linewidth=0.4)
         base = [a + b for a, b in zip(base, values, strict=True)]
     axes.set(title="Groups", ylabel="share of groups", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -189,9 +179,7 @@ def lengths(run: RunRecord) -> Figure | None:
     ratios = [3, 1] if cut_steps else [1]
     figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
     axes = figure.axes[0]
-    low, high = (
-        dict(zip(*run.metric(f"completion/length/{name}"), strict=True)) for name in ("min", "max")
-    )
+    low, high = (dict(zip(*run.metric(f"completion/length/{name}"), strict=True)) for name in ("min", "max"))
     band = [step for step in steps if step in low and step in high]
     if len(band) > 1:
         axes.fill_between(
@@ -238,9 +226,7 @@ def time_split(run: RunRecord) -> Figure | None:
     steps = sorted(total)
     logged = {name: _spent(run, name) for _, name, _ in TIME_PARTS}
     parts = {name: [spent.get(step, 0.0) for step in steps] for name, spent in logged.items()}
-    wait, generate, score = (
-        parts[f"time/{name}"] for name in ("wait_rollout", "generate", "score")
-    )
+    wait, generate, score = (parts[f"time/{name}"] for name in ("wait_rollout", "generate", "score"))
     if sum(wait) == 0.0 or sum(generate) + sum(score) <= 1.02 * sum(wait):
         split = zip(wait, generate, score, strict=True)
         parts["time/wait_rollout"] = [max(0.0, w - g - s) for w, g, s in split]
@@ -249,9 +235,7 @@ def time_split(run: RunRecord) -> Figure | None:
     both = zip(parts["time/learner"], parts["time/old_logits"], strict=True)
     parts["time/learner"] = [max(0.0, all_of_it - old) for all_of_it, old in both]
     within = [values for name, values in parts.items() if name not in ON_TOP]
-    rest = [
-        max(0.0, total[s] - sum(t)) for s, t in zip(steps, zip(*within, strict=True), strict=True)
-    ]
+    rest = [max(0.0, total[s] - sum(t)) for s, t in zip(steps, zip(*within, strict=True), strict=True)]
     whole = sum(map(sum, parts.values())) + sum(rest)
     rows = [(label, parts[name], colour) for label, name, colour in TIME_PARTS]
     rows.append(("rest", rest, "#eef0f3"))
@@ -262,16 +246,7 @@ def time_split(run: RunRecord) -> Figure | None:
     base = [0.0] * len(centres)
     for (label, values, colour), column in zip(rows, means, strict=True):
         share = f"{label} {sum(values) / whole:.0%}"
-        axes.bar(
-            centres,
-            column,
-            width,
-            bottom=base,
-            color=colour,
-            label=share,
-            edgecolor=colour,
-            linewidth=0.4,
-        )
+        axes.bar(centres, column, width, bottom=base, color=colour, label=share, edgecolor=colour, linewidth=0.4)
         base = [a + b for a, b in zip(base, column, strict=True)]
     axes.set(title="Where a step's time goes", ylabel="seconds")
     axes.margins(x=0)
@@ -293,9 +268,7 @@ def optimiser(run: RunRecord) -> Figure | None:
     if not found:
         return None
     figure = new_figure(1, len(found))
-    for axes, (title, steps, values), colour in zip(
-        figure.axes, found, (PURPLE, GREY), strict=False
-    ):
+    for axes, (title, steps, values), colour in zip(figure.axes, found, (PURPLE, GREY), strict=False):
         if colour == GREY:
             axes.plot(steps, values, color=GREY, marker="o" if len(steps) == 1 else "")
         else:

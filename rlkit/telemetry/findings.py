@@ -49,9 +49,7 @@ def _progress(run: RunRecord) -> Iterator[Finding]:
             "Start it again with the same name to go on from the newest checkpoint.",
         )
     for step, gap in run.pauses:
-        yield Finding(
-            "note", f"Nothing ran for {gap:.0f} s before step {step}: the run was resumed there."
-        )
+        yield Finding("note", f"Nothing ran for {gap:.0f} s before step {step}: the run was resumed there.")
 
 
 def _evaluation(run: RunRecord) -> Iterator[Finding]:
@@ -112,8 +110,7 @@ def _groups(run: RunRecord) -> Iterator[Finding]:
             dominated = True
             yield Finding(
                 "problem",
-                f"{percent(fmean(values))} of groups {_window(values)} are all {what}: they carry"
-                " no signal.",
+                f"{percent(fmean(values))} of groups {_window(values)} are all {what}: they carry no signal.",
                 remedy,
             )
     dead = _last(run, "group/dead_frac")
@@ -121,8 +118,7 @@ def _groups(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             "problem",
             f"{percent(fmean(dead))} of groups {_window(dead)} are dead (all scores equal).",
-            "Prompts are too easy or too hard: spread their difficulty, or raise"
-            " samples_per_prompt.",
+            "Prompts are too easy or too hard: spread their difficulty, or raise samples_per_prompt.",
         )
 
 

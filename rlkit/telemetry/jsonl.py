@@ -147,11 +147,7 @@ class JsonlSink:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line; a value that is not finite becomes null, and its name is warned once."""
-        record: dict[str, Any] = {
-            "step": step,
-            "time": round(time.time(), 3),
-            "seconds": round(self.seconds, 3),
-        }
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "seconds": round(self.seconds, 3)}
         for name, value in metrics.items():
             record[name] = self._number(step, name, value)
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")

@@ -199,7 +199,7 @@ METRICS: tuple[Metric, ...] = tuple(
         ("eval/<set>/avg@k[_se]", "fraction", "Mean score of k samples a prompt.",
          "After is above before by more than 2 standard errors.",
          "Within noise: more rows or samples before any claim."),
-        ("eval/<set>/pass@k[_se]", "fraction", "Prompts with a correct sample (evaluation.correct_at) among k, unbiased.",
+        ("eval/<set>/pass@k[_se]", "fraction", "Prompts with a correct sample (evaluation.correct_at) of k, unbiased.",
          "At least its value before training.", "Falls while avg@k rises: diversity is lost."),
         ("eval/<set>/maj@k[_se]", "fraction", "Mean score of each prompt's most frequent answer.",
          "Above avg@k.", "Below: wrong answers agree with each other; look at them."),
@@ -230,9 +230,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-_COMPILED: tuple[tuple[re.Pattern[str], Metric], ...] = tuple(
-    (_regex(m.pattern), m) for m in METRICS
-)
+_COMPILED: tuple[tuple[re.Pattern[str], Metric], ...] = tuple((_regex(m.pattern), m) for m in METRICS)
 
 
 @lru_cache(maxsize=4096)

@@ -38,9 +38,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "entropy",
         "Entropy of the next-token distribution.",
-        lambda run: lines(
-            run, [("entropy", "policy/entropy")], "Policy entropy", "nats", from_zero=True
-        ),
+        lambda run: lines(run, [("entropy", "policy/entropy")], "Policy entropy", "nats", from_zero=True),
     ),
     Panel("optimiser", "Gradient norm and learning rate.", figures.optimiser),
     Panel(
@@ -69,10 +67,7 @@ PANELS: tuple[Panel, ...] = (
         "Engine against learner on the same tokens.",
         lambda run: lines(
             run,
-            [
-                ("mean", "mismatch/logprob_absdiff/mean"),
-                ("max", "mismatch/logprob_absdiff/max"),
-            ],
+            [("mean", "mismatch/logprob_absdiff/mean"), ("max", "mismatch/logprob_absdiff/max")],
             "Log-prob mismatch",
             "nats",
             log=True,
@@ -93,13 +88,7 @@ PANELS: tuple[Panel, ...] = (
     Panel(
         "throughput",
         "Completion tokens trained on per second.",
-        lambda run: lines(
-            run,
-            [("tokens/s", "perf/tokens_per_s")],
-            "Throughput",
-            "tokens per second",
-            from_zero=True,
-        ),
+        lambda run: lines(run, [("tokens/s", "perf/tokens_per_s")], "Throughput", "tokens per second", from_zero=True),
     ),
     Panel("warm_start", "Supervised warm start.", figures.warm_start),
 )

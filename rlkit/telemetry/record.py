@@ -124,8 +124,7 @@ class RunRecord:
             steps, values = self.metric(name)
             errors = dict(zip(*self.metric(name + "_se"), strict=True))
             points = tuple(
-                Point(step=step, value=value, error=errors.get(step))
-                for step, value in zip(steps, values, strict=True)
+                Point(step=step, value=value, error=errors.get(step)) for step, value in zip(steps, values, strict=True)
             )
             statistic = match[2].split("@")[0]
             curve = EvalCurve(set=match[1], statistic=statistic, k=int(match[3]), points=points)

@@ -18,13 +18,7 @@ from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.plots import draw_all
 from rlkit.telemetry.record import RunRecord, load_run
-from rlkit.telemetry.rollouts import (
-    TEXT_COLUMNS,
-    Judge,
-    RolloutsError,
-    read_rollouts,
-    visible,
-)
+from rlkit.telemetry.rollouts import TEXT_COLUMNS, Judge, RolloutsError, read_rollouts, visible
 from rlkit.telemetry.summary import with_error
 
 HEAD_CHARACTERS = 1200
@@ -112,11 +106,7 @@ def _cards(run: RunRecord) -> list[dict[str, str]]:
     resumed = len(run.pauses)
     times = "once" if resumed == 1 else f"{resumed} times"
     cards.append(
-        {
-            "label": "run time",
-            "big": duration(run.seconds),
-            "sub": f"resumed {times}" if resumed else "in one piece",
-        }
+        {"label": "run time", "big": duration(run.seconds), "sub": f"resumed {times}" if resumed else "in one piece"}
     )
     return cards
 
@@ -129,9 +119,7 @@ def _lead(run: RunRecord) -> str:
     parts = [
         model.get("path") or (architecture and f"{architecture.get('model_type')} from scratch"),
         *(
-            str(((config.get("algorithm") or {}).get(piece) or {}).get("_target_", "")).split(".")[
-                -1
-            ]
+            str(((config.get("algorithm") or {}).get(piece) or {}).get("_target_", "")).split(".")[-1]
             for piece in ("advantage", "loss", "aggregation")
         ),
         f"seed {config['seed']}" if "seed" in config else "",

@@ -80,9 +80,7 @@ class RolloutRow(TypedDict):
     versions: Sequence[int]  # [T]
 
 
-def rows_of(
-    groups: Iterable[Group], advantages: Mapping[tuple[int, int], float] | None = None
-) -> list[RolloutRow]:
+def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float] | None = None) -> list[RolloutRow]:
     """Rows of whole groups.
 
     Args:
@@ -151,9 +149,7 @@ def write_rollouts(path: Path, step: int, rows: Sequence[RolloutRow]) -> None:
         if null := [f.name for f in SCHEMA if not f.nullable and table[f.name].null_count]:
             raise RolloutsError(f"None in {', '.join(null)}", key="step", value=step)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise RolloutsError(
-            f"a field has the wrong type: {error}", key="step", value=step
-        ) from error
+        raise RolloutsError(f"a field has the wrong type: {error}", key="step", value=step) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary, compression="zstd")
@@ -168,9 +164,7 @@ def rollout_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def read_rollouts(
-    run_dir: Path, step: int | None = None, columns: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
+def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Rows of one step, or of all steps, in the order written; `parts` as a dict.
 
     Raises:
@@ -191,9 +185,7 @@ def read_rollouts(
         try:
             table = pq.read_table(path, columns=None if columns is None else list(columns))
         except pa.ArrowInvalid as error:
-            raise RolloutsError(
-                f"not a Parquet file: {error}", key="file", value=path.name
-            ) from error
+            raise RolloutsError(f"not a Parquet file: {error}", key="file", value=path.name) from error
         rows += table.to_pylist()
     for row in rows:
         if "parts" in row:
@@ -263,18 +255,14 @@ def _text(value: str, style: str = "") -> Text:
     return out
 
 
-def print_rollouts(
-    rows: Sequence[Mapping[str, Any]], console: Console, judge: Judge = DEFAULT
-) -> None:
+def print_rollouts(rows: Sequence[Mapping[str, Any]], console: Console, judge: Judge = DEFAULT) -> None:
     """Print rows for reading: verdict, prompt, completion."""
     for row in rows:
         verdict = judge.verdict(row)
         colour = COLOURS[verdict]
         score = "" if row["score"] is None else f" {row['score']:g}"
         where = f"step {row['step']}  ordinal {row['ordinal']}  sample {row['index']}"
-        console.print(
-            Rule(Text(f"{where}  {verdict}{score}", style=f"bold {colour}"), style=colour)
-        )
+        console.print(Rule(Text(f"{where}  {verdict}{score}", style=f"bold {colour}"), style=colour))
         advantage = "none" if row["advantage"] is None else f"{row['advantage']:+.3f}"
         facts = f"{row['tokens']} tokens ({row['finish_reason']})  advantage {advantage}"
         for name, part in row["parts"].items():
@@ -346,12 +334,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     rows = read_rollouts(options.run, step, TEXT_COLUMNS)
     judge = Judge.of(read_config(options.run)[0])
     chosen = select(
-        rows,
-        ordinal=options.ordinal,
-        verdict=options.verdict,
-        sort=options.sort,
-        limit=options.limit,
-        judge=judge,
+        rows, ordinal=options.ordinal, verdict=options.verdict, sort=options.sort, limit=options.limit, judge=judge
     )
     print_rollouts(chosen, console, judge)
     console.print(Text(f"{len(chosen)} of {len(rows)} rollouts of step {step}", style="dim"))

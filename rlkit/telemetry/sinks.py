@@ -76,11 +76,7 @@ class Telemetry:
                 rollback_rollouts(run_dir, resume_step)
             if telemetry.wandb != "off":
                 wandb = WandbSink(
-                    run_dir,
-                    project=telemetry.wandb_project,
-                    name=name,
-                    mode=telemetry.wandb,
-                    config=config,
+                    run_dir, project=telemetry.wandb_project, name=name, mode=telemetry.wandb, config=config
                 )
                 undo.callback(wandb.close, failed=True)
                 sinks.append(wandb)
@@ -116,9 +112,6 @@ class Telemetry:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)

@@ -39,9 +39,7 @@ class WandbSink:
         MetricError: wandb is not installed, the mode is unknown, or the run cannot be started.
     """
 
-    def __init__(
-        self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
         if mode not in MODES:
             raise MetricError(
                 "unknown mode",

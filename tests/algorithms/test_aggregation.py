@@ -7,12 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.aggregation import (
-    ConstantLength,
-    SequenceMeanTokenMean,
-    SequenceMeanTokenSum,
-    TokenMean,
-)
+from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenMean, SequenceMeanTokenSum, TokenMean
 from rlkit.errors import ConfigError, RlkitError, TrainingError
 
 ALL = [TokenMean(), SequenceMeanTokenMean(), SequenceMeanTokenSum(), ConstantLength(max_length=12)]

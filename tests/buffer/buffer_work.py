@@ -24,9 +24,7 @@ class Clock:
         return self.now
 
 
-def open_at(
-    folder: Path, clock: Clock, *, prompts: int = 2, staleness: int = 1, slice_samples: int = 2
-) -> SqlBuffer:
+def open_at(folder: Path, clock: Clock, *, prompts: int = 2, staleness: int = 1, slice_samples: int = 2) -> SqlBuffer:
     return SqlBuffer(
         f"sqlite:///{folder / 'buffer.db'}",
         payload_dir=folder / "payloads",
@@ -50,12 +48,7 @@ def prompt(ordinal: int) -> Prompt:
 
 def request(buffer: SqlBuffer, count: int, samples: int = 4) -> None:
     first = buffer.stats().next_ordinal
-    buffer.request(
-        [
-            GroupRequest(ordinal=k, prompt=prompt(k), samples=samples)
-            for k in range(first, first + count)
-        ]
-    )
+    buffer.request([GroupRequest(ordinal=k, prompt=prompt(k), samples=samples) for k in range(first, first + count)])
 
 
 def rollout(ordinal: int, index: int, versions: Sequence[int], key: int = 0) -> Rollout:
@@ -69,9 +62,7 @@ def rollout(ordinal: int, index: int, versions: Sequence[int], key: int = 0) -> 
         behavior_logprobs=-draw.exponential(size=tokens).astype(np.float32),
         loss_mask=np.ones(tokens, dtype=np.bool_),
         segments=np.zeros(tokens, dtype=np.int64),
-        version_spans=tuple(
-            VersionSpan(version=v, start=2 * i, end=2 * i + 2) for i, v in enumerate(versions)
-        ),
+        version_spans=tuple(VersionSpan(version=v, start=2 * i, end=2 * i + 2) for i, v in enumerate(versions)),
         finish_reason="stop",
         engine_id="test",
         text=f"{ordinal}/{index}/{key}",
@@ -80,9 +71,7 @@ def rollout(ordinal: int, index: int, versions: Sequence[int], key: int = 0) -> 
 
 def rollouts(lease: Lease, versions: Sequence[int] | None = None) -> list[Rollout]:
     spans = [lease.min_version] if versions is None else versions
-    return [
-        rollout(lease.ordinal, i, spans, lease.lease_id) for i in range(lease.start, lease.stop)
-    ]
+    return [rollout(lease.ordinal, i, spans, lease.lease_id) for i in range(lease.start, lease.stop)]
 
 
 def verdicts(lease: Lease) -> list[Verdict]:

@@ -58,9 +58,7 @@ def test_this_machines_mount_table_is_understood(tmp_path: Path) -> None:
     assert filesystem_type(tmp_path, Path("/proc/self/mountinfo").read_text())
 
 
-@pytest.mark.parametrize(
-    "url", ["postgresql://host/db", "buffer.db", "sqlite://", "sqlite:///:memory:", "mysql://x/y"]
-)
+@pytest.mark.parametrize("url", ["postgresql://host/db", "buffer.db", "sqlite://", "sqlite:///:memory:", "mysql://x/y"])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(BufferError, match=r"buffer\.url"):
         sqlite_path(url)
@@ -72,12 +70,7 @@ def test_pragmas(buffer: SqlBuffer) -> None:
             name: connection.execute(text(f"PRAGMA {name}")).scalar()
             for name in ("journal_mode", "foreign_keys", "busy_timeout", "synchronous")
         }
-    assert found == {
-        "journal_mode": "wal",
-        "foreign_keys": 1,
-        "busy_timeout": 30_000,
-        "synchronous": 1,
-    }
+    assert found == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 30_000, "synchronous": 1}
 
 
 @pytest.mark.parametrize("setting", [{"prompts": 3}, {"staleness": 0}])
@@ -106,9 +99,7 @@ def test_damage_is_found_at_opening(tmp_path: Path) -> None:
     open_at(tmp_path, Clock()).close()
 
 
-def test_a_writer_that_never_ends_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_never_ends_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
     buffer = open_at(tmp_path, Clock())
     other = sqlite3.connect(tmp_path / "buffer.db", isolation_level=None)

@@ -30,12 +30,7 @@ def test_a_live_buffer(tmp_path: Path, clock: Clock) -> None:
     (worker,) = view.workers
     assert (worker.worker_id, worker.leases, worker.samples) == ("worker-7", 3, 6)
     assert worker.seconds_left == 40.0
-    assert [(x.ordinal, x.seconds) for x in view.slowest[:4]] == [
-        (4, 20.0),
-        (5, 20.0),
-        (6, 20.0),
-        (0, 3.0),
-    ]
+    assert [(x.ordinal, x.seconds) for x in view.slowest[:4]] == [(4, 20.0), (5, 20.0), (6, 20.0), (0, 3.0)]
     finish(buffer, leases)
     sample_all(buffer)
     train(buffer)

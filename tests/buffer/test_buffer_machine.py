@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from buffer_work import (
-    START,
-    Clock,
-    open_at,
-    prompt,
-    request,
-    rollouts,
-    same,
-    verdicts,
-)
+from buffer_work import START, Clock, open_at, prompt, request, rollouts, same, verdicts
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -59,20 +50,14 @@ class BufferMachine(RuleBasedStateMachine):
         self.checkpoints = [Checkpoint(START, [], {0: 0})]
         self.ledger_start = 0
 
-    @initialize(
-        prompts=st.integers(1, 3), staleness=st.integers(0, 2), slice_samples=st.integers(1, 3)
-    )
+    @initialize(prompts=st.integers(1, 3), staleness=st.integers(0, 2), slice_samples=st.integers(1, 3))
     def open(self, prompts: int, staleness: int, slice_samples: int) -> None:
         self.prompts, self.staleness, self.slice_samples = prompts, staleness, slice_samples
         self.reopen()
 
     def reopen(self) -> None:
         self.buffer = open_at(
-            self.folder,
-            self.clock,
-            prompts=self.prompts,
-            staleness=self.staleness,
-            slice_samples=self.slice_samples,
+            self.folder, self.clock, prompts=self.prompts, staleness=self.staleness, slice_samples=self.slice_samples
         )
 
     @property
@@ -341,8 +326,5 @@ class BufferMachine(RuleBasedStateMachine):
 
 TestBufferMachine = BufferMachine.TestCase
 TestBufferMachine.settings = settings(
-    max_examples=40,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

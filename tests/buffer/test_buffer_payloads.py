@@ -50,8 +50,7 @@ def any_rollout(draw: st.DrawFn) -> Rollout:
         loss_mask=array(st.booleans(), np.bool_),
         segments=array(INT64, np.int64),
         version_spans=tuple(
-            VersionSpan(version=draw(st.integers(0, 2**62)), start=a, end=b)
-            for a, b in itertools.pairwise(edges)
+            VersionSpan(version=draw(st.integers(0, 2**62)), start=a, end=b) for a, b in itertools.pairwise(edges)
         ),
         finish_reason=draw(st.sampled_from(("stop", "length"))),
         engine_id=draw(st.text()),
@@ -70,9 +69,7 @@ def test_rollouts_round_trip_bit_for_bit(rollouts: list[Rollout]) -> None:
 
 
 METADATA = st.recursive(
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT, st.binary()
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT, st.binary()),
     lambda x: st.one_of(
         st.lists(x, max_size=3),
         st.lists(x, max_size=3).map(tuple),
@@ -92,18 +89,12 @@ def typed(value: object) -> object:
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    TEXT, TEXT, st.lists(INT64), st.none() | TEXT, st.dictionaries(st.text(), METADATA, max_size=3)
-)
+@given(TEXT, TEXT, st.lists(INT64), st.none() | TEXT, st.dictionaries(st.text(), METADATA, max_size=3))
 def test_prompts_round_trip(
     name: str, text: str, tokens: list[int], reference: str | None, metadata: dict[str, object]
 ) -> None:
     sent = Prompt(
-        id=name,
-        text=text,
-        token_ids=np.array(tokens, dtype=np.int64),
-        reference=reference,
-        metadata=metadata,
+        id=name, text=text, token_ids=np.array(tokens, dtype=np.int64), reference=reference, metadata=metadata
     )
     got = decode_prompt(encode_prompt(sent))
     assert (got.id, got.text, got.reference) == (name, text, reference)
@@ -230,9 +221,7 @@ def test_damaged_rollouts_are_never_trained_on(tmp_path: Path, how: str) -> None
     buffer.close()
 
 
-def test_rows_never_refer_to_a_record_that_was_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_never_refer_to_a_record_that_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = open_at(tmp_path, Clock())
     request(buffer, 1, samples=2)
     (lease,) = buffer.lease("a", 2, 60.0)

@@ -7,18 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from buffer_work import (
-    START,
-    Clock,
-    finish,
-    open_at,
-    request,
-    rollouts,
-    same,
-    sample_all,
-    train,
-    verdicts,
-)
+from buffer_work import START, Clock, finish, open_at, request, rollouts, same, sample_all, train, verdicts
 
 from rlkit.buffer.protocol import FencedError, Watermark
 from rlkit.buffer.sql import SqlBuffer
@@ -66,11 +55,7 @@ def test_rollback_undoes_training_after_the_checkpoint(tmp_path: Path, clock: Cl
     with pytest.raises(BufferError, match="wrong weights"):
         buffer.submit(lease, rollouts(lease, [2]))  # an engine still on the dead version
     again = train(buffer)
-    pairs = [
-        (x, y)
-        for g, h in zip(lost, again, strict=True)
-        for x, y in zip(g.rollouts, h.rollouts, strict=True)
-    ]
+    pairs = [(x, y) for g, h in zip(lost, again, strict=True) for x, y in zip(g.rollouts, h.rollouts, strict=True)]
     assert len(pairs) == 4 and all(same(x, y) for x, y in pairs)
     assert buffer.watermark() == Watermark(step=2, version=3, next_ordinal=4, refused=0)
     assert buffer.rollback(buffer.watermark()).requested_again == (4,)
@@ -165,9 +150,7 @@ def test_rollback_to_the_start_without_a_checkpoint(buffer: SqlBuffer) -> None:
     assert (buffer.trained_ordinals(), buffer.next_version()) == ([], 3)
 
 
-def test_an_empty_database_takes_the_watermark_as_its_baseline(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_an_empty_database_takes_the_watermark_as_its_baseline(tmp_path: Path, clock: Clock) -> None:
     mark = Watermark(step=7, version=9, next_ordinal=17, refused=3)
     buffer = open_at(tmp_path, clock)
     report = buffer.rollback(mark)
@@ -284,9 +267,7 @@ def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: SqlBuffer) -> N
         ({"version": 4}, "surviving lineage"),
     ],
 )
-def test_watermarks_of_other_runs_are_refused(
-    buffer: SqlBuffer, change: dict[str, int], message: str
-) -> None:
+def test_watermarks_of_other_runs_are_refused(buffer: SqlBuffer, change: dict[str, int], message: str) -> None:
     fill(buffer)
     train(buffer)
     mark = buffer.watermark()

@@ -9,19 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from buffer_work import (
-    Clock,
-    finish,
-    open_at,
-    prompt,
-    request,
-    rollout,
-    rollouts,
-    same,
-    sample_all,
-    train,
-    verdicts,
-)
+from buffer_work import Clock, finish, open_at, prompt, request, rollout, rollouts, same, sample_all, train, verdicts
 
 from rlkit.buffer import open_buffer
 from rlkit.buffer.protocol import FencedError, GroupRequest, VersionedBuffer
@@ -43,9 +31,7 @@ def test_open_buffer_gives_the_protocol(tmp_path: Path) -> None:
     buffer.close()
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"prompts": 0}, {"prompts": True}, {"staleness": -1}, {"slice_samples": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"prompts": 0}, {"prompts": True}, {"staleness": -1}, {"slice_samples": 0}])
 def test_settings_out_of_range(tmp_path: Path, clock: Clock, wrong: dict[str, int]) -> None:
     with pytest.raises(BufferError, match="out of range"):
         open_at(tmp_path, clock, **wrong)
@@ -54,12 +40,7 @@ def test_settings_out_of_range(tmp_path: Path, clock: Clock, wrong: dict[str, in
 def test_a_group_travels_whole(buffer: SqlBuffer) -> None:
     request(buffer, 4, samples=5)
     leases = buffer.lease("a", 100, 60.0)
-    assert [(x.ordinal, x.start, x.stop) for x in leases[:4]] == [
-        (0, 0, 2),
-        (0, 2, 4),
-        (0, 4, 5),
-        (1, 0, 2),
-    ]
+    assert [(x.ordinal, x.start, x.stop) for x in leases[:4]] == [(0, 0, 2), (0, 2, 4), (0, 4, 5), (1, 0, 2)]
     assert buffer.stats().states["leased"] == 4
     for lease in leases:
         buffer.submit(lease, list(reversed(rollouts(lease))))
@@ -201,9 +182,7 @@ def test_a_lease_of_another_database_is_fenced(buffer: SqlBuffer, tmp_path: Path
     elsewhere.close()
     assert foreign[3].lease_id in {x.lease_id for x in own}
     with pytest.raises(FencedError):
-        buffer.submit(
-            replace(foreign[3], start=0, stop=2), rollouts(replace(foreign[3], start=0, stop=2))
-        )
+        buffer.submit(replace(foreign[3], start=0, stop=2), rollouts(replace(foreign[3], start=0, stop=2)))
 
 
 def test_submit_refuses_what_is_not_the_lease(buffer: SqlBuffer) -> None:
@@ -343,9 +322,7 @@ def test_publish_is_strict(buffer: SqlBuffer) -> None:
 
 
 def test_counts_of_samples_may_differ(buffer: SqlBuffer) -> None:
-    buffer.request(
-        [GroupRequest(ordinal=k, prompt=prompt(k), samples=n) for k, n in enumerate((1, 7))]
-    )
+    buffer.request([GroupRequest(ordinal=k, prompt=prompt(k), samples=n) for k, n in enumerate((1, 7))])
     sample_all(buffer)
     assert [len(g.rollouts) for g in buffer.take(2) or []] == [1, 7]
 
@@ -365,9 +342,5 @@ def test_batches_equal_single_calls(tmp_path: Path) -> None:
         buffer.close()
     one, other = taken
     assert all(a.verdicts == b.verdicts for a, b in zip(one, other, strict=True))
-    pairs = [
-        (x, y)
-        for a, b in zip(one, other, strict=True)
-        for x, y in zip(a.rollouts, b.rollouts, strict=True)
-    ]
+    pairs = [(x, y) for a, b in zip(one, other, strict=True) for x, y in zip(a.rollouts, b.rollouts, strict=True)]
     assert len(pairs) == 16 and all(same(x, y) for x, y in pairs)

@@ -42,9 +42,7 @@ def write(library: Path) -> Write:
 def rows(tmp_path: Path) -> Path:
     """A local data file."""
     path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "".join(json.dumps({"question": f"1+{n}?", "answer": "2"}) + "\n" for n in "12")
-    )
+    path.write_text("".join(json.dumps({"question": f"1+{n}?", "answer": "2"}) + "\n" for n in "12"))
     return path
 
 

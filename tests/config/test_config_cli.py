@@ -22,16 +22,11 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
 
 
 def test_check_prints_all_and_starts_nothing(
-    rows: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.rglob("*"))
-    status, out, err = run(
-        "check", "recipe=gsm8k_smoke", f"data.train.path={rows}", "steps=7", capsys=capsys
-    )
+    status, out, err = run("check", "recipe=gsm8k_smoke", f"data.train.path={rows}", "steps=7", capsys=capsys)
     assert (status, err) == (0, "")
     assert "steps: 7" in out and str(rows) in out
     assert "optimiser steps" in out and "weights" in out
@@ -83,15 +78,9 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, module: str, main: Any) -> None:
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [
-        ("train", "rlkit.learner.train"),
-        ("sft", "rlkit.learner.sft"),
-        ("check-parity", "rlkit.learner.parity"),
-    ],
+    [("train", "rlkit.learner.train"), ("sft", "rlkit.learner.sft"), ("check-parity", "rlkit.learner.parity")],
 )
-def test_recipe_commands_pass_config_and_status(
-    command: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipe_commands_pass_config_and_status(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, dict[str, Any]]] = []
 
     def main(config: Config, raw: dict[str, Any]) -> int:
@@ -104,12 +93,9 @@ def test_recipe_commands_pass_config_and_status(
 
 
 @pytest.mark.parametrize(
-    ("command", "module"),
-    [("report", "rlkit.telemetry.report"), ("buffer", "rlkit.buffer.inspect")],
+    ("command", "module"), [("report", "rlkit.telemetry.report"), ("buffer", "rlkit.buffer.inspect")]
 )
-def test_run_commands_pass_the_folder(
-    command: str, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_commands_pass_the_folder(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
     _stand_in(monkeypatch, module, seen.append)
     assert cli.main([command, "outputs/x"]) == 0
@@ -139,9 +125,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: rlkit" in capsys.readouterr().err
 
 
-def test_errors_that_are_not_the_inputs_keep_their_traceback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_errors_that_are_not_the_inputs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(config: Config, raw: dict[str, Any]) -> int:
         raise ZeroDivisionError
 

@@ -69,10 +69,7 @@ def test_functions_nested_classes_and_open_ended_callables(module: str, refused:
     assert build({"_target_": f"{module}.Piece.Nested", "size": 4}, key="x").size == 4
     assert build({"_target_": f"{module}.anything", "a": 1}, key="x") == {"a": 1}
     assert validate(
-        {"_target_": f"{module}.function", "power": 2, "weight": 1.0},
-        "x",
-        supplied=["sample"],
-        ignored=["weight"],
+        {"_target_": f"{module}.function", "power": 2, "weight": 1.0}, "x", supplied=["sample"], ignored=["weight"]
     ) == {"power": 2}
     with refused("x.weight", "no setting"):
         validate({"_target_": f"{module}.function", "weight": 1.0}, "x", supplied=["sample"])
@@ -94,9 +91,7 @@ def test_functions_nested_classes_and_open_ended_callables(module: str, refused:
         ({"width": 1, "inner": {"_target_": "nowhere.X"}}, ("piece.inner._target_", "nowhere")),
     ],
 )
-def test_wrong_settings(
-    module: str, settings: dict[str, Any], parts: tuple[str, ...], refused: Refused
-) -> None:
+def test_wrong_settings(module: str, settings: dict[str, Any], parts: tuple[str, ...], refused: Refused) -> None:
     with refused(*parts):
         build({"_target_": f"{module}.Piece", **settings}, key="piece")
 

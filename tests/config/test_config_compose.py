@@ -25,10 +25,7 @@ Refused = Callable[..., AbstractContextManager[None]]
 def test_result_is_typed_and_plain(rows: Path) -> None:
     config, plain = load("gsm8k_smoke", [f"data.train.path={rows}", "seed=7"])
     assert isinstance(config, Config) and config.seed == plain["seed"] == 7
-    assert config.data.train.source == {
-        "_target_": "rlkit.data.sources.LocalFile",
-        "path": str(rows),
-    }
+    assert config.data.train.source == {"_target_": "rlkit.data.sources.LocalFile", "path": str(rows)}
     assert OmegaConf.merge(OmegaConf.structured(Config), plain) == OmegaConf.structured(config)
 
 
@@ -242,9 +239,7 @@ def test_fault_in_an_option_names_its_file(write: Write, library: Path, refused:
         load("quickstart", ["algorithm=own"], library)
 
 
-def test_schema_holds_whatever_the_defaults_list_says(
-    write: Write, library: Path, refused: Refused
-) -> None:
+def test_schema_holds_whatever_the_defaults_list_says(write: Write, library: Path, refused: Refused) -> None:
     write("bare", "surprise: 1\n")
     write("mine", "defaults: [bare@extra.deep]\n")
     with refused("extra", "no such key"):

@@ -57,18 +57,12 @@ def test_bounds_hold_for_the_learners_own_plan(
     )
     derived = table(config)
     lengths = data.draw(
-        st.lists(
-            st.integers(1, prompt + completion),
-            min_size=groups * samples,
-            max_size=groups * samples,
-        )
+        st.lists(st.integers(1, prompt + completion), min_size=groups * samples, max_size=groups * samples)
     )
     planned = updates * len(plan_microbatches(lengths, budget))
     longest = [prompt + completion] * (groups * samples)
     assert planned <= derived["micro-batches per step, at most"]
-    assert derived["micro-batches per step, at most"] == updates * len(
-        plan_microbatches(longest, budget)
-    )
+    assert derived["micro-batches per step, at most"] == updates * len(plan_microbatches(longest, budget))
     assert derived["sequences per step"] == groups * updates * samples
     assert derived["sequences per update"] * updates == derived["sequences per step"]
     assert derived["trained tokens per step, at most"] == sum(longest) * updates
@@ -81,11 +75,7 @@ def test_bounds_hold_for_the_learners_own_plan(
     [(0, True, 2), (0, False, 1), (3, True, 5), (5, True, 3), (10, False, 1), (100, True, 2)],
 )
 def test_evaluations(every: int, at_start: bool, expected: int) -> None:
-    overrides = [
-        "steps=10",
-        f"evaluation.every_steps={every}",
-        f"evaluation.at_start={str(at_start).lower()}",
-    ]
+    overrides = ["steps=10", f"evaluation.every_steps={every}", f"evaluation.at_start={str(at_start).lower()}"]
     assert table(load("quickstart", overrides)[0])["evaluations"] == expected
 
 
@@ -167,8 +157,7 @@ def test_architecture_that_cannot_be(smoke: Smoke, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (24 * 10**9, "24.0 GB"), (10**13, "10.0 TB")],
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (24 * 10**9, "24.0 GB"), (10**13, "10.0 TB")]
 )
 def test_size(count: int, text: str) -> None:
     assert size(count) == text

@@ -49,9 +49,7 @@ def test_every_option_is_reached(rows: Path) -> None:
     """No file that no recipe and no group choice can use."""
     groups = set(LIBRARY.groups())
     assert {"algorithm", "algorithm/loss", "model", "data", "reward"} <= groups
-    used = {path.relative_to(shipped()).parent.as_posix() for path in shipped().rglob("*.yaml")} - {
-        "."
-    }
+    used = {path.relative_to(shipped()).parent.as_posix() for path in shipped().rglob("*.yaml")} - {"."}
     assert used == groups
 
 
@@ -64,11 +62,7 @@ def test_reference_is_up_to_date() -> None:
 def test_wheel_holds_packages_and_recipes(tmp_path: Path) -> None:
     source = tmp_path / "source"
     files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for name in files:
         if name.startswith(("rlkit/", "rewards/", "recipes/")) or "/" not in name:
@@ -76,9 +70,7 @@ def test_wheel_holds_packages_and_recipes(tmp_path: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run(
-        [*command, "--no-index", "-q", "-w", str(tmp_path), str(source)], check=True, timeout=200
-    )
+    subprocess.run([*command, "--no-index", "-q", "-w", str(tmp_path), str(source)], check=True, timeout=200)
     (wheel,) = tmp_path.glob("rlkit_rlvr-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {

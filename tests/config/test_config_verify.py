@@ -66,9 +66,7 @@ def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
         (["learner.learning_rate=nan"], ("learner.learning_rate",)),
     ],
 )
-def test_fault(
-    smoke: Smoke, overrides: list[str], parts: tuple[str, ...], refused: Refused
-) -> None:
+def test_fault(smoke: Smoke, overrides: list[str], parts: tuple[str, ...], refused: Refused) -> None:
     config = smoke(*overrides)
     assert len(list(problems(config))) == 1
     with refused(*parts):
@@ -111,9 +109,7 @@ def test_a_warm_start_needs_a_teacher(refused: Refused) -> None:
     verify(load("quickstart", ["sft=null"])[0])
 
 
-def test_group_size_and_lag_are_read_off_the_class(
-    plugin: Plugin, smoke: Smoke, refused: Refused
-) -> None:
+def test_group_size_and_lag_are_read_off_the_class(plugin: Plugin, smoke: Smoke, refused: Refused) -> None:
     module = plugin(
         """
         class NeedsThree:
@@ -150,9 +146,7 @@ def test_a_plain_function_can_be_a_reward(plugin: Plugin, smoke: Smoke, refused:
         verify(smoke(f"reward.rewards.short={reward.replace('limit', 'limt')}"))
 
 
-def test_relative_paths_start_where_rlkit_runs(
-    rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_relative_paths_start_where_rlkit_runs(rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config, _ = load("gsm8k_smoke", [f"data.train.path={rows.name}"])
     monkeypatch.chdir(rows.parent)
     verify(config)

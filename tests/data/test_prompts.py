@@ -107,9 +107,7 @@ def test_a_missing_field_names_row_and_existing_fields(dataset: Make, tokenizer:
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "template", ["\\boxed{}", "{0}", "{question", "{question.x}", "{question[a]}", "{question:d}"]
-)
+@pytest.mark.parametrize("template", ["\\boxed{}", "{0}", "{question", "{question.x}", "{question[a]}", "{question:d}"])
 def test_bad_templates_say_how_to_mend_them(dataset: Make, tokenizer: Any, template: str) -> None:
     with pytest.raises(DataError, match=r"prompt.*[\s\S]*literal braces twice"):
         load_prompts(dataset(ROWS, prompt=template), tokenizer, "data.train", True)

@@ -47,9 +47,7 @@ def test_every_row_is_kept_or_counted(tokenizer: Any, limit: int) -> None:
     found = load_examples(config, tokenizer, limit, "sft.data")
     assert [len(e.completion_ids) for e in found.examples] == [n + 2 + len(str(n)) for n in fits]
     assert len(found) + sum(found.left_out.values()) == 14
-    assert found.lengths().tolist() == [
-        len(e.prompt_ids) + len(e.completion_ids) for e in found.examples
-    ]
+    assert found.lengths().tolist() == [len(e.prompt_ids) + len(e.completion_ids) for e in found.examples]
 
 
 class Rows:

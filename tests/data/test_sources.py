@@ -15,10 +15,7 @@ from hypothesis import strategies as st
 from rlkit.data.sources import HubDataset, LocalFile, ReasoningGym, as_source
 from rlkit.errors import DataError, RlkitError
 
-ROWS = [
-    {"question": "1+1?", "answer": "2", "n": 1},
-    {"question": "a\u2028b", "answer": "c", "n": 2},
-]
+ROWS = [{"question": "1+1?", "answer": "2", "n": 1}, {"question": "a\u2028b", "answer": "c", "n": 2}]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> LocalFile:
@@ -127,9 +124,7 @@ def test_exclude_keeps_sets_apart_even_with_the_same_seed() -> None:
     questions = {row["question"] for row in as_source(held_out, "eval").rows()}
     same = ReasoningGym(task="chain_sum", size=200, seed=5, settings=SUMS).rows()
     assert questions & {row["question"] for row in same}
-    apart = ReasoningGym(
-        task="chain_sum", size=200, seed=5, settings=SUMS, distinct=True, exclude=[held_out]
-    ).rows()
+    apart = ReasoningGym(task="chain_sum", size=200, seed=5, settings=SUMS, distinct=True, exclude=[held_out]).rows()
     drawn = {row["question"] for row in apart}
     assert len(drawn) == len(apart) == 200 and not questions & drawn
 

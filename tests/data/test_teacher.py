@@ -50,9 +50,7 @@ def test_without_errors_the_answer_is_right(first: int, rest: list[Any], spaces:
 
 
 @given(st.integers(0, 99), terms.filter(bool), st.integers(0, 999), st.integers(0, 9))
-def test_errors_are_near_carried_on_and_fixed_by_seed(
-    first: int, rest: list[Any], index: int, seed: int
-) -> None:
+def test_errors_are_near_carried_on_and_fixed_by_seed(first: int, rest: list[Any], index: int, seed: int) -> None:
     item = row(str(first) + "".join(f" {op} {term}" for op, term in rest))
     text = ChainSumTeacher(error_rate=0.5, seed=seed, max_error=2)(item, index)
     assert len(slips(text, max_error=2)) == len(rest)
@@ -60,9 +58,7 @@ def test_errors_are_near_carried_on_and_fixed_by_seed(
 
 
 def test_steps_err_at_the_given_rate_and_seeds_differ() -> None:
-    rows = ReasoningGym(
-        task="chain_sum", size=1500, settings={"min_terms": 4, "max_terms": 4, "max_digits": 1}
-    ).rows()
+    rows = ReasoningGym(task="chain_sum", size=1500, settings={"min_terms": 4, "max_terms": 4, "max_digits": 1}).rows()
     teacher, other = ChainSumTeacher(error_rate=0.3), ChainSumTeacher(error_rate=0.3, seed=1)
     wrong = [slip for n, item in enumerate(rows) for slip in slips(teacher(item, n), 3)]
     share = sum(wrong) / len(wrong)
@@ -76,9 +72,7 @@ def test_format_is_settable() -> None:
     assert teacher(row("1 + 2 + 3"), 0) == "3 6 = 6"
 
 
-@pytest.mark.parametrize(
-    "settings", [{"error_rate": 1.0}, {"error_rate": -0.1}, {"max_error": 0}, {"step": "{sum}"}]
-)
+@pytest.mark.parametrize("settings", [{"error_rate": 1.0}, {"error_rate": -0.1}, {"max_error": 0}, {"step": "{sum}"}])
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         ChainSumTeacher(**settings)

@@ -45,10 +45,7 @@ def settings(folder: Path, name: str, *more: str) -> list[str]:
 def metrics(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "perf/")
-    return [
-        {k: v for k, v in row.items() if not k.startswith(timed) and k not in ("time", "seconds")}
-        for row in rows
-    ]
+    return [{k: v for k, v in row.items() if not k.startswith(timed) and k not in ("time", "seconds")} for row in rows]
 
 
 def trained(run: Path) -> list[int]:

@@ -15,9 +15,7 @@ from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.learner.update import Meter, Objective
 
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]
-objective = Objective(
-    loss=ClippedLoss(), aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor()
-)
+objective = Objective(loss=ClippedLoss(), aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
 it = learner(dtype, objective)
 assert it.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
 it.config.max_tokens_per_microbatch = 40

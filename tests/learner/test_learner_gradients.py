@@ -17,13 +17,7 @@ from rlkit.algorithms.kl import KLPenalty, NoKL
 from rlkit.algorithms.losses.clipped import ClippedLoss
 from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
-from rlkit.learner.batching import (
-    TrainingSequence,
-    collate,
-    plan_microbatches,
-    share_of_rank,
-    split_updates,
-)
+from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.learner.policy import Policy
 from rlkit.learner.update import Learner, Meter, Objective
@@ -119,9 +113,7 @@ def test_two_ranks_together_hold_every_sequence_once_and_run_equally_often():
 
 
 def test_filler_adds_no_gradient():
-    objective = Objective(
-        loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor()
-    )
+    objective = Objective(loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
     it = learner(torch.float64, objective)
     data = sequences(torch.float64)
     weights = it._weights(data, [list(range(len(data)))])
@@ -180,9 +172,7 @@ def test_clipped_loss_equals_a_loop_over_its_definition():
 
 
 def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
-    objective = Objective(
-        loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor()
-    )
+    objective = Objective(loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
     it = learner(torch.float32, objective)
     before = [p.detach().clone() for p in it.policy.parameters()]
     it.config = dataclasses.replace(it.config, learning_rate=0.0)

@@ -93,9 +93,7 @@ def test_entropy_alone_has_the_exact_gradient():
     kw = {"chunk_tokens": 4, "chunk_vocab": 5, "entropy_grad": True}
     _, entropy = selected_logprobs(hidden, weight, targets, **kw)
     got = torch.autograd.grad((entropy * up[1]).sum(), (hidden, weight))
-    want = torch.autograd.grad(
-        (reference(hidden, weight, targets)[1] * up[1]).sum(), (hidden, weight)
-    )
+    want = torch.autograd.grad((reference(hidden, weight, targets)[1] * up[1]).sum(), (hidden, weight))
     for a, b in zip(got, want, strict=True):
         close(a, b)
 

@@ -32,9 +32,7 @@ def tokenizer() -> Any:
     return load_tokenizer(ModelConfig(alphabet=ALPHABET))
 
 
-def make(
-    tokenizer: Any, changes: Any = None, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Any:
+def make(tokenizer: Any, changes: Any = None, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     config = ModelConfig(architecture={**TINY, **(changes or {})}, alphabet=ALPHABET)
     return load_model(config, tokenizer, dtype, seed)
 
@@ -155,18 +153,14 @@ def test_parameters_are_counted_once(tokenizer: Any) -> None:
         ({"attention_dropout": 0.1}, "dropout off"),
     ],
 )
-def test_bad_architectures_are_explained(
-    tokenizer: Any, changes: dict[str, Any], words: str
-) -> None:
+def test_bad_architectures_are_explained(tokenizer: Any, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make(tokenizer, changes)
 
 
 def test_other_architectures_of_the_library_work(tokenizer: Any) -> None:
     gpt2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    model = load_model(
-        ModelConfig(architecture={"model_type": "gpt2", **gpt2}), tokenizer, torch.float32, 0
-    )
+    model = load_model(ModelConfig(architecture={"model_type": "gpt2", **gpt2}), tokenizer, torch.float32, 0)
     # GPT-2's default dropout is 0.1: two passes in training mode must agree all the same.
     model.train()
     ids = torch.tensor([tokenizer("1+2=").input_ids])
@@ -238,9 +232,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(saved: Path) -> None:
         load_model(ModelConfig(path=str(saved)), larger, torch.float32, 0)
 
 
-def test_paths_and_hub_names_that_lead_nowhere(
-    saved: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_and_hub_names_that_lead_nowhere(saved: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(**settings: Any) -> None:
         load_model(ModelConfig(**settings), tokenizer, torch.float32, 0)
 

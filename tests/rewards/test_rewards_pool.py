@@ -21,10 +21,7 @@ from hypothesis import strategies as st
 from rewards import RewardError, Sample, Score, VerifierPool
 
 Make = Callable[..., Sample]
-SPEC = {
-    "told": {"_target_": "user_rewards.Misbehave"},
-    "same": {"_target_": "user_rewards.equals", "weight": 0.5},
-}
+SPEC = {"told": {"_target_": "user_rewards.Misbehave"}, "same": {"_target_": "user_rewards.equals", "weight": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +43,11 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 @given(st.lists(finite, max_size=20))
 def test_order_and_totals_are_kept(pool: VerifierPool, values: list[float]) -> None:
     samples = [
-        Sample("", f"value {v!r}", f"value {v!r}" if i % 2 else None, {"i": i}, "stop", 1)
-        for i, v in enumerate(values)
+        Sample("", f"value {v!r}", f"value {v!r}" if i % 2 else None, {"i": i}, "stop", 1) for i, v in enumerate(values)
     ]
     scores = pool.score_sync(samples)
     assert _scores(scores) == [v + 0.5 * (i % 2) for i, v in enumerate(values)]
-    assert [dict(s.parts) for s in scores] == [
-        {"told": v, "same": float(i % 2)} for i, v in enumerate(values)
-    ]
+    assert [dict(s.parts) for s in scores] == [{"told": v, "same": float(i % 2)} for i, v in enumerate(values)]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +66,7 @@ def test_order_and_totals_are_kept(pool: VerifierPool, values: list[float]) -> N
         ("sys.exit", "reward 'told' raised SystemExit: 0"),
     ],
 )
-def test_one_bad_sample_costs_only_itself(
-    pool: VerifierPool, completion: str, reason: str, sample: Make
-) -> None:
+def test_one_bad_sample_costs_only_itself(pool: VerifierPool, completion: str, reason: str, sample: Make) -> None:
     before = pool.counts
     texts = ["value 1", completion, "value 2", "value 3"]
     scores = pool.score_sync([sample(text) for text in texts])
@@ -188,10 +180,7 @@ def test_worker_killed_in_mid_batch_loses_no_sample(sample: Make) -> None:
 
 
 def test_sample_that_kills_the_worker_is_given_up(sample: Make) -> None:
-    with (
-        pytest.warns(RuntimeWarning, match="sandbox=limits"),
-        VerifierPool(SPEC, workers=1, sandbox="limits") as pool,
-    ):
+    with pytest.warns(RuntimeWarning, match="sandbox=limits"), VerifierPool(SPEC, workers=1, sandbox="limits") as pool:
         texts = ["value 1", "kill-parent", "value 2"]
         scores = pool.score_sync([sample(text) for text in texts])
         assert _scores(scores) == [1.0, None, 2.0]

@@ -25,12 +25,7 @@ Make = Callable[..., Sample]
 # evaluates what it has tokenised, in the others. The word IMPORT stands for __import__.
 EVAL = "__import__"
 SYMPY = "lambdify.__globals__['__builtins__']['__import__']"
-TASKS = {
-    "string_insertion": EVAL,
-    "spiral_matrix": EVAL,
-    "countdown": SYMPY,
-    "polynomial_multiplication": SYMPY,
-}
+TASKS = {"string_insertion": EVAL, "spiral_matrix": EVAL, "countdown": SYMPY, "polynomial_multiplication": SYMPY}
 ATTACKS = {
     "system": "IMPORT('os').system('touch {mark}')",
     "open": "IMPORT('builtins').open('{mark}', 'w').close()",
@@ -89,11 +84,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 @pytest.fixture(scope="module")
 def gym() -> Iterator[VerifierPool]:
-    reward = {
-        "_target_": "rewards.reasoning_gym.ReasoningGym",
-        "task": list(TASKS),
-        "extract": "whole",
-    }
+    reward = {"_target_": "rewards.reasoning_gym.ReasoningGym", "task": list(TASKS), "extract": "whole"}
     with VerifierPool({"gym": reward}, workers=1, timeout_s=5.0) as pool:
         yield pool
 
@@ -102,10 +93,7 @@ def gym() -> Iterator[VerifierPool]:
 def entries() -> dict[str, dict[str, Any]]:
     import reasoning_gym
 
-    return {
-        task: json.loads(json.dumps(reasoning_gym.create_dataset(task, seed=5, size=1)[0]))
-        for task in TASKS
-    }
+    return {task: json.loads(json.dumps(reasoning_gym.create_dataset(task, seed=5, size=1)[0])) for task in TASKS}
 
 
 def _gym_sample(entry: dict[str, Any], completion: str) -> Sample:
@@ -236,18 +224,14 @@ def test_no_memory_beyond_the_limit(told: VerifierPool, sample: Make) -> None:
     expression = "len(bytearray({size})) == {size}"
     assert eval(expression.format(size=4 * 10**8))  # the control: here it can be had
     sizes = (10**10, 4 * 10**8, 10**8)
-    huge, much, enough = told.score_sync(
-        [sample("evaluate " + expression.format(size=size)) for size in sizes]
-    )
+    huge, much, enough = told.score_sync([sample("evaluate " + expression.format(size=size)) for size in sizes])
     for refused in (huge, much):
         assert refused.score is None and "MemoryError" in str(refused.reason)
     assert enough.score == 1.0
 
 
 @pytest.mark.parametrize("task", ["string_insertion", "spiral_matrix"])
-def test_huge_allocation_through_a_scorer(
-    task: str, gym: VerifierPool, entries: dict[str, dict[str, Any]]
-) -> None:
+def test_huge_allocation_through_a_scorer(task: str, gym: VerifierPool, entries: dict[str, dict[str, Any]]) -> None:
     entry = entries[task]
     right = _gym_sample(entry, str(entry["answer"]))
     bomb = _gym_sample(entry, "['x' * len(bytearray(10**10))]")
@@ -270,9 +254,7 @@ def test_fork_bomb_makes_no_process(told: VerifierPool, sample: Make) -> None:
     assert worker.children() == []
 
 
-def test_secrets_of_the_pool_are_out_of_reach(
-    sample: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_of_the_pool_are_out_of_reach(sample: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_TOKEN", "hunter2")
     secret = tmp_path / "token"
     secret.write_text("hunter2")
@@ -318,9 +300,7 @@ def test_reach_within_a_batch(isolated: bool, sample: Make) -> None:
 
 @pytest.mark.parametrize("endless", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2^{2^{100}}+1}"])
 def test_endless_mathematics_is_a_timeout(endless: str, sample: Make) -> None:
-    with VerifierPool(
-        {"math": {"_target_": "rewards.math_verify.MathVerify"}}, timeout_s=1.0
-    ) as pool:
+    with VerifierPool({"math": {"_target_": "rewards.math_verify.MathVerify"}}, timeout_s=1.0) as pool:
         started = time.monotonic()
         bad, good = sample(endless, "7625597484987^2"), sample(r"\boxed{2}", "2")
         scores = pool.score_sync([good, bad, good, good])
@@ -385,8 +365,6 @@ def test_every_reasoning_gym_task_scores_its_reference_in_the_sandbox() -> None:
         scores = pool.score_sync(samples)
     assert len(tasks) > 90
     different = {
-        task: (score, want)
-        for task, score, want in zip(tasks, scores, expected, strict=True)
-        if score.score != want
+        task: (score, want) for task, score, want in zip(tasks, scores, expected, strict=True) if score.score != want
     }
     assert not different

@@ -73,9 +73,7 @@ def test_one_specification_per_import_path(sample: Callable[..., Sample]) -> Non
     ],
 )
 @pytest.mark.parametrize("weight", [1.0, 0.0])
-def test_a_missing_part_is_never_zero(
-    completion: str, says: str, weight: float, sample: Callable[..., Sample]
-) -> None:
+def test_a_missing_part_is_never_zero(completion: str, says: str, weight: float, sample: Callable[..., Sample]) -> None:
     rewards = build({"a": {**BEHAVE, "weight": weight}, "b": EQUALS})
     measured = rewards.measure(sample(completion, completion))
     assert measured.parts == {"a": None, "b": 1.0}
@@ -89,9 +87,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @given(st.lists(st.tuples(finite, st.none() | finite), min_size=1, max_size=5))
 def test_total_is_the_weighted_sum_or_none(rows: list[tuple[float, float | None]]) -> None:
-    rewards = RewardSet(
-        tuple(NamedReward(str(i), w, lambda _: 0.0) for i, (w, _) in enumerate(rows))
-    )
+    rewards = RewardSet(tuple(NamedReward(str(i), w, lambda _: 0.0) for i, (w, _) in enumerate(rows)))
     parts = {str(i): part for i, (_, part) in enumerate(rows)}
     total, reason = rewards.total(Measurement(dict(parts), {}, None))
     if any(part is None and weight != 0 for weight, part in rows):
@@ -123,11 +119,6 @@ print(*(heavy & set(sys.modules)))
 """
     root = Path(rewards.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.split() == []

@@ -42,8 +42,7 @@ def generate(compact_every: int, rows: int, params: SamplingParams) -> dict[tupl
     settings = TransformersEngine(compact_every=compact_every, max_batch_samples=rows)
     engine = settings.open(model, TOKENIZER, lambda: None)
     requests = [
-        GenerationRequest(ordinal=i // 4, index=i % 4, prompt_token_ids=np.arange(4, 5 + i // 4))
-        for i in range(32)
+        GenerationRequest(ordinal=i // 4, index=i % 4, prompt_token_ids=np.arange(4, 5 + i // 4)) for i in range(32)
     ]
 
     async def run() -> list[Rollout]:

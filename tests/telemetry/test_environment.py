@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlkit.telemetry import environment
-from rlkit.telemetry.environment import (
-    collect_environment,
-    redact_argument,
-    redact_text,
-    write_environment,
-)
+from rlkit.telemetry.environment import collect_environment, redact_argument, redact_text, write_environment
 
 CWD = Path("/home/someone/project")
 
@@ -40,9 +35,7 @@ def test_arguments_are_redacted(argument: str, shown: str) -> None:
 
 def test_yaml_is_redacted_line_by_line() -> None:
     text = "a: 1\n  api_key: abc\n  token: xyz\n  url: s3://u:p@h\n  tokens: 5\n  pad_token: <p>\n"
-    shown = (
-        "a: 1\n  api_key: '***'\n  token: '***'\n  url: s3://***@h\n  tokens: 5\n  pad_token: <p>\n"
-    )
+    shown = "a: 1\n  api_key: '***'\n  token: '***'\n  url: s3://***@h\n  tokens: 5\n  pad_token: <p>\n"
     assert redact_text(text) == shown
 
 
@@ -61,9 +54,7 @@ def test_the_record_is_useful_and_private(tmp_path: Path, monkeypatch: pytest.Mo
         assert getpass.getuser() not in text
 
 
-def test_the_commit_is_that_of_rlkits_own_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "rlkit"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -25,9 +25,7 @@ def test_a_row_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
     sink.close()
 
 
-def test_not_finite_is_null_and_warned_once_a_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_not_finite_is_null_and_warned_once_a_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     with caplog.at_level(logging.WARNING):
         for step, value in enumerate((math.nan, math.inf, -math.inf, 1.0)):
@@ -91,10 +89,7 @@ def test_run_time_goes_on_where_the_last_process_stopped(tmp_path: Path) -> None
     assert 500.0 <= row.seconds < 560.0
 
 
-ROWS = st.lists(
-    st.tuples(st.integers(0, 9), st.sampled_from(["reward/mean", "eval/a/avg@4", "sft/loss"])),
-    max_size=12,
-)
+ROWS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["reward/mean", "eval/a/avg@4", "sft/loss"])), max_size=12)
 
 
 @given(rows=ROWS, step=st.integers(0, 9))

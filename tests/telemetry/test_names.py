@@ -14,21 +14,14 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 def examples(pattern: str) -> list[str]:
     """Concrete names of a pattern."""
-    pattern = (
-        pattern.replace("<name>", "math_1").replace("<set>", "gsm8k-test").replace("@k", "@16")
-    )
+    pattern = pattern.replace("<name>", "math_1").replace("<set>", "gsm8k-test").replace("@k", "@16")
     parts = re.split(r"(\{[^}]*\}|\[_se\])", pattern)
-    choices = [
-        p[1:-1].split(",") if p.startswith("{") else ["", "_se"] if p == "[_se]" else [p]
-        for p in parts
-    ]
+    choices = [p[1:-1].split(",") if p.startswith("{") else ["", "_se"] if p == "[_se]" else [p] for p in parts]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
 def test_glossary_is_up_to_date() -> None:
-    assert DOCS.read_text() == to_markdown(), (
-        "run: python -m rlkit.telemetry.names > docs/metrics.md"
-    )
+    assert DOCS.read_text() == to_markdown(), "run: python -m rlkit.telemetry.names > docs/metrics.md"
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.pattern)

@@ -212,11 +212,7 @@ PROBLEMS = {
     "Not finite in at least one step: policy/loss": {"policy/loss": None},
     "Training reward did not move": {"reward/mean": 0.3},
 }
-HEALTHY = {
-    "group/all_correct_frac": 0.1,
-    "group/all_wrong_frac": 0.1,
-    "group/dead_frac": 0.2,
-}
+HEALTHY = {"group/all_correct_frac": 0.1, "group/all_wrong_frac": 0.1, "group/dead_frac": 0.2}
 
 
 def test_a_healthy_run_has_no_problems(make_run) -> None:
@@ -240,10 +236,7 @@ def test_percentages_are_of_the_last_steps(make_run) -> None:
 
 @pytest.mark.parametrize(("rate", "said"), [(-0.08, "Entropy collapsed"), (0.05, "Entropy grew")])
 def test_entropy_trends(make_run, rate: float, said: str) -> None:
-    run_dir = make_run(
-        steps=60,
-        change=lambda step, row: row | HEALTHY | {"policy/entropy": math.exp(rate * step)},
-    )
+    run_dir = make_run(steps=60, change=lambda step, row: row | HEALTHY | {"policy/entropy": math.exp(rate * step)})
     assert said in texts(run_dir, "problem")
 
 

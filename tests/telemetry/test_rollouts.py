@@ -41,10 +41,7 @@ def a_group() -> Group:
             behavior_logprobs=np.array([-0.1, -0.2, -0.3], dtype=np.float32),
             loss_mask=np.ones(3, dtype=np.bool_),
             segments=np.zeros(3, dtype=np.int64),
-            version_spans=(
-                VersionSpan(version=4, start=0, end=2),
-                VersionSpan(version=5, start=2, end=3),
-            ),
+            version_spans=(VersionSpan(version=4, start=0, end=2), VersionSpan(version=5, start=2, end=3)),
             finish_reason="stop",
             engine_id="e",
             text=f"2{i}",
@@ -112,9 +109,7 @@ def test_steps_are_read_alone_or_together_and_rolled_back(tmp_path: Path, make_r
         ({"token_ids": ["a"]}, "wrong type"),
     ],
 )
-def test_a_bad_row_is_refused_and_the_old_file_stays(
-    tmp_path: Path, make_run, change: dict, named: str
-) -> None:
+def test_a_bad_row_is_refused_and_the_old_file_stays(tmp_path: Path, make_run, change: dict, named: str) -> None:
     good = make_run.rollout_row(1, 0, 1.0)
     write_rollouts(path_of(tmp_path, 1), 1, [good])
     with pytest.raises(RolloutsError, match=named):
@@ -125,9 +120,7 @@ def test_a_bad_row_is_refused_and_the_old_file_stays(
     assert read_rollouts(tmp_path, 1)[0]["completion"] == good["completion"]
 
 
-def test_a_write_that_dies_leaves_the_old_file(
-    tmp_path: Path, make_run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, make_run, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rollouts(path_of(tmp_path, 1), 1, [make_run.rollout_row(1, 0, 1.0)])
 
     def half(table: object, where: Path, **_: object) -> None:
@@ -203,9 +196,7 @@ def test_the_viewer_filters_and_sorts(make_run) -> None:
         (1.2, {"math": None}, Judge(part="math"), "unscored"),
     ],
 )
-def test_right_is_what_the_recipe_calls_correct(
-    score: float | None, parts: dict, judge: Judge, verdict: str
-) -> None:
+def test_right_is_what_the_recipe_calls_correct(score: float | None, parts: dict, judge: Judge, verdict: str) -> None:
     assert judge.verdict({"score": score, "parts": parts}) == verdict
     evaluation = {"correct_at": judge.correct_at, "part": judge.part}
     assert Judge.of({"evaluation": evaluation}) == judge

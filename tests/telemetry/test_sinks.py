@@ -65,11 +65,7 @@ def test_open_resumes_where_the_checkpoint_stands(tmp_path: Path, make_run) -> N
         assert [type(sink) for sink in telemetry.sinks] == [JsonlSink]
         telemetry.log(3, {"reward/mean": 0.9})
     rows = read_metrics(tmp_path)
-    assert [(row.step, row.metrics["reward/mean"]) for row in rows] == [
-        (1, 0.1),
-        (2, 0.2),
-        (3, 0.9),
-    ]
+    assert [(row.step, row.metrics["reward/mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.9)]
     assert [row.seconds for row in rows] == sorted(row.seconds for row in rows)
     assert rollout_steps(tmp_path) == [1, 2]
 
@@ -101,9 +97,7 @@ def test_a_bar_on_a_terminal_that_leaves_the_cursor_visible() -> None:
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h") == 1
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (99, "99 s"), (100, "2 min"), (7260, "2 h 1 min")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (99, "99 s"), (100, "2 min"), (7260, "2 h 1 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -155,9 +149,7 @@ def test_wandb_offline_needs_no_account_and_no_network(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "HOME": str(home)}
     ids = []
     for _ in range(2):  # the second is a resumed run: same id
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         ids.append((run_dir / "wandb" / "rlkit_run_id").read_text())
     assert ids[0] == ids[1]
@@ -168,9 +160,7 @@ def test_wandb_offline_needs_no_account_and_no_network(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_wandb_missing_or_misspelt_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_missing_or_misspelt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"project": "p", "name": "n", "config": {}}
     with pytest.raises(MetricError, match="off, offline or online"):
         WandbSink(tmp_path, mode="of", **arguments)

@@ -14,13 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rlkit.algorithms.base import (
-    AdvantageInputs,
-    constant_groups,
-    group_count,
-    group_mean,
-    group_sum,
-)
+from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean, group_sum
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,7 @@ class ClippedLoss:
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
             raise ValueError(
-                f"clip_low={self.clip_low}, clip_high={self.clip_high}: "
-                "expected 0 <= clip_low <= 1 and clip_high >= 0"
+                f"clip_low={self.clip_low}, clip_high={self.clip_high}: expected 0 <= clip_low <= 1 and clip_high >= 0"
             )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip={self.dual_clip}: expected more than 1, or null for off")
@@ -48,9 +47,7 @@ class ClippedLoss:
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = torch.maximum(-ratio * advantages, -clipped * advantages)
         if self.dual_clip is not None:
-            loss = torch.where(
-                advantages < 0, torch.minimum(loss, -self.dual_clip * advantages), loss
-            )
+            loss = torch.where(advantages < 0, torch.minimum(loss, -self.dual_clip * advantages), loss)
         with torch.no_grad():
             metrics = {
                 "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - self.clip_low)).float(),

@@ -22,8 +22,6 @@ class RecomputeAnchor:
     uses_current_weights: ClassVar[bool] = True
     exact_only_at_lag_zero: ClassVar[bool] = True
 
-    def __call__(
-        self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return a no-grad forward of the current policy, [T_i] each."""
         return rescore()

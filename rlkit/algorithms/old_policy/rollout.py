@@ -16,8 +16,6 @@ class RolloutAnchor:
     uses_current_weights: ClassVar[bool] = False
     exact_only_at_lag_zero: ClassVar[bool] = False
 
-    def __call__(
-        self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return the behaviour log-probs, [T_i] each."""
         return list(behavior_logprobs)
