@@ -1,0 +1,32 @@
+"""What a wheel holds: recipes and the report's template travel with the code, tests do not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_ships_recipes_and_templates_and_rlkit_runs_from_any_folder(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, timeout=120, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {f"recipes/{p.relative_to(ROOT / 'recipes').as_posix()}" for p in (ROOT / "recipes").rglob("*.yaml")}
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "rlkit").rglob("*") if p.suffix in (".html", ".j2")}
+    assert recipes and recipes <= names
+    assert templates <= names
+    assert not any(name.startswith("tests") for name in names)
+    unpacked = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    check = [sys.executable, "-m", "rlkit", "check", "recipe=quickstart"]
+    environment = {"PYTHONPATH": str(unpacked), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    out = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert "Nothing was started" in out.stdout
