@@ -75,10 +75,8 @@ class ConstantLength:
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
-            raise ConfigError(
-                "not a length", key="max_length", value=self.max_length, expected="1 or more",
-                fix="set max_length=${rollout.max_completion_tokens}",
-            )  # fmt: skip
+            fix = "max_length=${rollout.max_completion_tokens}"
+            raise ConfigError("out of range", key="max_length", value=self.max_length, expected="1 or more", fix=fix)
 
     def __call__(self, lengths: Tensor) -> Tensor:
         """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
@@ -89,11 +87,8 @@ class ConstantLength:
 def _checked(lengths: Tensor) -> Tensor:
     out = lengths.detach().to(torch.float64)
     if out.dim() != 1 or not bool((torch.isfinite(out) & (out >= 0)).all()):
-        raise TrainingError(
-            "not the lengths of sequences", key="lengths", value=lengths.tolist(),
-            expected="one finite count >= 0 a sequence, shape [N]",
-            fix="pass loss_mask.sum(-1) of every sequence of the optimiser step",
-        )  # fmt: skip
+        expected = "one finite count >= 0 a sequence, shape [N]"
+        raise TrainingError("not lengths of sequences", key="lengths", value=lengths.tolist(), expected=expected)
     return out
 
 

@@ -76,25 +76,15 @@ class KLPenalty:
     def __post_init__(self) -> None:
         if not 0 <= self.coefficient < float("inf"):
             raise ConfigError(
-                "not a coefficient", key="coefficient", value=self.coefficient,
-                expected="a finite number >= 0", fix="set 0.001 to 0.05, or 0 to measure only",
-            )  # fmt: skip
+                "out of range", key="coefficient", value=self.coefficient, expected="a finite number >= 0"
+            )
         if self.estimator not in ESTIMATORS:
-            raise ConfigError(
-                "unknown estimator", key="estimator", value=self.estimator,
-                expected=" or ".join(ESTIMATORS), fix="set estimator=k3",
-            )  # fmt: skip
+            raise ConfigError("unknown", key="estimator", value=self.estimator, expected=" or ".join(ESTIMATORS))
         if self.estimator == "k1" and self.coefficient > 0:
-            raise ConfigError(
-                "as a loss, k1 has an expected gradient of 0", key="estimator", value="k1",
-                expected="k2 or k3, or coefficient=0 to measure with k1",
-                fix="set estimator=k2: the gradient of the same KL",
-            )  # fmt: skip
+            fix = "estimator=k2 has the gradient of the same KL; coefficient=0 measures with k1"
+            raise ConfigError("as a loss, k1 has an expected gradient of 0", key="estimator", value="k1", fix=fix)
         if not self.log_ratio_limit > 0:
-            raise ConfigError(
-                "not a limit", key="log_ratio_limit", value=self.log_ratio_limit,
-                expected="a number of nats > 0", fix="leave log_ratio_limit at its default",
-            )  # fmt: skip
+            raise ConfigError("out of range", key="log_ratio_limit", value=self.log_ratio_limit, expected="nats > 0")
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
         """Both [n] in nats, the reference constant; policy/kl_ref [n] is without the coefficient.
@@ -103,11 +93,8 @@ class KLPenalty:
         """
         if reference_logprobs is None or reference_logprobs.shape != logprobs.shape:
             got = None if reference_logprobs is None else tuple(reference_logprobs.shape)
-            raise TrainingError(
-                "no log-prob of the reference model for every token", key="reference_logprobs",
-                value=got, expected=f"shape {tuple(logprobs.shape)}",
-                fix="score the same tokens with the reference model, or choose algorithm/kl=none",
-            )  # fmt: skip
+            expected = f"shape {tuple(logprobs.shape)}, a log-prob of the reference model for every token"
+            raise TrainingError("does not fit the tokens", key="reference_logprobs", value=got, expected=expected)
         estimate = kl_estimate(logprobs, reference_logprobs, self.estimator, self.log_ratio_limit)
         return LossOutput(per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()})
 
