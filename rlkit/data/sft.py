@@ -11,7 +11,7 @@ import numpy as np
 from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.encoding import encode
-from rlkit.data.order import PromptOrder, permutation
+from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import render_rows
 from rlkit.errors import ConfigError, DataError
 from rlkit.types import IntArray
@@ -40,10 +40,6 @@ class ExampleSet:
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    def lengths(self) -> IntArray:
-        """Tokens of prompt and completion together, [examples]."""
-        return np.array([len(item.prompt_ids) + len(item.completion_ids) for item in self.examples], dtype=np.int64)
 
 
 def load_examples(
@@ -102,34 +98,17 @@ def load_examples(
     return ExampleSet(examples=tuple(examples), left_out=left_out)
 
 
-def batches(
-    lengths: Sequence[int] | IntArray, batch_size: int, steps: int, seed: int, start: int = 0, window: int = 64
-) -> Iterator[IntArray]:
-    """Yield the example indices of steps [start, steps), each [batch_size].
+def batches(count: int, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator[IntArray]:
+    """Yield the example indices of steps [start, steps), each [batch_size]; a pure function of the arguments.
 
-    A pure function of (lengths, batch_size, seed, step). The examples come in an endless
-    sequence of shuffled epochs, so that none is used twice before all were used once; each run of
-    `window` batches is sorted by length, cut, and its batches shuffled: lengths in a batch are
-    near each other and padding is small. A last window that `steps` cuts short is a random part
-    of it.
+    The `count` examples come in an endless sequence of shuffled epochs: none is used twice before all were used
+    once. A batch mixes lengths; the learner buckets them into micro-batches. (Batches of one length saved padding,
+    but the tiny models of the quickstart learnt more slowly from them: each step pulls towards its own length.)
 
-    Raises `ConfigError` when batch_size or window is not positive, `DataError` without examples.
+    Raises `ConfigError` when batch_size is not positive, `DataError` without examples.
     """
-    for name, value in (("batch_size", batch_size), ("window", window)):
-        if value < 1:
-            raise ConfigError("not positive", key=name, value=value, expected="1 or more")
-    sizes = np.asarray(lengths, dtype=np.int64)
-    order = PromptOrder(len(sizes), seed)
-    for number in range(start // window, -(-steps // window)):
-        cut = _window(sizes, order, batch_size, window, number)
-        first = number * window
-        yield from cut[max(start - first, 0) : steps - first]
-
-
-def _window(sizes: IntArray, order: PromptOrder, batch_size: int, window: int, number: int) -> IntArray:
-    """Batches of window `number`, [window, batch_size]."""
-    span = window * batch_size
-    chosen = np.array([order.index(number * span + offset) for offset in range(span)], dtype=np.int64)
-    by_length = chosen[np.argsort(sizes[chosen], kind="stable")].reshape(window, batch_size)
-    # A third number keeps this stream apart from the epochs'.
-    return by_length[permutation(window, order.seed, number, 1)]
+    if batch_size < 1:
+        raise ConfigError("not positive", key="batch_size", value=batch_size, expected="1 or more")
+    order = PromptOrder(count, seed)
+    for step in range(start, steps):
+        yield np.array([order.index(step * batch_size + i) for i in range(batch_size)], dtype=np.int64)

@@ -146,7 +146,7 @@ def _train(
     with _telemetry(config, sft, resolved, folder, accelerator, done) as telemetry:
         step = done
         try:
-            for indices in batches(examples.lengths(), sft.batch_size, sft.steps, sft.seed, done):
+            for indices in batches(len(examples), sft.batch_size, sft.steps, sft.seed, done):
                 metrics = learner.step(_batch(sequences, indices), check_stop)
                 step += 1
                 if telemetry is not None:
