@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rlkit.algorithms.base import LossInputs
 from rlkit.algorithms.losses.clipped import ClippedLoss
+from rlkit.errors import ConfigError
 
 TOKENS = st.lists(st.tuples(st.floats(-3, 0), st.floats(-3, 0), st.floats(-2, 2)), min_size=1, max_size=12)
 LOSSES = (ClippedLoss(), ClippedLoss(clip_low=0.2, clip_high=0.28), ClippedLoss(dual_clip=3.0))
@@ -72,5 +73,5 @@ def test_dual_clip_bounds_a_bad_token_with_a_huge_ratio():
 
 @pytest.mark.parametrize("bad", [{"clip_low": -0.1}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}])
 def test_settings_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
         ClippedLoss(**bad)

@@ -17,8 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rlkit.algorithms.base import LossInputs, LossOutput
+from rlkit.errors import ConfigError
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -32,18 +34,16 @@ class ClippedLoss:
     dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
-            raise ValueError(
-                f"clip_low={self.clip_low}, clip_high={self.clip_high}: expected 0 <= clip_low <= 1 and clip_high >= 0"
-            )
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip={self.dual_clip}: expected more than 1, or null for off")
+        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
+            if not 0 <= value <= high:
+                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ConfigError("out of range", key="dual_clip", value=self.dual_clip, expected="> 1, or null for off")
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
         advantages = inputs.advantages
-        log_ratio = inputs.logprobs - inputs.old_logprobs
-        ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        log_ratio, ratio = clamped_ratio(inputs.logprobs, inputs.old_logprobs)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         loss = torch.maximum(-ratio * advantages, -clipped * advantages)
         if self.dual_clip is not None:
@@ -52,6 +52,12 @@ class ClippedLoss:
             metrics = {
                 "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - self.clip_low)).float(),
                 "policy/clip_frac/high": ((advantages > 0) & (ratio > 1 + self.clip_high)).float(),
-                "policy/kl_old": ratio.detach() - 1 - log_ratio.detach(),
+                "policy/kl_old": ratio - 1 - log_ratio,
             }
         return LossOutput(per_token=loss, metrics=metrics)
+
+
+def clamped_ratio(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """(log ratio clamped to LOG_RATIO_LIMIT, ratio), both [n]."""
+    log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return log_ratio, log_ratio.exp()

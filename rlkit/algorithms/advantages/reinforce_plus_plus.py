@@ -1,0 +1,60 @@
+"""REINFORCE++'s batch-normalised advantage (Hu et al. 2025, arXiv 2501.03262), and its baseline form.
+
+    x_i = R_i                    REINFORCE++: one sample a prompt is enough
+    x_i = R_i - mean_g R         REINFORCE++-baseline
+    A_i = (x_i - m) / sqrt(v + epsilon)
+
+with mean m and unbiased variance v over all loss TOKENS of the step: with a score that is the same
+for every token of a sequence, a sequence of length l counts l times. Unlike GRPO's deviation of one
+group, the scale is shared by the batch, so prompts are not weighed by their difficulty.
+
+A step whose x are all equal has A = 0 exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormalizedAdvantage:
+    """Scores whitened over the step's tokens."""
+
+    minimum_group_size: ClassVar[int] = 1
+    epsilon: float = 1e-8
+
+    def __call__(self, inputs: AdvantageInputs) -> Tensor:
+        """scores [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
+        return whiten(inputs.scores, inputs.lengths, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormalizedGroupBaselineAdvantage:
+    """Scores centred on their group's mean, then whitened over the step's tokens."""
+
+    minimum_group_size: ClassVar[int] = 2
+    epsilon: float = 1e-8
+
+    def __call__(self, inputs: AdvantageInputs) -> Tensor:
+        """scores [N], group [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
+        scores, group = inputs.scores, inputs.group
+        count = group_count(group)
+        centred = scores - group_mean(scores, group, count)[group]
+        centred = centred.masked_fill(constant_groups(scores, group, count)[group], 0.0)
+        return whiten(centred, inputs.lengths, self.epsilon)
+
+
+def whiten(values: Tensor, lengths: Tensor, epsilon: float) -> Tensor:
+    """(values - m) / sqrt(v + epsilon), [N]; m and v over tokens, `values[i]` counted `lengths[i]` times."""
+    if not len(values) or bool((values == values[0]).all()):
+        return torch.zeros_like(values)
+    tokens = lengths.sum()
+    centred = values - (values * lengths).sum() / tokens
+    variance = (centred.square() * lengths).sum() / (tokens - 1).clamp_min(1)
+    return centred / (variance + epsilon).sqrt()

@@ -1,0 +1,42 @@
+"""CISPO: clipped importance weights on REINFORCE (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+
+    w = sg[clip(r, 1 - clip_low, 1 + clip_high)],    L = -w A logprob
+
+with r = exp(logprob - old_logprob) and sg a stop-gradient. PPO's clip takes the gradient of a token
+away; here its weight is bounded and every token keeps one. In practice there is no lower bound
+(clip_low = 1, the default) and a generous upper one; ScaleRL (arXiv 2510.13786) caps the weight near 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlkit.algorithms.base import LossInputs, LossOutput
+from rlkit.algorithms.losses.clipped import clamped_ratio
+from rlkit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedImportanceLoss:
+    """Importance weight within [1 - clip_low, 1 + clip_high]."""
+
+    clip_low: float = 1.0
+    clip_high: float = 4.0
+
+    def __post_init__(self) -> None:
+        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
+            if not 0 <= value <= high:
+                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
+        log_ratio, ratio = clamped_ratio(inputs.logprobs.detach(), inputs.old_logprobs)
+        weight = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        metrics = {
+            "policy/clip_frac/low": (ratio < 1 - self.clip_low).float(),
+            "policy/clip_frac/high": (ratio > 1 + self.clip_high).float(),
+            "policy/kl_old": torch.expm1(log_ratio) - log_ratio,
+        }
+        return LossOutput(per_token=-weight * inputs.advantages * inputs.logprobs, metrics=metrics)

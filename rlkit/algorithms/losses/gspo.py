@@ -1,0 +1,50 @@
+"""GSPO: a ratio of whole sequences (Zheng et al. 2025, arXiv 2507.18071, eq. 7; token form eq. 14).
+
+    s_i   = exp( (1 / |o_i|) sum_t (logprob_it - old_logprob_it) )
+    s_it  = sg[s_i] exp(logprob_it - sg[logprob_it])
+    L_it  = max(-s_it A_i, -clip(s_it, 1 - clip_low, 1 + clip_high) A_i)
+
+A reward is given to a sequence, so the importance weight is the sequence's, its geometric mean over
+tokens. Every token of a sequence has the same ratio and is clipped or not together with it. The
+mean makes the ratio tighter by about |o_i|: the published bounds are 3e-4 and 4e-4, not 0.2.
+
+Pair it with SequenceMeanTokenMean, with which sum_t L_it / |o_i| is the paper's sequence loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlkit.algorithms.base import LossInputs, LossOutput, group_mean
+from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT
+from rlkit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceClippedLoss:
+    """Clip range [1 - clip_low, 1 + clip_high] of the sequence's ratio."""
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
+            if not 0 <= value <= high:
+                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
+        advantages, logprobs = inputs.advantages, inputs.logprobs
+        log_ratio = logprobs.detach() - inputs.old_logprobs
+        mean = group_mean(log_ratio, inputs.sequence, inputs.sequences)[inputs.sequence]
+        value = mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        ratio = value * (logprobs - logprobs.detach()).exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        metrics = {
+            "policy/clip_frac/low": ((advantages < 0) & (value < 1 - self.clip_low)).float(),
+            "policy/clip_frac/high": ((advantages > 0) & (value > 1 + self.clip_high)).float(),
+            "policy/kl_old": torch.expm1(log_ratio.clamp(max=LOG_RATIO_LIMIT)) - log_ratio,
+        }
+        return LossOutput(per_token=torch.maximum(-ratio * advantages, -clipped * advantages), metrics=metrics)
