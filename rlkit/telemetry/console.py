@@ -33,12 +33,7 @@ EVAL_NAME = re.compile(r"eval/([^/]+)/((?:avg|pass|maj)@\d+)")
 
 
 def duration(seconds: float) -> str:
-    """Short form of a time span.
-
-    Example:
-        >>> duration(42), duration(3700)
-        ('42 s', '1 h 1 min')
-    """
+    """Short form of a time span: 42 s, 2 min, 1 h 1 min."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -54,9 +49,8 @@ class ConsoleSink:
     """Progress bar with steps and ETA on a terminal; plain lines anywhere else.
 
     Args:
-        total_steps: learner steps of the whole run.
+        total_steps, sft_steps: learner and warm-start steps of the whole run.
         start_step: steps done before this process (a resumed run).
-        sft_steps: steps of the warm start, when there is one.
         console: where to write; default: standard output.
     """
 
@@ -64,63 +58,44 @@ class ConsoleSink:
         self, total_steps: int, *, start_step: int = 0, sft_steps: int | None = None, console: Console | None = None
     ) -> None:
         self.console = console if console is not None else Console(highlight=False)
-        self.total_steps = total_steps
-        self.sft_steps = sft_steps
-        self._done = {"train": start_step, "sft": 0}
-        self._times: dict[str, deque[tuple[float, int]]] = {"train": deque(maxlen=20), "sft": deque(maxlen=20)}
+        self._totals = {"": total_steps, "sft ": sft_steps}
+        self._times: dict[str, deque[tuple[float, int]]] = {kind: deque(maxlen=20) for kind in self._totals}
         self._tasks: dict[str, TaskID] = {}
         self._progress: Progress | None = None
         if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description:>5}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(compact=True),
-                console=self.console,
-            )
+            eta = (TextColumn("ETA"), TimeRemainingColumn(compact=True))
+            columns = (TextColumn("{task.description:>5}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, *eta, console=self.console)
             self._progress.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Show one row: a step's summary, held-out figures, or both."""
-        kind = "sft" if axis_of(metrics) == SFT_STEP else "train"
-        shown = [(label, metrics[name], spec) for label, name, spec in FIELDS if name in metrics]
+        shown = [f"{label} {figure(metrics[name], spec)}" for label, name, spec in FIELDS if name in metrics]
         if shown:
-            self._advance(kind, step)
-            total = self.sft_steps if kind == "sft" else self.total_steps
-            head = f"{'sft ' if kind == 'sft' else ''}step {step}"
-            head += f"/{total}" if total else ""
-            parts = [head, *(f"{label} {figure(value, spec)}" for label, value, spec in shown)]
-            if self._progress is None and total and (eta := self._eta(kind, total)) is not None:
-                parts.append(f"ETA {duration(eta)}")
-            self._print("  ".join(parts), style="")
+            kind = "sft " if axis_of(metrics) == SFT_STEP else ""
+            total = self._totals[kind]
+            eta = self._advance(kind, step, total)
+            head = f"{kind}step {step}" + (f"/{total}" if total else "")
+            self._print("  ".join([head, *shown, *([f"ETA {duration(eta)}"] if eta is not None else [])]))
         for name, value in metrics.items():
             if match := EVAL_NAME.fullmatch(name):
                 error = metrics.get(name + "_se")
                 tail = "" if error is None else f" +- {error:.3f}"
-                text = f"step {step}  eval {match[1]}  {match[2]} {figure(value, '.3f')}{tail}"
-                self._print(text, style="bold cyan")
+                self._print(f"step {step}  eval {match[1]}  {match[2]} {figure(value, '.3f')}{tail}", "bold cyan")
 
-    def _advance(self, kind: str, step: int) -> None:
-        self._done[kind] = step
-        self._times[kind].append((time.monotonic(), step))
-        if self._progress is None:
-            return
-        total = self.sft_steps if kind == "sft" else self.total_steps
-        if kind not in self._tasks:
-            self._tasks[kind] = self._progress.add_task(kind, total=total, completed=step)
-        self._progress.update(self._tasks[kind], completed=step)
-
-    def _eta(self, kind: str, total: int) -> float | None:
-        """Seconds left at the pace of the last steps; None before there is a pace."""
+    def _advance(self, kind: str, step: int, total: int | None) -> float | None:
+        """Move the bar; without one, the seconds left at the pace of the last steps, if there is a pace."""
         times = self._times[kind]
-        steps = times[-1][1] - times[0][1]
-        if steps <= 0:
+        times.append((time.monotonic(), step))
+        if self._progress is not None:
+            if kind not in self._tasks:
+                self._tasks[kind] = self._progress.add_task(kind or "train", total=total, completed=step)
+            self._progress.update(self._tasks[kind], completed=step)
             return None
-        return (times[-1][0] - times[0][0]) / steps * max(0, total - times[-1][1])
+        steps = step - times[0][1]
+        return (times[-1][0] - times[0][0]) / steps * max(0, total - step) if total and steps > 0 else None
 
-    def _print(self, line: str, style: str) -> None:
+    def _print(self, line: str, style: str = "") -> None:
         self.console.print(Text(line, style=style), soft_wrap=True)
 
     def close(self, *, failed: bool = False) -> None:

@@ -43,19 +43,11 @@ class Row:
 
 
 def axis_of(metrics: Metrics) -> str:
-    """The axis the metrics share.
-
-    Raises:
-        MetricError: a name is unknown, or names of both axes are mixed.
-    """
+    """The axis the metrics share. Raises MetricError: a name is unknown, or names of both axes are mixed."""
     axes = {check_name(name).axis for name in metrics}
     if len(axes) > 1:
-        raise MetricError(
-            "one row mixes warm-start and training metrics, whose steps count different things",
-            key="metrics",
-            value=sorted(metrics),
-            fix="log sft/* in rows of their own",
-        )
+        problem = "one row mixes warm-start and training metrics, whose steps count different things"
+        raise MetricError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
     return axes.pop() if axes else LEARNER_STEP
 
 
@@ -81,24 +73,18 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         elif number == last and last == len(raw) - 1:
             logger.warning("%s: last line is torn and is left out", path.name)
         else:
-            raise MetricError(
-                f"line {number + 1} is not a JSON object with step, time and seconds",
-                key="metrics file",
-                value=path.name,
-                fix="remove that line; only a last line may be torn",
-            )
+            problem = f"line {number + 1} is not a JSON object with step, time and seconds"
+            fix = "remove that line; only a last line may be torn"
+            raise MetricError(problem, key="metrics file", value=path.name, fix=fix)
     return kept
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
     """All rows of a run in the order written; empty when there is no metrics.jsonl yet.
 
-    Raises:
-        MetricError: a line other than a torn last one is broken.
+    Raises MetricError: a line other than a torn last one is broken.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
     return [
         Row(
             step=int(record["step"]),
@@ -106,7 +92,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
             seconds=float(record["seconds"]),
             metrics={k: v for k, v in record.items() if k not in KEYS},
         )
-        for _, record in _lines(path)
+        for _, record in (_lines(path) if path.exists() else [])
     ]
 
 
@@ -120,13 +106,8 @@ def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
 class JsonlSink:
     """Append rows to `path`, each flushed, so that a killed run leaves what it knew.
 
-    Opening an existing file goes on with its run time; a torn last line is removed.
-
-    Args:
-        path: the file; its folder is made.
-
-    Raises:
-        MetricError: (log) a value is not a number; (open) a line in the middle is broken.
+    Opening an existing file goes on with its run time; a torn last line is removed. Raises MetricError
+    for a value that is not a number (log) and for a broken line in the middle (open).
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,8 +117,7 @@ class JsonlSink:
         kept = _lines(path) if path.exists() else []
         self._before = max((float(record["seconds"]) for _, record in kept), default=0.0)
         self._started = time.monotonic()
-        if kept or path.exists():
-            self._rewrite([line for line, _ in kept])
+        self._rewrite([line for line, _ in kept])
         self._file = path.open("ab")
 
     @property
@@ -148,8 +128,7 @@ class JsonlSink:
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line; a value that is not finite becomes null, and its name is warned once."""
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "seconds": round(self.seconds, 3)}
-        for name, value in metrics.items():
-            record[name] = self._number(step, name, value)
+        record |= {name: self._number(step, name, value) for name, value in metrics.items()}
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -157,12 +136,8 @@ class JsonlSink:
         if value is None:
             return None
         if not isinstance(value, Real):
-            raise MetricError(
-                f"a metric is a number, not {type(value).__name__}",
-                key=name,
-                value=value,
-                fix="log float(value), or value.item() for a tensor",
-            )
+            problem = f"a metric is a number, not {type(value).__name__}"
+            raise MetricError(problem, key=name, value=value, fix="log float(value), or value.item() for a tensor")
         number = float(value)
         if math.isfinite(number):
             return int(number) if isinstance(value, int) else number
@@ -172,24 +147,23 @@ class JsonlSink:
         return None
 
     def rollback(self, step: int) -> int:
-        """Remove training rows of later steps than `step`; return how many.
+        """Remove training rows of later steps than `step`, from whose checkpoint a run resumes; return how many.
 
-        For a run that resumes from the checkpoint of `step`: that step's own rows, its evaluation
-        among them, stay, and so do warm-start rows, whose steps count something else. The run time
-        of what was lost stays counted.
+        That step's own rows, its evaluation among them, stay, and so do warm-start rows, whose steps count
+        something else. The run time of what was lost stays counted.
         """
+
+        def later(record: Mapping[str, Any]) -> bool:
+            names = [name for name in record if name not in KEYS]
+            warm_start = bool(names) and all(name.startswith("sft/") for name in names)
+            return not warm_start and record["step"] > step
+
         kept = _lines(self.path)
-        keep = [line for line, record in kept if not self._is_later(record, step)]
+        keep = [line for line, record in kept if not later(record)]
         self._file.close()
         self._rewrite(keep)
         self._file = self.path.open("ab")
         return len(kept) - len(keep)
-
-    @staticmethod
-    def _is_later(record: Mapping[str, Any], step: int) -> bool:
-        names = [name for name in record if name not in KEYS]
-        warm_start = bool(names) and all(name.startswith("sft/") for name in names)
-        return not warm_start and record["step"] > step
 
     def _rewrite(self, lines: Sequence[bytes]) -> None:
         """Replace the file in one rename, so that no crash can lose it."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from rlkit.config.schema import TelemetryConfig
@@ -14,8 +13,6 @@ from rlkit.telemetry.console import ConsoleSink
 from rlkit.telemetry.jsonl import JsonlSink, Metrics, axis_of
 from rlkit.telemetry.rollouts import rollback_rollouts
 from rlkit.telemetry.wandb_sink import WandbSink
-
-__all__ = ["ConsoleSink", "JsonlSink", "Metrics", "Sink", "Telemetry", "WandbSink"]
 
 
 class Sink(Protocol):
@@ -32,8 +29,7 @@ class Telemetry:
     """Fan out rows to sinks, and own them: a context manager that always closes every one.
 
     Example:
-        with Telemetry.open(config.telemetry, run_dir, name="run", total_steps=600,
-                            config={...}) as telemetry:
+        with Telemetry.open(config.telemetry, run_dir, name="run", total_steps=600, config={...}) as telemetry:
             telemetry.log(1, {"reward/mean": 0.5})
     """
 
@@ -55,17 +51,12 @@ class Telemetry:
         """Make the sinks a recipe asks for.
 
         Args:
-            telemetry: the recipe's telemetry section.
-            run_dir: the run folder.
-            name: of the run, for wandb.
-            total_steps: learner steps of the whole run, for the progress bar.
+            total_steps, sft_steps: learner and warm-start steps of the whole run, for the progress bar.
             config: the resolved recipe as plain containers, for wandb.
-            resume_step: step of the checkpoint the run goes on from: later rows and rollout files
-                of the earlier process are removed. None for a new run.
-            sft_steps: steps of the warm start, for the progress bar.
+            resume_step: step of the checkpoint the run goes on from: later rows and rollout files of the
+                earlier process are removed. None for a new run.
 
-        Raises:
-            MetricError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
+        Raises MetricError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
         """
         with ExitStack() as undo:
             jsonl = JsonlSink(run_dir / "metrics.jsonl")
@@ -75,32 +66,19 @@ class Telemetry:
                 jsonl.rollback(resume_step)
                 rollback_rollouts(run_dir, resume_step)
             if telemetry.wandb != "off":
-                wandb = WandbSink(
-                    run_dir, project=telemetry.wandb_project, name=name, mode=telemetry.wandb, config=config
-                )
-                undo.callback(wandb.close, failed=True)
-                sinks.append(wandb)
+                project, mode = telemetry.wandb_project, telemetry.wandb
+                sinks.append(WandbSink(run_dir, project=project, name=name, mode=mode, config=config))
+                undo.callback(sinks[-1].close, failed=True)
             if telemetry.console:
-                start = resume_step or 0
-                sinks.append(ConsoleSink(total_steps, start_step=start, sft_steps=sft_steps))
+                sinks.append(ConsoleSink(total_steps, start_step=resume_step or 0, sft_steps=sft_steps))
             undo.pop_all()
         return cls(sinks)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Hand one row to every sink, in order.
-
-        Raises:
-            MetricError: a name is not in the registry, or warm-start and training names are mixed.
-        """
+        """Hand one row to every sink. MetricError: unknown name, or warm-start and training names mixed."""
         axis_of(metrics)
         for sink in self.sinks:
             sink.log(step, metrics)
-
-    def summarise(self, summary: Mapping[str, Any]) -> None:
-        """Hand the run's final figures to the sinks that keep a summary."""
-        for sink in self.sinks:
-            if isinstance(sink, WandbSink):
-                sink.summarise(summary)
 
     def close(self, *, failed: bool = False) -> None:
         """Close all sinks, the others too when one fails; the failure is raised afterwards."""
@@ -111,7 +89,5 @@ class Telemetry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)

@@ -28,68 +28,43 @@ FINISH_DEADLINE_S = 120.0
 class WandbSink:
     """Log rows to one wandb run, whose id is kept in the run folder and used again on resume.
 
-    Args:
-        run_dir: the run folder; wandb writes to `run_dir/wandb/`.
-        project: wandb project.
-        name: name of the run.
-        mode: "offline" or "online".
-        config: the resolved recipe.
-
-    Raises:
-        MetricError: wandb is not installed, the mode is unknown, or the run cannot be started.
+    wandb writes to `run_dir/wandb/`; `mode` is "offline" or "online", `config` the resolved recipe.
+    Raises MetricError: wandb is not installed, the mode is unknown, or the run cannot be started.
     """
 
     def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
+        def refused(problem: str, fix: str) -> MetricError:
+            expected = "off, offline or online"
+            return MetricError(problem, key="telemetry.wandb", value=mode, expected=expected, fix=fix)
+
         if mode not in MODES:
-            raise MetricError(
-                "unknown mode",
-                key="telemetry.wandb",
-                value=mode,
-                expected="off, offline or online",
-                fix="set telemetry.wandb=offline",
-            )
+            raise refused("unknown mode", "set telemetry.wandb=offline")
         if mode == "offline":
             # Before the import: wandb reports its own errors to its makers over the network.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         try:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
-            raise MetricError(
-                "wandb is not installed",
-                key="telemetry.wandb",
-                value=mode,
-                fix="pip install wandb, or set telemetry.wandb=off",
-            ) from error
+            raise refused("wandb is not installed", "pip install wandb, or set telemetry.wandb=off") from error
         folder = run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
+        quiet = dict.fromkeys(
+            ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta"), True
+        )
         settings = self._wandb.Settings(
             init_timeout=INIT_DEADLINE_S,
             login_timeout=INIT_DEADLINE_S,
             console="off",
-            silent=True,
-            disable_git=True,
-            disable_code=True,
-            x_disable_machine_info=True,
-            x_disable_meta=True,
             x_save_requirements=False,
+            **quiet,
         )
+        identity = {"project": project, "name": name, "id": _run_id(folder), "dir": str(run_dir), "mode": mode}
+        resume = "allow" if mode == "online" else None
         try:
-            self._run = self._wandb.init(
-                project=project,
-                name=name,
-                id=_run_id(folder),
-                dir=str(run_dir),
-                mode=mode,
-                resume="allow" if mode == "online" else None,
-                config=dict(config),
-                settings=settings,
-            )
+            self._run = self._wandb.init(**identity, resume=resume, config=dict(config), settings=settings)
         except self._wandb.errors.Error as error:
-            raise MetricError(
-                f"wandb could not start: {error}",
-                key="telemetry.wandb",
-                value=mode,
-                fix="run `wandb login`, or set telemetry.wandb=offline",
+            raise refused(
+                f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             ) from error
         self._run.define_metric("learner/step")
         self._run.define_metric("sft/step")
@@ -102,10 +77,6 @@ class WandbSink:
         axis = "learner/step" if axis_of(metrics) == LEARNER_STEP else "sft/step"
         self._run.log({axis: step, **{k: v for k, v in metrics.items() if v is not None}})
 
-    def summarise(self, summary: Mapping[str, Any]) -> None:
-        """Put the run's final figures into wandb's summary."""
-        self._run.summary.update(dict(summary))
-
     def close(self, *, failed: bool = False) -> None:
         """Finish the run and end wandb's service process, within FINISH_DEADLINE_S."""
         if self._closed:
@@ -117,7 +88,7 @@ class WandbSink:
             try:
                 self._run.finish(exit_code=int(failed))
                 self._wandb.teardown(exit_code=int(failed))
-            except Exception as error:  # noqa: BLE001 - handed to the caller below
+            except Exception as error:  # handed to the caller below
                 errors.append(error)
 
         # A thread, because finishing waits for the upload and takes no time limit.
@@ -125,11 +96,8 @@ class WandbSink:
         thread.start()
         thread.join(FINISH_DEADLINE_S)
         if thread.is_alive():
-            logger.error(
-                "wandb did not finish within %.0f s; the data is in %s: upload with `wandb sync`",
-                FINISH_DEADLINE_S,
-                self._run.dir,
-            )
+            text = "wandb did not finish within %.0f s; the data is in %s: upload with `wandb sync`"
+            logger.error(text, FINISH_DEADLINE_S, self._run.dir)
         if errors:
             raise errors[0]
 
