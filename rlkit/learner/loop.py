@@ -29,7 +29,7 @@ from rlkit.learner.run_folder import RunFolder
 from rlkit.learner.update import Learner
 from rlkit.rollout.engine import Engine
 from rlkit.rollout.worker import RolloutWorker
-from rlkit.telemetry.memory import peak_memory_gb
+from rlkit.telemetry.environment import peak_memory_gb
 from rlkit.telemetry.rollouts import rows_of, write_rollouts
 from rlkit.telemetry.sinks import Telemetry
 from rlkit.types import Group, SamplingParams

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import rlkit
 
-PACKAGES = (
+PACKAGES = [
     "torch",
     "transformers",
     "tokenizers",
@@ -35,7 +36,7 @@ PACKAGES = (
     "datasets",
     "vllm",
     "wandb",
-)
+]
 GIT_DEADLINE_S = 10.0
 
 _WORDS = (  # eos_token and the like are no secrets
@@ -72,26 +73,20 @@ def redact_text(text: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "rlkit": rlkit.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # not installed: not part of the environment
-    return versions
+    installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name}
+    own = {"python": platform.python_version(), "rlkit": rlkit.__version__}
+    return own | {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def _cpu() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        model = match[1].strip() if match else model
+    if info.exists() and (match := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)):
+        model = match[1].strip()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     out: dict[str, Any] = {"model": model, "cores": os.cpu_count(), "usable_cores": usable}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        out["memory_gb"] = round(memory / 1e9, 1)
+        out["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
     return out
 
 
@@ -99,21 +94,16 @@ def _devices() -> list[dict[str, Any]]:
     """Accelerators torch sees; empty on a CPU machine."""
     import torch  # here, because `rlkit report` should not pay for it
 
-    out = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = round(properties.total_memory / 1e9, 1)
-        out.append({"name": properties.name, "memory_gb": memory, "cuda": torch.version.cuda})
-    return out
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    cuda = torch.version.cuda
+    return [{"name": d.name, "memory_gb": round(d.total_memory / 1e9, 1), "cuda": cuda} for d in devices]
 
 
 def _git(*arguments: str) -> str | None:
     """Output of git on rlkit's own source folder; None where git or the repository is missing."""
-    folder = Path(rlkit.__file__).parent
+    command = ["git", "-C", str(Path(rlkit.__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=GIT_DEADLINE_S
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIT_DEADLINE_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -132,12 +122,17 @@ def _commit() -> dict[str, Any] | None:
     return {"commit": commit, "modified": bool(changes)} if commit else None
 
 
-def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Versions, machine, commit and command line as plain JSON types.
+def peak_memory_gb() -> float:
+    """Largest resident set so far on a CPU, largest allocation on a GPU, in GB (1e9 bytes)."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-    Args:
-        argv: the command line; default: this process's.
-    """
+
+def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Versions, machine, commit and command line (default: this process's) as plain JSON types."""
     words = list(sys.argv if argv is None else argv)
     cwd = Path.cwd()
     return {

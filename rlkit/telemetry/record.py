@@ -10,12 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from rlkit.errors import RlkitError
 from rlkit.telemetry.jsonl import Row, read_metrics, series
 from rlkit.telemetry.names import LEARNER_STEP
-from rlkit.telemetry.recipe import RunError, read_config
-from rlkit.telemetry.rollouts import rollout_steps
 
-_EVAL = re.compile(r"eval/([^/]+)/((?:avg|pass|maj)@(\d+))")
+_EVAL = re.compile(r"eval/([^/]+)/(avg|pass|maj)@(\d+)")
+_RANK = {"avg": 0, "pass": 1, "maj": 2}
+
+
+class RunError(RlkitError):
+    """A run folder cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +59,12 @@ class EvalCurve:
 
     @property
     def change(self) -> Point | None:
-        """after - before. Its error takes the two as independent: too large, as prompts are shared.
-
-        None unless both exist.
-        """
+        """after - before, None unless both exist. The error takes them as independent: too large."""
         if self.before is None or self.after is None:
             return None
-        errors = (self.before.error, self.after.error)
-        error = None
-        if errors[0] is not None and errors[1] is not None:
-            error = (errors[0] ** 2 + errors[1] ** 2) ** 0.5
-        value = self.after.value - self.before.value
-        return Point(step=self.after.step, value=value, error=error)
+        a, b = self.before.error, self.after.error
+        error = None if a is None or b is None else (a**2 + b**2) ** 0.5
+        return Point(step=self.after.step, value=self.after.value - self.before.value, error=error)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,6 @@ class RunRecord:
     config: Mapping[str, Any] | None
     config_text: str | None
     environment: Mapping[str, Any] | None
-    rollout_steps: Sequence[int]
 
     @cached_property
     def training(self) -> list[Row]:
@@ -84,14 +83,10 @@ class RunRecord:
         return [row for row in self.rows if row.axis == LEARNER_STEP]
 
     @cached_property
-    def trained_steps(self) -> list[int]:
-        """Steps that trained, ascending (a step that was only evaluated is not one)."""
-        trained = {
-            row.step
-            for row in self.training
-            if any(not name.startswith("eval/") and name != "time/eval" for name in row.metrics)
-        }
-        return sorted(trained)
+    def last_step(self) -> int:
+        """The last step that trained (one that was only evaluated does not count); 0 for none."""
+        trained = (r.step for r in self.training if any(not n.startswith(("eval/", "time/eval")) for n in r.metrics))
+        return max(trained, default=0)
 
     @property
     def name(self) -> str:
@@ -116,25 +111,19 @@ class RunRecord:
     @cached_property
     def evaluations(self) -> list[EvalCurve]:
         """Curves of all held-out sets: sets in the recipe's order, avg, pass, maj, k descending."""
-        names = {name for row in self.training for name in row.metrics if _EVAL.fullmatch(name)}
+        matches = {name: _EVAL.fullmatch(name) for row in self.training for name in row.metrics}
         curves = []
-        for name in names:
-            match = _EVAL.fullmatch(name)
-            assert match is not None
-            steps, values = self.metric(name)
+        for name, match in matches.items():
+            if match is None:
+                continue
             errors = dict(zip(*self.metric(name + "_se"), strict=True))
-            points = tuple(
-                Point(step=step, value=value, error=errors.get(step)) for step, value in zip(steps, values, strict=True)
-            )
-            statistic = match[2].split("@")[0]
-            curve = EvalCurve(set=match[1], statistic=statistic, k=int(match[3]), points=points)
+            pairs = zip(*self.metric(name), strict=True)
+            points = tuple(Point(step=step, value=value, error=errors.get(step)) for step, value in pairs)
             if points:
-                curves.append(curve)
+                curves.append(EvalCurve(set=match[1], statistic=match[2], k=int(match[3]), points=points))
         listed = list(((self.config or {}).get("data") or {}).get("eval") or {})
         order = {name: i for i, name in enumerate(listed)}
-        rank = {"avg": 0, "pass": 1, "maj": 2}
-        curves.sort(key=lambda c: (order.get(c.set, len(order)), c.set, rank[c.statistic], -c.k))
-        return curves
+        return sorted(curves, key=lambda c: (order.get(c.set, len(order)), c.set, _RANK[c.statistic], -c.k))
 
     @cached_property
     def averages(self) -> list[EvalCurve]:
@@ -148,12 +137,27 @@ class RunRecord:
     @cached_property
     def pauses(self) -> list[tuple[int, float]]:
         """(first step after it, seconds) of every gap in which the run did not run."""
-        out = []
-        for earlier, later in zip(self.rows, self.rows[1:], strict=False):
-            gap = (later.time - earlier.time) - (later.seconds - earlier.seconds)
-            if gap > 3.0:
-                out.append((later.step, gap))
-        return out
+        pairs = zip(self.rows, self.rows[1:], strict=False)
+        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairs]
+        return [(step, gap) for step, gap in gaps if gap > 3.0]
+
+
+def read_config(run_dir: Path) -> tuple[Mapping[str, Any] | None, str | None]:
+    """The recipe in config.yaml as plain containers, and its text; (None, None) where it is missing.
+
+    Raises RunError: the file is not a YAML mapping.
+    """
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return None, None
+    text = path.read_text()
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RunError(f"config.yaml is not readable: {error}", key="run", value=run_dir.name) from error
+    if not isinstance(config, dict):
+        raise RunError("config.yaml is not a mapping", key="run", value=run_dir.name)
+    return config, text
 
 
 def load_run(run_dir: Path) -> RunRecord:
@@ -164,25 +168,12 @@ def load_run(run_dir: Path) -> RunRecord:
         MetricError: metrics.jsonl is broken.
     """
     if not run_dir.is_dir():
-        raise RunError(
-            "no such folder",
-            key="run",
-            value=str(run_dir),
-            expected="a run folder, outputs/<name>",
-            fix="give the folder that `rlkit train` printed",
-        )
+        expected = "a run folder, outputs/<name>: what `rlkit train` printed"
+        raise RunError("no such folder", key="run", value=str(run_dir), expected=expected)
     config, config_text = read_config(run_dir)
     path = run_dir / "environment.json"
     try:
         environment = json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
-        problem = f"environment.json is not readable: {error}"
-        raise RunError(problem, key="run", value=run_dir.name) from error
-    return RunRecord(
-        run_dir=run_dir,
-        rows=read_metrics(run_dir),
-        config=config,
-        config_text=config_text,
-        environment=environment,
-        rollout_steps=rollout_steps(run_dir),
-    )
+        raise RunError(f"environment.json is not readable: {error}", key="run", value=run_dir.name) from error
+    return RunRecord(run_dir, read_metrics(run_dir), config, config_text, environment)

@@ -15,16 +15,15 @@ from rich.text import Text
 
 from rlkit.telemetry.console import duration
 from rlkit.telemetry.environment import redact_text
+from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
-from rlkit.telemetry.plots import draw_all
 from rlkit.telemetry.record import RunRecord, load_run
-from rlkit.telemetry.rollouts import TEXT_COLUMNS, Judge, RolloutsError, read_rollouts, visible
+from rlkit.telemetry.rollouts import TEXT_COLUMNS, Judge, RolloutsError, read_rollouts, rollout_steps, visible
 from rlkit.telemetry.summary import with_error
 
 HEAD_CHARACTERS = 1200
 TAIL_CHARACTERS = 500
-SAMPLES_OF_A_KIND = 2
-KINDS = ("right", "wrong", "partial", "unscored")
+SAMPLES = {"right": 2, "wrong": 2, "partial": 1, "unscored": 1}
 
 
 def _seen(text: object) -> Markup:
@@ -49,33 +48,32 @@ def _plus_minus(text: str) -> Markup:
     return _seen(text.replace(" +- ", " \N{PLUS-MINUS SIGN} "))
 
 
-def _pick(rows: Sequence[dict[str, Any]], judge: Judge) -> list[dict[str, Any]]:
+def _pick(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """A few right, wrong and other samples, of different prompts where there are enough."""
     chosen: list[dict[str, Any]] = []
-    for verdict in KINDS:
-        kind = [row for row in rows if judge.verdict(row) == verdict]
-        kind.sort(key=lambda row: (row["ordinal"], row["index"]))
-        seen: set[int] = set()
-        fresh = [r for r in kind if not (r["ordinal"] in seen or seen.add(r["ordinal"]))]  # type: ignore[func-returns-value]
-        rest = [row for row in kind if row not in fresh]
-        limit = SAMPLES_OF_A_KIND if verdict in {"right", "wrong"} else 1
-        chosen += [{**row, "verdict": verdict} for row in (fresh + rest)[:limit]]
+    for kind, limit in SAMPLES.items():
+        of_kind = [row | {"verdict": kind} for row, k in zip(rows, kinds, strict=True) if k == kind]
+        of_kind.sort(key=lambda row: (row["ordinal"], row["index"]))
+        first = {row["ordinal"]: row for row in reversed(of_kind)}  # each prompt's first sample
+        of_kind.sort(key=lambda row: row is not first[row["ordinal"]])
+        chosen += of_kind[:limit]
     return chosen
 
 
 def _stages(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
     """Samples of the first and the last kept step; and why there are none."""
-    if not run.rollout_steps:
+    steps = rollout_steps(run.run_dir)
+    if not steps:
         return [], "No rollouts were kept (telemetry.save_rollouts)."
     stages = []
     judge = Judge.of(run.config)
     try:
-        for step in dict.fromkeys((run.rollout_steps[0], run.rollout_steps[-1])):
+        for step in dict.fromkeys((steps[0], steps[-1])):
             rows = read_rollouts(run.run_dir, step, TEXT_COLUMNS)
             kinds = [judge.verdict(row) for row in rows]
-            parts = [f"{kinds.count(k)} {k}" for k in KINDS if k in kinds]
+            parts = [f"{kinds.count(kind)} {kind}" for kind in SAMPLES if kind in kinds]
             counts = f"{', '.join(parts)} of {len(rows)}"
-            stages.append({"step": step, "counts": counts, "rows": _pick(rows, judge)})
+            stages.append({"step": step, "counts": counts, "rows": _pick(rows, kinds)})
     except RolloutsError as error:
         return [], f"The rollouts cannot be read: {error.problem}"
     return stages, ""
@@ -84,44 +82,33 @@ def _stages(run: RunRecord) -> tuple[list[dict[str, Any]], str]:
 def _cards(run: RunRecord) -> list[dict[str, str]]:
     """Headline figures besides the held-out ones."""
     cards = []
-    steps, rewards = run.metric("reward/mean")
-    if steps:
+    rewards = run.metric("reward/mean")[1]
+    if len(rewards) == 1:
+        cards.append({"label": "training reward", "big": f"{rewards[0]:.3f}", "sub": "of the only step"})
+    elif rewards:
         size = max(1, min(20, len(rewards) // 2))
         first, last = sum(rewards[:size]) / size, sum(rewards[-size:]) / size
         each = "step" if size == 1 else f"{size} steps"
-        arrow = "\N{RIGHTWARDS ARROW}"
-        several = len(rewards) > 1
-        cards.append(
-            {
-                "label": "training reward",
-                "big": f"{first:.3f} {arrow} {last:.3f}" if several else f"{last:.3f}",
-                "sub": f"mean of first and last {each}" if several else "of the only step",
-            }
-        )
-    done = run.trained_steps[-1] if run.trained_steps else 0
+        big = f"{first:.3f} \N{RIGHTWARDS ARROW} {last:.3f}"
+        cards.append({"label": "training reward", "big": big, "sub": f"mean of first and last {each}"})
     planned = "" if run.planned_steps is None else f" of {run.planned_steps}"
-    step_times = run.metric("time/step")[1]
-    pace = f"{sum(step_times) / len(step_times):.2f} s a step" if step_times else ""
-    cards.append({"label": "learner steps", "big": f"{done}{planned}", "sub": pace})
+    times = run.metric("time/step")[1]
+    pace = f"{sum(times) / len(times):.2f} s a step" if times else ""
+    cards.append({"label": "learner steps", "big": f"{run.last_step}{planned}", "sub": pace})
     resumed = len(run.pauses)
-    times = "once" if resumed == 1 else f"{resumed} times"
-    cards.append(
-        {"label": "run time", "big": duration(run.seconds), "sub": f"resumed {times}" if resumed else "in one piece"}
-    )
-    return cards
+    pieces = "in one piece" if not resumed else "resumed once" if resumed == 1 else f"resumed {resumed} times"
+    return [*cards, {"label": "run time", "big": duration(run.seconds), "sub": pieces}]
 
 
 def _lead(run: RunRecord) -> str:
     """One line under the title: what was trained, how, with which seed."""
     config = run.config or {}
-    model = config.get("model") or {}
-    architecture = model.get("architecture") or {}
+    model, algorithm = config.get("model") or {}, config.get("algorithm") or {}
+    architecture = (model.get("architecture") or {}).get("model_type")
+    targets = [(algorithm.get(piece) or {}).get("_target_", "") for piece in ("advantage", "loss", "aggregation")]
     parts = [
-        model.get("path") or (architecture and f"{architecture.get('model_type')} from scratch"),
-        *(
-            str(((config.get("algorithm") or {}).get(piece) or {}).get("_target_", "")).split(".")[-1]
-            for piece in ("advantage", "loss", "aggregation")
-        ),
+        model.get("path") or (architecture and f"{architecture} from scratch"),
+        *(str(target).split(".")[-1] for target in targets),
         f"seed {config['seed']}" if "seed" in config else "",
     ]
     return " \N{MIDDLE DOT} ".join(str(part) for part in parts if part) or "no recipe was kept"
@@ -167,11 +154,9 @@ def write_report(run_dir: Path) -> Path:
         environment=_environment_rows(run.environment),
         with_error=with_error,
     )
-    path = run_dir / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = run_dir / "report.html.tmp"
     temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return temporary.replace(run_dir / "report.html")
 
 
 def main(run_dir: str | Path) -> int:

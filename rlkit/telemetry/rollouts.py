@@ -19,31 +19,19 @@ from rich.rule import Rule
 from rich.text import Text
 
 from rlkit.errors import RlkitError
-from rlkit.telemetry.recipe import read_config
+from rlkit.telemetry.record import read_config
 from rlkit.types import Group
 
-SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int64(), nullable=False),
-        pa.field("ordinal", pa.int64(), nullable=False),
-        pa.field("index", pa.int64(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("completion", pa.string(), nullable=False),
-        pa.field("reference", pa.string()),
-        pa.field("score", pa.float64()),
-        pa.field("parts", pa.string(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("advantage", pa.float64()),
-        pa.field("token_ids", pa.list_(pa.int64()), nullable=False),
-        pa.field("behavior_logprobs", pa.list_(pa.float32()), nullable=False),
-        pa.field("versions", pa.list_(pa.int64()), nullable=False),
-        pa.field("tokens", pa.int64(), nullable=False),
-    ]
-)
-TEXT_COLUMNS = tuple(f.name for f in SCHEMA if not pa.types.is_list(f.type))
+_TYPES = {
+    "step": pa.int64(), "ordinal": pa.int64(), "index": pa.int64(), "prompt_id": pa.string(), "prompt": pa.string(),
+    "completion": pa.string(), "reference": pa.string(), "score": pa.float64(), "parts": pa.string(),
+    "answer": pa.string(), "reason": pa.string(), "finish_reason": pa.string(), "advantage": pa.float64(),
+    "token_ids": pa.list_(pa.int64()), "behavior_logprobs": pa.list_(pa.float32()), "versions": pa.list_(pa.int64()),
+    "tokens": pa.int64(),
+}  # fmt: skip
+_OPTIONAL = {"reference", "score", "answer", "reason", "advantage"}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name in _OPTIONAL) for name, kind in _TYPES.items()])
+TEXT_COLUMNS = tuple(name for name, kind in _TYPES.items() if not pa.types.is_list(kind))
 """All columns but the token arrays: what is needed to read a completion."""
 
 _FILE = re.compile(r"step_(\d+)\.parquet")
@@ -81,13 +69,8 @@ class RolloutRow(TypedDict):
 
 
 def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float] | None = None) -> list[RolloutRow]:
-    """Rows of whole groups.
-
-    Args:
-        groups: scored groups.
-        advantages: (ordinal, index) -> advantage of the samples that were trained on.
-    """
-    known = {} if advantages is None else advantages
+    """Rows of scored groups; `advantages`: (ordinal, index) -> advantage of the samples trained on."""
+    known = advantages or {}
     return [
         RolloutRow(
             ordinal=group.ordinal,
@@ -117,25 +100,16 @@ def _storable(value: Any) -> Any:
 
 
 def write_rollouts(path: Path, step: int, rows: Sequence[RolloutRow]) -> None:
-    """Write one step's rollouts in one rename: the file is whole or not there.
+    """Write a learner step's rollouts in one rename: the file is whole or not there.
 
-    Args:
-        path: usually run_dir / "rollouts" / f"step_{step}.parquet"; its folder is made.
-        step: learner step the rows were trained in.
-        rows: the completions, any order.
-
-    Raises:
-        RolloutsError: a row lacks a field, has one too many, or one of the wrong type.
+    `path` is usually run_dir / "rollouts" / f"step_{step}.parquet"; its folder is made. Raises
+    RolloutsError: a row lacks a field, has one too many, or one of the wrong type.
     """
     expected = RolloutRow.__required_keys__
     for row in rows:
         if wrong := expected ^ row.keys():
-            raise RolloutsError(
-                f"fields missing or unknown: {', '.join(sorted(wrong))}",
-                key="rollout row",
-                value=(row.get("ordinal"), row.get("index")),
-                expected="the fields of rlkit.telemetry.rollouts.RolloutRow",
-            )
+            problem = f"fields missing or unknown: {', '.join(sorted(wrong))}"
+            raise RolloutsError(problem, key="rollout row", value=(row.get("ordinal"), row.get("index")))
     columns: dict[str, list[Any]] = {
         name: [_storable(row[name]) for row in rows]  # type: ignore[literal-required]
         for name in expected
@@ -146,10 +120,10 @@ def write_rollouts(path: Path, step: int, rows: Sequence[RolloutRow]) -> None:
     try:
         table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
         table.validate(full=True)
-        if null := [f.name for f in SCHEMA if not f.nullable and table[f.name].null_count]:
-            raise RolloutsError(f"None in {', '.join(null)}", key="step", value=step)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise RolloutsError(f"a field has the wrong type: {error}", key="step", value=step) from error
+    if null := [f.name for f in SCHEMA if not f.nullable and table[f.name].null_count]:
+        raise RolloutsError(f"None in {', '.join(null)}", key="step", value=step)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     pq.write_table(table, temporary, compression="zstd")
@@ -167,30 +141,23 @@ def rollout_steps(run_dir: Path) -> list[int]:
 def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Rows of one step, or of all steps, in the order written; `parts` as a dict.
 
-    Raises:
-        RolloutsError: the run kept no rollouts, or none of this step.
+    Raises RolloutsError: the run kept no rollouts, or none of this step, or the file is broken.
     """
     steps = rollout_steps(run_dir)
-    if not steps or (step is not None and step not in steps):
-        raise RolloutsError(
-            "no rollouts of this step" if steps else "the run kept no rollouts",
-            key="step" if steps else "run",
-            value=step if steps else run_dir.name,
-            expected=f"one of {steps[0]} ... {steps[-1]}" if steps else "rollouts/step_N.parquet",
-            fix=None if steps else "train with telemetry.save_rollouts=true",
-        )
+    if not steps:
+        fix = "train with telemetry.save_rollouts=true"
+        raise RolloutsError("the run kept no rollouts", key="run", value=run_dir.name, fix=fix)
+    if step is not None and step not in steps:
+        expected = f"one of {steps[0]} ... {steps[-1]}"
+        raise RolloutsError("no rollouts of this step", key="step", value=step, expected=expected)
     rows: list[dict[str, Any]] = []
     for one in steps if step is None else [step]:
         path = run_dir / "rollouts" / f"step_{one}.parquet"
         try:
-            table = pq.read_table(path, columns=None if columns is None else list(columns))
+            rows += pq.read_table(path, columns=None if columns is None else list(columns)).to_pylist()
         except pa.ArrowInvalid as error:
             raise RolloutsError(f"not a Parquet file: {error}", key="file", value=path.name) from error
-        rows += table.to_pylist()
-    for row in rows:
-        if "parts" in row:
-            row["parts"] = json.loads(row["parts"])
-    return rows
+    return [row | {"parts": json.loads(row["parts"])} if "parts" in row else row for row in rows]
 
 
 def rollback_rollouts(run_dir: Path, step: int) -> int:
@@ -233,14 +200,10 @@ def visible(text: str) -> list[tuple[str, bool]]:
     pieces: list[tuple[str, bool]] = []
     end = 0
     for match in _UNSEEN.finditer(text):
-        if match.start() > end:
-            pieces.append((text[end : match.start()], False))
         code = ord(match[0])
-        pieces.append((f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}", True))
+        pieces += [(text[end : match.start()], False), (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}", True)]
         end = match.end()
-    if end < len(text):
-        pieces.append((text[end:], False))
-    return pieces
+    return [piece for piece in [*pieces, (text[end:], False)] if piece[0]]
 
 
 DEFAULT = Judge()
@@ -264,23 +227,13 @@ def print_rollouts(rows: Sequence[Mapping[str, Any]], console: Console, judge: J
         where = f"step {row['step']}  ordinal {row['ordinal']}  sample {row['index']}"
         console.print(Rule(Text(f"{where}  {verdict}{score}", style=f"bold {colour}"), style=colour))
         advantage = "none" if row["advantage"] is None else f"{row['advantage']:+.3f}"
-        facts = f"{row['tokens']} tokens ({row['finish_reason']})  advantage {advantage}"
-        for name, part in row["parts"].items():
-            facts += f"  {name} {'unscored' if part is None else format(part, 'g')}"
-        console.print(_text(facts, "dim"))
-        for label, key, style in (
-            ("prompt", "prompt", ""),
-            ("completion", "completion", colour),
-            ("answer", "answer", "bold"),
-            ("reference", "reference", "bold"),
-            ("reason", "reason", "yellow"),
-        ):
+        parts = [f"{name} {'unscored' if part is None else format(part, 'g')}" for name, part in row["parts"].items()]
+        facts = [f"{row['tokens']} tokens ({row['finish_reason']})", f"advantage {advantage}", *parts]
+        console.print(_text("  ".join(facts), "dim"))
+        styles = {"prompt": "", "completion": colour, "answer": "bold", "reference": "bold", "reason": "yellow"}
+        for key, style in styles.items():
             if row[key] is not None:
-                console.print(Text.assemble((f"{label:>10}  ", "dim"), _text(row[key], style)))
-
-
-def _is(verdict: str, asked: str) -> bool:
-    return verdict == asked or (asked, verdict) == ("wrong", "partial")
+                console.print(Text.assemble((f"{key:>10}  ", "dim"), _text(row[key], style)))
 
 
 def select(
@@ -296,8 +249,9 @@ def select(
 
     Without `sort` they come by ordinal and sample. Verdict "wrong" takes in "partial".
     """
+    wanted = {verdict, "partial"} if verdict == "wrong" else {verdict}
     kept = [row for row in rows if ordinal is None or row["ordinal"] == ordinal]
-    kept = [row for row in kept if verdict is None or _is(judge.verdict(row), verdict)]
+    kept = [row for row in kept if verdict is None or judge.verdict(row) in wanted]
     kept.sort(key=lambda row: (row["step"], row["ordinal"], row["index"]))
     if sort == "score":
         kept.sort(key=lambda row: (row["score"] is None, row["score"] or 0.0))
@@ -306,40 +260,25 @@ def select(
     return kept[:limit]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Command line of `rlkit rollouts`."""
-    out = argparse.ArgumentParser(prog="rlkit rollouts", description="Read a run's completions.")
-    out.add_argument("run", type=Path, help="run folder")
-    out.add_argument("--step", type=int, help="learner step; default: the newest kept")
-    out.add_argument("--ordinal", type=int, help="one prompt group only")
-    out.add_argument("--sort", choices=("score", "length"), help="worst or longest first")
-    out.add_argument("--limit", type=int, default=10, help="how many (default 10)")
-    which = out.add_mutually_exclusive_group()
-    which.add_argument("--right", dest="verdict", action="store_const", const="right")
-    which.add_argument("--wrong", dest="verdict", action="store_const", const="wrong")
-    which.add_argument("--unscored", dest="verdict", action="store_const", const="unscored")
-    return out
-
-
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Run `rlkit rollouts`; return the exit status (0, also when nothing matches).
-
-    Raises:
-        RolloutsError: the run kept no rollouts, or none of this step.
-    """
-    options = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    """Run `rlkit rollouts`; return the exit status (0, also when nothing matches). Raises RolloutsError."""
+    parser = argparse.ArgumentParser(prog="rlkit rollouts", description="Read a run's completions.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--step", type=int, help="learner step; default: the newest kept")
+    parser.add_argument("--ordinal", type=int, help="one prompt group only")
+    parser.add_argument("--sort", choices=("score", "length"), help="worst or longest first")
+    parser.add_argument("--limit", type=int, default=10, help="how many (default 10)")
+    which = parser.add_mutually_exclusive_group()
+    for verdict in ("right", "wrong", "unscored"):
+        which.add_argument(f"--{verdict}", dest="verdict", action="store_const", const=verdict)
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     console = console if console is not None else Console(highlight=False)
     steps = rollout_steps(options.run)
     step = options.step if options.step is not None or not steps else steps[-1]
     rows = read_rollouts(options.run, step, TEXT_COLUMNS)
     judge = Judge.of(read_config(options.run)[0])
-    chosen = select(
-        rows, ordinal=options.ordinal, verdict=options.verdict, sort=options.sort, limit=options.limit, judge=judge
-    )
+    wanted = {"ordinal": options.ordinal, "verdict": options.verdict, "sort": options.sort, "limit": options.limit}
+    chosen = select(rows, **wanted, judge=judge)
     print_rollouts(chosen, console, judge)
     console.print(Text(f"{len(chosen)} of {len(rows)} rollouts of step {step}", style="dim"))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

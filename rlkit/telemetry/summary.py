@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlkit.telemetry.console import duration
-from rlkit.telemetry.record import EvalCurve, Point, RunRecord, load_run
+from rlkit.telemetry.record import EvalCurve, Point, load_run
 
 
 def figures(curve: EvalCurve) -> dict[str, float | int | None]:
@@ -24,38 +24,31 @@ def figures(curve: EvalCurve) -> dict[str, float | int | None]:
     return out
 
 
-def summarise(run: RunRecord) -> dict[str, Any]:
-    """A run's final figures.
+def write_summary(run_dir: Path) -> dict[str, Any]:
+    """Write summary.json into a run folder and return what it holds.
 
-    Keys: name, seed, steps (learner steps trained), planned_steps, seconds (run time, resumes
-    summed), eval_set (the first held-out set of the recipe), that set's avg@k figures at the top
-    level, and `eval`: set -> figures of avg, pass and maj. None where nothing was measured.
+    Keys: name, seed, steps (learner steps trained), planned_steps, seconds (run time, resumes summed),
+    eval_set (the first held-out set of the recipe), that set's avg@k figures at the top level, and
+    `eval`: set -> figures of avg, pass and maj. None where nothing was measured.
     """
-    steps, rewards = run.metric("reward/mean")
+    run = load_run(run_dir)
+    rewards = run.metric("reward/mean")[1]
     summary: dict[str, Any] = {
         "name": run.name,
         "seed": (run.config or {}).get("seed"),
-        "steps": run.trained_steps[-1] if run.trained_steps else 0,
+        "steps": run.last_step,
         "planned_steps": run.planned_steps,
         "seconds": run.seconds,
-        "reward_last": rewards[-1] if steps else None,
+        "reward_last": rewards[-1] if rewards else None,
         "eval_set": run.averages[0].set if run.averages else None,
+        **(figures(run.averages[0]) if run.averages else {}),
+        "eval": {},
     }
-    if run.averages:
-        summary |= figures(run.averages[0])
-    summary["eval"] = {}
     for curve in run.evaluations:
         summary["eval"].setdefault(curve.set, {}).update(figures(curve))
-    return summary
-
-
-def write_summary(run_dir: Path) -> dict[str, Any]:
-    """Write summary.json into a run folder and return what it holds (see `summarise`)."""
-    summary = summarise(load_run(run_dir))
-    path = run_dir / "summary.json"
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = run_dir / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    temporary.replace(run_dir / "summary.json")
     return summary
 
 
@@ -76,25 +69,12 @@ def print_summary(run_dir: Path, console: Console | None = None) -> None:
         table.add_column(heading, justify="left" if heading in {"set", "figure"} else "right")
     for curve in run.evaluations:
         change = curve.change
-        style = ""
-        if change is not None and change.error is not None and abs(change.value) > 2 * change.error:
-            style = "bold green" if change.value > 0 else "bold red"
-        table.add_row(
-            Text(curve.set),
-            curve.label,
-            with_error(curve.before),
-            with_error(curve.after),
-            Text(with_error(change, signed=True), style=style),
-        )
-    if run.evaluations:
-        console.print(table)
-    else:
-        console.print("No held-out evaluation in this run.")
-    trained = run.trained_steps[-1] if run.trained_steps else 0
-    console.print(f"{trained} steps in {duration(run.seconds)}")
-    for label, path in (
-        ("report", run_dir / "report.html"),
-        ("learning curve", run_dir / "plots" / "learning_curve.png"),
-    ):
-        if path.exists():
-            console.print(Text(f"{label}: {path}"), soft_wrap=True)
+        sure = change is not None and change.error is not None and abs(change.value) > 2 * change.error
+        style = "" if change is None or not sure else "bold green" if change.value > 0 else "bold red"
+        changed = Text(with_error(change, signed=True), style=style)
+        table.add_row(Text(curve.set), curve.label, with_error(curve.before), with_error(curve.after), changed)
+    console.print(table if run.evaluations else "No held-out evaluation in this run.")
+    console.print(f"{run.last_step} steps in {duration(run.seconds)}")
+    for label, place in (("report", "report.html"), ("learning curve", "plots/learning_curve.png")):
+        if (run_dir / place).exists():
+            console.print(Text(f"{label}: {run_dir / place}"), soft_wrap=True)
