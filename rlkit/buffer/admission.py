@@ -40,21 +40,14 @@ def request(
     ordinals = [x.ordinal for x in requests]
     expected = list(range(now.next_ordinal, now.next_ordinal + len(requests)))
     if ordinals != expected:
-        raise BufferError(
-            "ordinals must continue without a gap",
-            key="ordinals",
-            value=ordinals,
-            expected=str(expected),
-            fix="request from stats().next_ordinal on",
-        )
+        fix = "request from stats().next_ordinal on"
+        problem = "ordinals must continue without a gap"
+        raise BufferError(problem, key="ordinals", value=ordinals, expected=str(expected), fix=fix)
     if len(requests) > capacity(now):
-        raise BufferError(
-            "more groups than the staleness bound admits now",
-            key="requests",
-            value=len(requests),
-            expected=f"at most capacity() = {capacity(now)}",
-            fix="wait for the next publish, or raise max_staleness",
-        )
+        most = f"at most capacity() = {capacity(now)}"
+        fix = "wait for the next publish, or raise max_staleness"
+        problem = "more groups than the staleness bound admits now"
+        raise BufferError(problem, key="requests", value=len(requests), expected=most, fix=fix)
     rows = [
         {
             "ordinal": x.ordinal,
@@ -113,13 +106,10 @@ def publish(connection: Connection, version: int, trained: Sequence[int], clock:
     query = select(groups.c.ordinal).where(groups.c.state == GroupState.TAKEN)
     left = sorted(set(connection.execute(query).scalars()) - set(trained))
     if left or len(trained) != now.prompts_per_step:
-        raise BufferError(
-            "a step trains on every taken group, prompts_per_step of them",
-            key="trained",
-            value=f"{len(trained)} groups; taken besides: {left}",
-            expected=f"all taken groups, {now.prompts_per_step} in number",
-            fix="drop the groups the step leaves out and take as many again",
-        )
+        value, expected = f"{len(trained)} groups; taken besides: {left}", f"all taken groups: {now.prompts_per_step}"
+        fix = "drop the groups the step leaves out and take as many again"
+        problem = "a step trains on every taken group, prompts_per_step of them"
+        raise BufferError(problem, key="trained", value=value, expected=expected, fix=fix)
     ended = {"state": GroupState.TRAINED, "trained_step": now.step}
     connection.execute(_UPDATE_GROUP, [{"at": x} | ended for x in trained])
     step = now.step + 1

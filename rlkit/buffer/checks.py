@@ -36,37 +36,25 @@ def covers(lease: Lease, what: str, places: Sequence[tuple[int, int]]) -> None:
     """BufferError unless `places` (ordinal, index) are exactly the lease's samples in order."""
     expected = [(lease.ordinal, index) for index in range(lease.start, lease.stop)]
     if list(places) != expected:
-        raise BufferError(
-            f"the {what} are not those of the lease",
-            key=f"(ordinal, index) of {what}",
-            value=list(places),
-            expected=str(expected),
-        )
+        problem, key = f"the {what} are not those of the lease", f"(ordinal, index) of {what}"
+        raise BufferError(problem, key=key, value=list(places), expected=str(expected))
 
 
 def in_state(row: Any, state: GroupState, verb: str) -> None:
     """BufferError unless a slice is in `state`."""
     if row.state != state:
-        raise BufferError(
-            f"group {row.ordinal}[{row.start}:{row.stop}] cannot be {verb} now",
-            key="state",
-            value=str(row.state),
-            expected=str(state),
-        )
+        problem = f"group {row.ordinal}[{row.start}:{row.stop}] cannot be {verb} now"
+        raise BufferError(problem, key="state", value=str(row.state), expected=str(state))
 
 
 def sampled_under(lease: Lease, spanned: Collection[int], live: Collection[int]) -> None:
     """BufferError unless all tokens' versions are live and not older than the lease allows."""
     bad = sorted(v for v in spanned if v not in live or v < lease.min_version)
     if bad:
-        raise BufferError(
-            f"group {lease.ordinal}[{lease.start}:{lease.stop}] was sampled under wrong weights",
-            key="versions",
-            value=bad,
-            expected=f"published, surviving versions from {lease.min_version} on",
-            fix="publish a version before engines serve it, and update the engine to "
-            "lease.min_version before it samples",
-        )
+        problem = f"group {lease.ordinal}[{lease.start}:{lease.stop}] was sampled under wrong weights"
+        expected = f"published, surviving versions from {lease.min_version} on"
+        fix = "publish a version before engines serve it; update the engine to lease.min_version before it samples"
+        raise BufferError(problem, key="versions", value=bad, expected=expected, fix=fix)
 
 
 def groups_in(connection: Connection, ordinals: Sequence[int], states: Collection[GroupState], verb: str) -> None:
@@ -76,9 +64,6 @@ def groups_in(connection: Connection, ordinals: Sequence[int], states: Collectio
     found = {ordinal: state for ordinal, state in connection.execute(query)}
     wrong = {x: found.get(x, "never requested") for x in ordinals if found.get(x) not in states}
     if wrong:
-        raise BufferError(
-            f"these groups cannot be {verb} now",
-            key="ordinals",
-            value={ordinal: str(state) for ordinal, state in wrong.items()},
-            expected=" or ".join(states),
-        )
+        found_states = {ordinal: str(state) for ordinal, state in wrong.items()}
+        expected = " or ".join(states)
+        raise BufferError(f"these groups cannot be {verb} now", key="ordinals", value=found_states, expected=expected)

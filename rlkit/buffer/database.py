@@ -19,7 +19,6 @@ from typing import Any
 from sqlalchemy import Connection, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
 from rlkit.errors import BufferError
@@ -30,17 +29,8 @@ _NETWORK = re.compile(
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
 )
 
-START = {
-    "id": 1,
-    "step": 0,
-    "version": 0,
-    "next_version": 1,
-    "next_ordinal": 0,
-    "refused": 0,
-    "next_lease": 0,
-    "expired_leases": 0,
-    "fenced_writes": 0,
-}
+_ZERO = ("step", "version", "next_ordinal", "refused", "next_lease", "expired_leases", "fenced_writes")
+START = {"id": 1, "next_version": 1, **dict.fromkeys(_ZERO, 0)}
 """Position and counters of a new database, where version 0 is the start."""
 
 
@@ -88,44 +78,28 @@ class Database:
     @contextmanager
     def _transaction(self, engine: Any) -> Iterator[Connection]:
         if self._pid != os.getpid():
-            raise BufferError(
-                "this buffer was opened by the parent process",
-                key="buffer",
-                value=str(self.path),
-                fix="open it again in this process: SQLite connections do not survive a fork",
-            )
+            fix = "open it again in this process: SQLite connections do not survive a fork"
+            raise self._error("this buffer was opened by the parent process", fix)
         try:
             with engine.begin() as connection:
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
-            cause = getattr(error, "orig", None) or error
-            raise BufferError(
-                f"the database failed: {cause}",
-                key="buffer",
-                value=str(self.path),
-                expected=None
-                if isinstance(error, PoolTimeout)
-                else f"a sound SQLite file whose writers finish within {BUSY_TIMEOUT_S:g} s",
-                fix="look for a full disk or a stopped process that holds it; if the file is "
-                "damaged, move it aside and resume from the checkpoint",
-            ) from error
+            fix = f"look for a full disk or a process that holds it for over {BUSY_TIMEOUT_S:g} s; if the file is "
+            fix += "damaged, move it aside and resume from the checkpoint"
+            raise self._error(f"the database failed: {getattr(error, 'orig', None) or error}", fix) from error
+
+    def _error(self, problem: str, fix: str) -> BufferError:
+        return BufferError(problem, key="buffer", value=str(self.path), fix=fix)
 
     def _create(self, prompts_per_step: int, max_staleness: int, now: float) -> None:
         with self.write() as connection:
             problems = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
             if problems != ["ok"]:
-                raise BufferError(
-                    f"the database is damaged: {problems[0]}",
-                    key="buffer",
-                    value=str(self.path),
-                    fix="move it and its payloads aside and resume from the checkpoint",
-                )
+                fix = "move it and its payloads aside and resume from the checkpoint"
+                raise self._error(f"the database is damaged: {problems[0]}", fix)
             metadata.create_all(connection)
-            wanted = {
-                "schema_version": SCHEMA_VERSION,
-                "prompts_per_step": prompts_per_step,
-                "max_staleness": max_staleness,
-            }
+            wanted = {"prompts_per_step": prompts_per_step, "max_staleness": max_staleness}
+            wanted["schema_version"] = SCHEMA_VERSION
             if connection.execute(select(meta.c.id)).first() is None:
                 start = {"version": 0, "step": 0, "live": True, "published_at": now}
                 connection.execute(insert(versions).values(**start))
@@ -133,13 +107,9 @@ class Database:
             row = connection.execute(select(meta)).mappings().one()
         for key, value in wanted.items():
             if row[key] != value:
-                raise BufferError(
-                    f"the buffer {self.path} was made with {key} = {row[key]}",
-                    key=key,
-                    value=value,
-                    expected=str(row[key]),
-                    fix=f"set {key}={row[key]}, or start a new run folder",
-                )
+                fix = f"set {key}={row[key]}, or start a new run folder"
+                problem = f"the buffer {self.path} was made with {key} = {row[key]}"
+                raise BufferError(problem, key=key, value=value, expected=str(row[key]), fix=fix)
 
 
 def sqlite_path(url: str) -> Path:
@@ -148,21 +118,14 @@ def sqlite_path(url: str) -> Path:
         parsed = make_url(url)
     except ArgumentError:
         parsed = None
+    problem = None
     if parsed is None or parsed.get_backend_name() != "sqlite":
-        raise BufferError(
-            "no such database for the buffer",
-            key="buffer.url",
-            value=url,
-            expected="sqlite:///path/to/buffer.db",
-            fix="leave buffer.url out for SQLite in the run folder",
-        )
-    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
-        raise BufferError(
-            "the buffer must be a file: other processes open it too",
-            key="buffer.url",
-            value=url,
-            expected="sqlite:///path/to/buffer.db",
-        )
+        problem = "no such database for the buffer"
+    elif not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+        problem = "the buffer must be a file: other processes open it too"
+    if problem is not None or parsed is None or parsed.database is None:
+        expected = "sqlite:///path/to/buffer.db; leave it out for a file in the run folder"
+        raise BufferError(problem or "", key="buffer.url", value=url, expected=expected)
     return Path(parsed.database).absolute()
 
 
@@ -186,13 +149,9 @@ def refuse_network_filesystem(path: Path, mountinfo: str | None = None) -> None:
         mountinfo = table.read_text() if table.exists() else ""
     kind = filesystem_type(path.parent.resolve(), mountinfo)
     if kind is not None and _NETWORK.match(kind):
-        raise BufferError(
-            f"SQLite would lose data on a network filesystem ({kind})",
-            key="buffer.url",
-            value=str(path),
-            expected="a file on a disk of this node",
-            fix="set buffer.url=sqlite:////local/disk/buffer.db, or output_dir to a local disk",
-        )
+        problem = f"SQLite would lose data on a network filesystem ({kind})"
+        fix = "set buffer.url=sqlite:////local/disk/buffer.db, or output_dir to a local disk"
+        raise BufferError(problem, key="buffer.url", value=str(path), fix=fix)
 
 
 def _configure(connection: sqlite3.Connection, _record: Any) -> None:

@@ -78,12 +78,8 @@ class SegmentFiles:
                 while data:
                     data = data[os.write(descriptor, data) :]
             except OSError as error:
-                raise BufferError(
-                    f"cannot write a payload: {error.strerror}",
-                    key="segment",
-                    value=str(self._folder / self._segment),
-                    fix="free disk space and resume the run",
-                ) from error
+                problem, place = f"cannot write a payload: {error.strerror}", str(self._folder / self._segment)
+                raise BufferError(problem, key="segment", value=place, fix="free disk space and resume") from error
             return PayloadRef(self._segment, offset, len(record))
 
     def read(self, ref: PayloadRef) -> bytes:
@@ -118,11 +114,8 @@ class SegmentFiles:
     def _writable(self) -> int:
         if self._descriptor is not None:
             state = os.fstat(self._descriptor)
-            if (
-                state.st_nlink > 0
-                and state.st_size < self._segment_bytes
-                and self._pid == os.getpid()  # after a fork the segment stays the parent's
-            ):
+            own = self._pid == os.getpid()  # after a fork the segment stays the parent's
+            if own and state.st_nlink > 0 and state.st_size < self._segment_bytes:
                 return self._descriptor
             self._leave()
         self._pid = os.getpid()
@@ -137,10 +130,6 @@ class SegmentFiles:
             self._descriptor = None
 
     def _bad(self, ref: PayloadRef, problem: str) -> BufferError:
-        return BufferError(
-            f"payload in segment {ref.segment} at offset {ref.offset} cannot be used: {problem}",
-            key="payloads",
-            value=str(self._folder),
-            expected=f"an unaltered record of {ref.length} bytes",
-            fix="resume the run from its checkpoint: the group is then sampled again",
-        )
+        text = f"payload in segment {ref.segment} at offset {ref.offset} cannot be used: {problem}"
+        fix = "resume the run from its checkpoint: the group is then sampled again"
+        return BufferError(text, key="payloads", value=str(self._folder), fix=fix)

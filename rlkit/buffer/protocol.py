@@ -24,7 +24,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -186,6 +186,9 @@ class VersionedBuffer(Protocol):
 
     def next_version(self) -> int:
         """Smallest version id never used, dead lineages included."""
+
+    def steps_of(self, wanted: Collection[int]) -> dict[int, int]:
+        """Step of each version: lag is a difference of steps, as version ids skip after a rollback."""
 
     def trained_ordinals(self) -> list[int]:
         """Ledger: ordinals trained in the surviving lineage, in training order."""

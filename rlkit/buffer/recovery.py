@@ -42,13 +42,8 @@ def commit(connection: Connection, watermark: Watermark, payloads: PayloadStore,
     live = _version(connection, watermark.version)
     frontier = current_watermark(connection).next_ordinal
     if live is None or not live.live or watermark.next_ordinal > frontier:
-        raise BufferError(
-            "this checkpoint is not of the surviving lineage",
-            key="watermark",
-            value=watermark,
-            expected=f"at most step {position.step}, next_ordinal {frontier}",
-            fix="commit the watermark() that was written into the checkpoint",
-        )
+        expected = f"at most step {position.step}, next_ordinal {frontier}: the watermark() of the checkpoint"
+        raise _refused("this checkpoint is not of the surviving lineage", watermark, expected)
     connection.execute(update(meta).values(committed_step=watermark.step))
     if keep_payloads:
         return
@@ -110,22 +105,13 @@ def rollback(connection: Connection, watermark: Watermark, payloads: PayloadStor
         if survives:
             corrupt.append(ordinal)
     _restore(connection, restored, again, watermark, now)
-    connection.execute(
-        update(meta).values(
-            step=watermark.step,
-            version=watermark.version,
-            next_version=max(position.next_version, watermark.version + 1),
-            next_ordinal=end,
-            refused=watermark.refused,
-        )
-    )
+    place = {"step": watermark.step, "version": watermark.version, "refused": watermark.refused, "next_ordinal": end}
+    place["next_version"] = max(position.next_version, watermark.version + 1)
+    connection.execute(update(meta).values(place))
     return RollbackReport(
-        restored=tuple(restored),
-        requested_again=tuple(again),
-        dead_versions=tuple(dead),
-        corrupt=tuple(corrupt),
-        removed=removed,
-    )
+        restored=tuple(restored), requested_again=tuple(again), dead_versions=tuple(dead),
+        corrupt=tuple(corrupt), removed=removed,
+    )  # fmt: skip
 
 
 def _restore(connection: Connection, restored: list[int], again: list[int], watermark: Watermark, now: float) -> None:
@@ -135,13 +121,8 @@ def _restore(connection: Connection, restored: list[int], again: list[int], wate
         scored = fields | {"state": GroupState.SCORED}
         connection.execute(update(groups).where(where), [{"at": x} | scored for x in restored])
     if again:
-        fresh = fields | {
-            "state": GroupState.REQUESTED,
-            "min_version": watermark.version,
-            "oldest_version": None,
-            "requested_at": now,
-            "scored_at": None,
-        }
+        fresh = fields | {"state": GroupState.REQUESTED, "min_version": watermark.version, "requested_at": now}
+        fresh |= {"oldest_version": None, "scored_at": None}
         connection.execute(update(groups).where(where), [{"at": x} | fresh for x in again])
         waiting = {"state": GroupState.REQUESTED, **UNLEASED}
         connection.execute(
@@ -160,14 +141,10 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
             insert(versions).values(version=watermark.version, step=watermark.step, live=True, published_at=now)
         )
     elif known is None or not known.live:
-        raise BufferError(
-            "this checkpoint's version is not in the buffer's surviving lineage",
-            key="version",
-            value=watermark.version,
-            expected=f"a live version of the buffer (newest: {position.version})",
-            fix="resume from a checkpoint of this run, or move the buffer aside: the run then "
-            "goes on from the checkpoint with an empty one",
+        expected = (
+            f"a live version of the buffer (newest: {position.version}); or move the buffer aside to start it empty"
         )
+        raise _refused("this checkpoint's version is not in the buffer's surviving lineage", watermark, expected)
     newer = versions.c.live & (versions.c.version > watermark.version)
     dead = connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars()
     dying = list(dead)
@@ -193,21 +170,11 @@ def _check(connection: Connection, watermark: Watermark) -> None:
     known = _version(connection, watermark.version)
     sound = min(watermark.step, watermark.version, watermark.refused) >= 0
     if not sound or watermark.next_ordinal != expected:
-        raise BufferError(
-            "this watermark cannot be of a run with these prompts_per_step",
-            key="watermark",
-            value=watermark,
-            expected=f"next_ordinal = step * {prompts_per_step} + refused = {expected}",
-            fix="keep prompts_per_step of the run the checkpoint is of",
-        )
+        rule = f"next_ordinal = step * {prompts_per_step} + refused = {expected}"
+        raise _refused("this watermark cannot be of a run with these prompts_per_step", watermark, rule)
     if known is not None and known.step != watermark.step:
-        raise BufferError(
-            "this watermark is of another run",
-            key="step",
-            value=watermark.step,
-            expected=f"{known.step}, the step of version {watermark.version}",
-            fix="resume from a checkpoint of this run",
-        )
+        rule = f"step {known.step}, that of version {watermark.version}"
+        raise _refused("this watermark is of another run", watermark, rule)
 
 
 def _check_ledger(connection: Connection, watermark: Watermark) -> None:
@@ -217,10 +184,10 @@ def _check_ledger(connection: Connection, watermark: Watermark) -> None:
     query = select(groups.c.ordinal).where(trained, later, groups.c.ordinal < watermark.next_ordinal)
     ordinal = connection.execute(query.limit(1)).scalar()
     if ordinal is not None:
-        raise BufferError(
-            "this checkpoint is of an abandoned lineage, written before an earlier rollback",
-            key="watermark",
-            value=watermark,
-            expected=f"group {ordinal} not trained on after it",
-            fix="resume from the checkpoint the run last went on from, or a newer one",
-        )
+        problem = "this checkpoint is of an abandoned lineage, written before an earlier rollback"
+        raise _refused(problem, watermark, f"group {ordinal} not trained on after it")
+
+
+def _refused(problem: str, watermark: Watermark, expected: str) -> BufferError:
+    fix = "resume from the checkpoint of this run that it last went on from, or a newer one"
+    return BufferError(problem, key="watermark", value=watermark, expected=expected, fix=fix)

@@ -7,7 +7,7 @@ recovery.py (watermark, commit, rollback); here is what happens around the trans
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rlkit.buffer.codec import (
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import PayloadRef, PayloadStore, SegmentFiles
 from rlkit.buffer.protocol import BufferStats, FencedError, GroupRequest, Lease, RollbackReport, Watermark
-from rlkit.buffer.tables import groups
+from rlkit.buffer.tables import groups, versions
 from rlkit.errors import BufferError
 from rlkit.types import Group, GroupState, Rollout, Verdict
 
@@ -178,6 +178,11 @@ class SqlBuffer:
     def next_version(self) -> int:
         with self._db.read() as connection:
             return int(admission.position(connection).next_version)
+
+    def steps_of(self, wanted: Collection[int]) -> dict[int, int]:
+        query = select(versions.c.version, versions.c.step).where(versions.c.version.in_(wanted))
+        with self._db.read() as connection:
+            return {version: step for version, step in connection.execute(query)}
 
     def trained_ordinals(self) -> list[int]:
         query = select(groups.c.ordinal).where(groups.c.state == GroupState.TRAINED)

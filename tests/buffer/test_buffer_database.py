@@ -132,10 +132,10 @@ import json, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from buffer_work import rollouts, verdicts
-from rlkit.buffer import open_buffer
+from rlkit.buffer.sql import SqlBuffer
 folder, name = Path(sys.argv[2]), sys.argv[3]
 deadline = time.monotonic() + 20
-buffer = open_buffer(f"sqlite:///{folder / 'buffer.db'}", payload_dir=folder / "payloads",
+buffer = SqlBuffer(f"sqlite:///{folder / 'buffer.db'}", payload_dir=folder / "payloads",
                      prompts_per_step=40, max_staleness=0, slice_samples=2)
 (folder / f"{name}.ready").touch()
 done = []

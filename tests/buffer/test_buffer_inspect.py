@@ -24,13 +24,11 @@ def test_a_live_buffer(tmp_path: Path, clock: Clock) -> None:
     leases = buffer.lease("worker-7", 6, 60.0)
     clock.now += 20.0
     view = read_view(tmp_path, clock.now)
-    assert (view.step, view.version, view.next_ordinal, view.capacity) == (1, 1, 7, 0)
-    assert view.states["leased"] == 2 and view.states["trained"] == 2
-    assert (view.lags, view.dropped_reasons) == ({0: 2}, {"no signal": 1})
-    (worker,) = view.workers
-    assert (worker.worker_id, worker.leases, worker.samples) == ("worker-7", 3, 6)
-    assert worker.seconds_left == 40.0
-    assert [(x.ordinal, x.seconds) for x in view.slowest[:4]] == [(4, 20.0), (5, 20.0), (6, 20.0), (0, 3.0)]
+    assert (view.stats.step, view.stats.version, view.stats.next_ordinal, view.capacity) == (1, 1, 7, 0)
+    assert view.stats.states["leased"] == 2 and view.stats.states["trained"] == 2
+    assert (view.lags, view.stats.dropped_reasons) == ({0: 2}, {"no signal": 1})
+    assert view.workers == [("worker-7", 3, 6, 40.0)]
+    assert [(x[0], x[3]) for x in view.slowest[:4]] == [(4, 20.0), (5, 20.0), (6, 20.0), (0, 3.0)]
     finish(buffer, leases)
     sample_all(buffer)
     train(buffer)

@@ -281,3 +281,14 @@ def test_watermarks_of_other_runs_are_refused(buffer: SqlBuffer, change: dict[st
         with pytest.raises(BufferError, match=message):
             verb(wrong)
     assert buffer.stats() == before
+
+
+def test_versions_skip_after_a_rollback_and_steps_do_not(buffer: SqlBuffer) -> None:
+    request(buffer, 4, samples=2)
+    sample_all(buffer)
+    train(buffer)
+    buffer.rollback(START)
+    assert buffer.next_version() == 2
+    sample_all(buffer)
+    train(buffer)
+    assert buffer.steps_of([0, 2]) == {0: 0, 2: 1}

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 from buffer_work import Clock, finish, open_at, prompt, request, rollout, rollouts, same, sample_all, train, verdicts
 
-from rlkit.buffer import open_buffer
 from rlkit.buffer.protocol import FencedError, GroupRequest, VersionedBuffer
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
 from rlkit.types import Verdict
 
 
-def test_open_buffer_gives_the_protocol(tmp_path: Path) -> None:
-    buffer: VersionedBuffer = open_buffer(
+def test_sql_buffer_is_the_protocol(tmp_path: Path) -> None:
+    buffer: VersionedBuffer = SqlBuffer(
         f"sqlite:///{tmp_path / 'b.db'}",
         payload_dir=tmp_path / "payloads",
         prompts_per_step=3,
@@ -93,9 +92,10 @@ def test_request_refuses_more_than_capacity_and_no_samples(buffer: SqlBuffer) ->
 
 
 def test_request_refuses_metadata_it_cannot_store(buffer: SqlBuffer) -> None:
-    bad = replace(prompt(0), metadata={"when": object()})
-    with pytest.raises(BufferError, match="metadata of prompt p0"):
-        buffer.request([GroupRequest(ordinal=0, prompt=bad, samples=1)])
+    for value in (object(), 2**70, "\ud800"):
+        bad = replace(prompt(0), metadata={"when": value})
+        with pytest.raises(BufferError, match="metadata of prompt p0"):
+            buffer.request([GroupRequest(ordinal=0, prompt=bad, samples=1)])
 
 
 def test_lease_limits(buffer: SqlBuffer, clock: Clock) -> None:
