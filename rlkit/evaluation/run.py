@@ -14,8 +14,7 @@ from rlkit.errors import CheckpointError, ConfigError
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
-from rlkit.learner.setup import load_prompt_sets, open_pool, sampling_params, start_accelerator
-from rlkit.learner.sft import model_at
+from rlkit.learner.setup import load_prompt_sets, model_at, open_pool, sampling_params, start_accelerator
 
 
 def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -> int:

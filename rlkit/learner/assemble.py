@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,6 @@ class StepBatch:
     sequences: tuple[TrainingSequence, ...]
     group: tuple[int, ...]  # [N] ascending
     positions: tuple[tuple[int, int], ...]  # [N] (ordinal, sample index)
-    version: int  # of the weights the step starts from
 
 
 def usable_samples(group: Group) -> int:
@@ -31,9 +30,12 @@ def usable_samples(group: Group) -> int:
     )
 
 
-def assemble(groups: Sequence[Group], advantage: Advantage, version: int) -> tuple[StepBatch, dict[str, float]]:
+def assemble(
+    groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int]
+) -> tuple[StepBatch, dict[str, float]]:
     """Scored samples of `groups` -> batch with advantages, and metrics of rewards and groups.
 
+    `steps_of`: step of every version that sampled; a token's lag is `step` minus that.
     Unscored samples are left out of the batch and of every mean; they count in
     reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more.
     """
@@ -69,31 +71,28 @@ def assemble(groups: Sequence[Group], advantage: Advantage, version: int) -> tup
     )
     advantages = advantage(inputs)
     if advantages.shape != inputs.scores.shape or not torch.isfinite(advantages).all():
-        raise TrainingError(
-            "the advantage must give one finite number a sequence",
-            key="algorithm.advantage",
-            value=type(advantage).__name__,
-            expected=f"shape {tuple(inputs.scores.shape)}, finite; got {tuple(advantages.shape)}",
-        )
+        expected = f"shape {tuple(inputs.scores.shape)}, finite; got {tuple(advantages.shape)}"
+        problem, name = "the advantage must give one finite number a sequence", type(advantage).__name__
+        raise TrainingError(problem, key="algorithm.advantage", value=name, expected=expected)
     batch = StepBatch(
         sequences=tuple(replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)),
         group=tuple(group_index),
         positions=tuple(positions),
-        version=version,
     )
-    return batch, _metrics(groups, inputs, advantages, version)
+    spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
+    return batch, _metrics(groups, inputs, advantages) | {
+        "off_policy/lag/mean": sum(n * lag for n, lag in spans) / sum(n for n, _ in spans),
+        "off_policy/lag/max": float(max(lag for _, lag in spans)),
+    }
 
 
-def _metrics(
-    groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor, version: int
-) -> dict[str, float]:
+def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor) -> dict[str, float]:
     verdicts = [v for g in groups for v in g.verdicts]
     rollouts = [r for g in groups for r in g.rollouts]
     scores = inputs.scores
     constant = constant_groups(scores, inputs.group, len(groups))
     first = torch.zeros(len(groups), dtype=scores.dtype).scatter_(0, inputs.group, scores)
     lengths = np.array([len(r.token_ids) for r in rollouts])
-    lags = version - np.concatenate([r.versions() for r in rollouts])
     sizes = np.array([len(g.rollouts) for g in groups])
     metrics = {
         "reward/mean": float(scores.mean()),
@@ -112,8 +111,6 @@ def _metrics(
         "completion/length/min": float(lengths.min()),
         "completion/length/max": float(lengths.max()),
         "completion/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
-        "off_policy/lag/mean": float(lags.mean()),
-        "off_policy/lag/max": float(lags.max()),
         "off_policy/versions_per_rollout": float(np.mean([len(r.version_spans) for r in rollouts])),
     }
     for name, values in inputs.parts.items():

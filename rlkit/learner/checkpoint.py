@@ -52,7 +52,7 @@ class Checkpoint:
     path: Path
     state: TrainerState
     optimizer: Mapping[str, Tensor]
-    rng: Mapping[str, Any]
+    rng: tuple[Mapping[str, Tensor], list[Any]]
 
 
 def checksum(path: Path) -> str:
@@ -81,12 +81,8 @@ def restore_optimizer(
     by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     unknown = {key.split("/", 1)[1] for key in tensors} ^ set(by_name)
     if tensors and unknown:
-        raise CheckpointError(
-            "the optimiser state is of another model",
-            key="trainer/optimizer.safetensors",
-            value=sorted(unknown)[:3],
-            expected="the parameters of this model",
-        )
+        problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
+        raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         parameter = by_name[name]
@@ -100,48 +96,32 @@ def parameter_names(model: torch.nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
-def _rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"cpu": torch.get_rng_state()}
+def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
+    """Generators of torch and numpy as tensors; the rest of numpy's state and Python's as JSON."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    tensors = {"cpu": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
     if torch.cuda.is_available():
-        tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     version, internal, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=False)
-    numpy_state = {
-        "key": legacy["state"]["key"].tolist(),
-        "pos": int(legacy["state"]["pos"]),
-        "has_gauss": int(legacy["has_gauss"]),
-        "gauss": float(legacy["gauss"]),
-    }
-    return tensors, {"python": [version, list(internal), gauss], "numpy": numpy_state}
+    return tensors, [[version, list(internal), gauss], [kind, *rest]]
 
 
-def restore_rng(rng: Mapping[str, Any]) -> None:
-    """Set torch's, Python's and numpy's global generators (sampling itself is keyed, not drawn)."""
-    torch.set_rng_state(rng["tensors"]["cpu"])
+def restore_rng(rng: tuple[Mapping[str, Tensor], list[Any]]) -> None:
+    """Set torch's, numpy's and Python's global generators (sampling itself is keyed, not drawn)."""
+    tensors, ((version, internal, gauss), (kind, *rest)) = rng
+    torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
-        states = [t for name, t in sorted(rng["tensors"].items()) if name.startswith("cuda")]
-        torch.cuda.set_rng_state_all(states)
-    version, internal, gauss = rng["python"]
+        torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
     random.setstate((version, tuple(internal), gauss))
-    state = rng["numpy"]
-    np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": {"key": np.array(state["key"], dtype=np.uint32), "pos": state["pos"]},
-            "has_gauss": state["has_gauss"],
-            "gauss": state["gauss"],
-        }
-    )
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
 
 
-def _flush(folder: Path) -> None:
-    """fsync every file and folder below `folder`, so that the rename never outruns the data."""
-    for path in [folder, *folder.rglob("*")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save(
@@ -169,14 +149,15 @@ def save(
         save_file(tensors, draft / "trainer" / "rng.safetensors")
         (draft / "trainer" / "state.json").write_text(json.dumps({"state": asdict(state), "rng": others}))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "xxh3_128": checksum(p)} for p in files}
+        manifest = {str(p.relative_to(draft)): [p.stat().st_size, checksum(p)] for p in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(draft)
+        for path in [draft, *draft.rglob("*")]:
+            _flush(path)  # so that the rename never outruns the data
         replaced = folder / f".step_{state.step}.replaced.tmp"
         if final.exists():
             final.rename(replaced)
         draft.rename(final)
-        _flush_folder(folder)
+        _flush(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -184,14 +165,6 @@ def save(
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{old}")
     return final
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def steps(folder: Path) -> list[int]:
@@ -208,29 +181,19 @@ def verify(path: Path) -> None:
         if others
         else "start again with resume=never (the run folder is moved aside, not deleted)"
     )
-    manifest_path = path / MANIFEST
+
+    def bad(problem: str, expected: str) -> CheckpointError:
+        return CheckpointError(problem, key="checkpoint", value=str(path), expected=expected, fix=fix)
+
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the manifest cannot be read: {error}",
-            key="checkpoint",
-            value=str(path),
-            expected=f"a complete checkpoint with {MANIFEST}",
-            fix=fix,
-        ) from error
-    for name, expected in manifest.items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"] or checksum(file) != expected["xxh3_128"]:
+        raise bad(f"the manifest cannot be read: {error}", f"a complete checkpoint with {MANIFEST}") from error
+    for name, (expected_size, digest) in manifest.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != expected_size or checksum(path / name) != digest:
             found = "missing" if size is None else f"{size} bytes"
-            raise CheckpointError(
-                f"{name} is corrupt ({found}, {expected['bytes']} bytes were written)",
-                key="checkpoint",
-                value=str(path),
-                expected="the checksum in manifest.json",
-                fix=fix,
-            )
+            raise bad(f"{name} is corrupt ({found}, {expected_size} bytes were written)", f"the checksum in {MANIFEST}")
 
 
 def load(path: Path) -> Checkpoint:
@@ -244,7 +207,7 @@ def load(path: Path) -> Checkpoint:
         path=path,
         state=TrainerState(**state),
         optimizer=load_file(path / "trainer" / "optimizer.safetensors"),
-        rng=raw["rng"] | {"tensors": load_file(path / "trainer" / "rng.safetensors")},
+        rng=(load_file(path / "trainer" / "rng.safetensors"), raw["rng"]),
     )
 
 

@@ -247,21 +247,13 @@ def _check_settings(
     temperature: float, chunk_tokens: int, chunk_vocab: int, with_entropy: bool, entropy_grad: bool
 ) -> None:
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(
-            "not a sampling temperature", key="temperature", value=temperature,
-            expected="a finite number > 0", fix="use the temperature completions are sampled with",
-        )  # fmt: skip
+        raise ConfigError("out of range", key="temperature", value=temperature, expected="a finite number > 0")
     for key, value in (("chunk_tokens", chunk_tokens), ("chunk_vocab", chunk_vocab)):
         if value < 1:
-            raise ConfigError(
-                "a tile must hold a logit", key=key, value=value, expected="1 or more",
-                fix=f"leave {key} at its default",
-            )  # fmt: skip
+            raise ConfigError("a tile must hold a logit", key=key, value=value, expected="1 or more")
     if entropy_grad and not with_entropy:
-        raise ConfigError(
-            "there is no entropy to take a gradient through", key="entropy_grad", value=True,
-            expected="with_entropy=True beside it", fix="set with_entropy=True",
-        )  # fmt: skip
+        fix = "set with_entropy=True"
+        raise ConfigError("there is no entropy to take a gradient through", key="entropy_grad", value=True, fix=fix)
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -276,16 +268,10 @@ def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
     if not (fits and floats):
         tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
         got = {k: (str(t.dtype), *t.shape) for k, t in tensors.items() if t is not None}
-        raise TrainingError(
-            "head inputs do not fit together", key="shapes", value=got,
-            expected="float hidden [n, H], float weight [V, H], int64 targets [n], float bias [V]",
-            fix="flatten to kept tokens first, and pass the head's own weight and bias",
-        )  # fmt: skip
+        expected = "float hidden [n, H], float weight [V, H], int64 targets [n], float bias [V]"
+        raise TrainingError("head inputs do not fit together", key="shapes", value=got, expected=expected)
     # One synchronisation a call: a stray target would otherwise be read as the logit 0.
     if n and bool(((targets < 0) | (targets >= weight.shape[0])).any()):
-        low, high = int(targets.min()), int(targets.max())
-        raise TrainingError(
-            "token ids outside the vocabulary", key="targets", value=f"{low}..{high}",
-            expected=f"0..{weight.shape[0] - 1}",
-            fix="drop padding and ignored positions (such as -100) before the call",
-        )  # fmt: skip
+        found = f"{int(targets.min())}..{int(targets.max())}"
+        expected = f"0..{weight.shape[0] - 1}, without padding and ignored positions (such as -100)"
+        raise TrainingError("token ids outside the vocabulary", key="targets", value=found, expected=expected)

@@ -63,6 +63,12 @@ class Trainer:
     updates_of_step: int = 0  # optimiser steps at the last published step
     started: float = field(default_factory=time.perf_counter)
 
+    def resume(self, state: checkpoints.TrainerState) -> None:
+        """Go on from a checkpoint's counters."""
+        self.step = self.saved_step = state.step
+        self.updates_of_step = state.optimizer_steps
+        self.seconds = state.seconds
+
     async def run(self) -> None:
         """Train up to `config.steps`; on any exit the last finished step is in a checkpoint.
 
@@ -97,8 +103,8 @@ class Trainer:
         clock: dict[str, float] = {"generate": 0.0, "score": 0.0}
         groups, dropped = await self.collect(clock)
         collected = time.perf_counter()
-        version = self.buffer.watermark().version
-        batch, metrics = assemble(groups, self.advantage, version)
+        sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
+        batch, metrics = assemble(groups, self.advantage, self.step, self.buffer.steps_of(sampled))
         alone = self.accelerator.num_processes == 1
         if not alone:
             broadcast_object_list([batch], from_process=0)
@@ -109,10 +115,7 @@ class Trainer:
         self.updates_of_step = self.learner.optimizer_steps
         published = time.perf_counter()
         if config.telemetry.save_rollouts:
-            advantages = {
-                position: sequence.advantage
-                for position, sequence in zip(batch.positions, batch.sequences, strict=True)
-            }
+            advantages = {p: s.advantage for p, s in zip(batch.positions, batch.sequences, strict=True)}
             path = self.folder.path / "rollouts" / f"step_{self.step}.parquet"
             write_rollouts(path, self.step, rows_of(groups, advantages))
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
@@ -145,12 +148,8 @@ class Trainer:
             while taken is None:
                 report = await self.worker.run_once()
                 if report is None:
-                    raise TrainingError(
-                        "no group is ready and none is left to sample",
-                        key="buffer",
-                        value=self.buffer.stats().states,
-                        expected="requested groups that can be leased",
-                    )
+                    states = self.buffer.stats().states
+                    raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
                 clock["generate"] += report.generate_seconds
                 clock["score"] += report.score_wait_seconds
                 taken = self.buffer.take(self.config.prompts_per_step - len(usable))
@@ -168,13 +167,10 @@ class Trainer:
         share = len(reasons) / len(verdicts)
         if share > self.config.reward.max_unscored_frac:
             most = max(set(reasons), key=reasons.count)
-            raise TrainingError(
-                f"{share:.0%} of {len(verdicts)} samples could not be scored; most often: {most}",
-                key="reward.max_unscored_frac",
-                value=self.config.reward.max_unscored_frac,
-                expected="at most this share",
-                fix="look at the reward on one row; raise reward.timeout_s if it is slow",
-            )
+            problem = f"{share:.0%} of {len(verdicts)} samples could not be scored; most often: {most}"
+            fix = "look at the reward on one row; raise reward.timeout_s if it is slow"
+            limit = self.config.reward.max_unscored_frac
+            raise TrainingError(problem, key="reward.max_unscored_frac", value=limit, fix=fix)
 
     def request(self) -> None:
         """Ask for as many groups as admission allows, in prompt order."""
@@ -186,12 +182,8 @@ class Trainer:
             prompts = [self.prompts.prompts[self.order.index(k)] for k in ordinals]
             total = len(prompts) * self.config.samples_per_prompt
             samples = self.budget([p.id for p in prompts], total)
-            self.buffer.request(
-                [
-                    GroupRequest(ordinal=k, prompt=p, samples=n)
-                    for k, p, n in zip(ordinals, prompts, samples, strict=True)
-                ]
-            )
+            wanted = zip(ordinals, prompts, samples, strict=True)
+            self.buffer.request([GroupRequest(ordinal=k, prompt=p, samples=n) for k, p, n in wanted])
             first += len(prompts)
             count -= len(prompts)
 
@@ -205,11 +197,9 @@ class Trainer:
         """Evaluate every held-out set at the present weights and log it."""
         for name, prompts in self.held_out.items():
             started = time.perf_counter()
-            result = await evaluate(
-                name, prompts.prompts, self.engine, self.pool, self.evaluation_sampling, self.config.evaluation
-            )
-            elapsed = time.perf_counter() - started
-            self.telemetry.log(self.step, result.metrics() | {"time/eval": elapsed})
+            sampling, config = self.evaluation_sampling, self.config.evaluation
+            result = await evaluate(name, prompts.prompts, self.engine, self.pool, sampling, config)
+            self.telemetry.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
 
     def save(self) -> float:
         """Checkpoint the last finished step and commit it in the buffer; returns seconds."""
@@ -221,14 +211,8 @@ class Trainer:
             seconds=self.seconds + started - self.started,
             watermark=watermark,
         )
-        checkpoints.save(
-            self.folder.checkpoints,
-            self.model,
-            self.tokenizer,
-            self.learner.optimizer,
-            state,
-            keep=self.config.checkpoint.keep,
-        )
+        place, keep = self.folder.checkpoints, self.config.checkpoint.keep
+        checkpoints.save(place, self.model, self.tokenizer, self.learner.optimizer, state, keep=keep)
         self.buffer.commit(watermark)
         self.saved_step = self.step
         return time.perf_counter() - started

@@ -21,8 +21,9 @@ from rlkit.config.schema import Config
 from rlkit.errors import EngineError
 from rlkit.learner.assemble import StepBatch
 from rlkit.learner.batching import TrainingSequence
-from rlkit.learner.setup import load_prompt_sets, sampling_params, start_accelerator
-from rlkit.learner.train import load_learner, start_model
+from rlkit.learner.model import load_tokenizer
+from rlkit.learner.setup import load_learner, load_prompt_sets, sampling_params, start_accelerator
+from rlkit.learner.sft import start_model
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.types import Rollout
 
@@ -48,9 +49,10 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     quiet = dataclasses.replace(
         config, learner=dataclasses.replace(config.learner, learning_rate=0.0, updates_per_step=2)
     )
-    start = start_model(quiet, resolved, accelerator, lambda: None)
-    tokenizer, model, learner = load_learner(quiet, accelerator, start, start)
+    tokenizer = load_tokenizer(quiet.model)
     train, _ = load_prompt_sets(quiet, tokenizer)
+    start = start_model(quiet, resolved, accelerator, lambda: None)
+    model, learner = load_learner(quiet, accelerator, tokenizer, start, start)
     # Two updates at learning rate 0 with the recomputed anchor: the second one's ratio must be 1.
     learner.objective = dataclasses.replace(learner.objective, old_policy=RecomputeAnchor())
     prompts = train.prompts[:PROMPTS]
@@ -85,7 +87,6 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         ),
         group=tuple(r.ordinal for r in rollouts),
         positions=tuple((r.ordinal, r.index) for r in rollouts),
-        version=0,
     )
     metrics = learner.step(batch, lambda: None)
     parity = Parity(
@@ -101,12 +102,9 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         print(f"{name:24} {value:.3g}")
     limit = TOLERANCE[model.dtype]
     if parity.engine_learner_absdiff > limit or parity.clip_frac > 0:
-        raise EngineError(
-            "engine and learner disagree on the same weights and tokens",
-            key="mismatch/logprob_absdiff/max",
-            value=parity.engine_learner_absdiff,
-            expected=f"at most {limit:g} for {model.dtype}, and clip fraction 0",
-            fix="compare dtypes, attention implementation, position ids and sampling settings",
-        )
+        problem, key = "engine and learner disagree on the same weights and tokens", "mismatch/logprob_absdiff/max"
+        expected = f"at most {limit:g} for {model.dtype}, and clip fraction 0"
+        fix = "compare dtypes, attention implementation, position ids and sampling settings"
+        raise EngineError(problem, key=key, value=parity.engine_learner_absdiff, expected=expected, fix=fix)
     print(f"in parity (tolerance {limit:g})")
     return 0

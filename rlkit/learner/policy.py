@@ -34,19 +34,10 @@ class Policy(nn.Module):
         for name, neutral in LOGIT_TRANSFORMS.items():
             value = getattr(model.config, name, neutral)
             if value is not None and value != neutral:
-                raise ConfigError(
-                    "this architecture rescales its logits, which the log-prob head does not",
-                    key=f"model config {name}",
-                    value=value,
-                    expected=repr(neutral),
-                )
+                problem = "this architecture rescales its logits, which the log-prob head does not"
+                raise ConfigError(problem, key=f"model config {name}", value=value, expected=repr(neutral))
         if model.get_output_embeddings() is None:
-            raise ConfigError(
-                "the model has no language-model head",
-                key="model",
-                value=type(model).__name__,
-                expected="a causal language model",
-            )
+            raise ConfigError("the model has no language-model head", key="model", value=type(model).__name__)
         self.model = model
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens

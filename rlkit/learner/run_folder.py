@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import yaml
 
 from rlkit.config.schema import Config
@@ -25,7 +25,7 @@ class RunFolder:
 
     path: Path
     resuming: bool
-    lock: IO[str]
+    lock: filelock.BaseFileLock
 
     @property
     def checkpoints(self) -> Path:
@@ -34,7 +34,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process have the folder."""
-        self.lock.close()
+        self.lock.release()
 
 
 def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> RunFolder:
@@ -43,9 +43,6 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> RunFolder:
     Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
     """
     path = Path(config.output_dir) / config.name
-    if config.resume not in ("auto", "never"):
-        raise ConfigError("not a way to resume", key="resume", value=config.resume,
-                          expected="auto or never")  # fmt: skip
     if config.resume == "never" and path.exists() and any(path.iterdir()):
         with _lock(path):
             path.rename(_free_name(path))
@@ -57,35 +54,23 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> RunFolder:
             _match(yaml.safe_load(stored.read_text()), resolved, path)
         stored.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
     except BaseException:
-        lock.close()
+        lock.release()
         raise
     return RunFolder(path=path, resuming=resuming, lock=lock)
 
 
-def _lock(path: Path) -> IO[str]:
-    fix = "set output_dir to a folder you can write to"
+def _lock(path: Path) -> filelock.BaseFileLock:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
+        lock = filelock.FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        fix = "wait for that run to end, or set another name"
+        raise ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix) from error
     except OSError as error:
-        raise ConfigError(
-            f"the run folder cannot be written: {error.strerror or error}",
-            key="output_dir",
-            value=str(path),
-            expected="a folder that can be made and written",
-            fix=fix,
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise ConfigError(
-            "another process is using this run folder",
-            key="name",
-            value=str(path),
-            expected="a folder of its own for every run",
-            fix="wait for that run to end, or set another name",
-        ) from error
+        problem = f"the run folder cannot be written: {error.strerror or error}"
+        fix = "set output_dir to a folder you can write to"
+        raise ConfigError(problem, key="output_dir", value=str(path), fix=fix) from error
     return lock
 
 
@@ -117,10 +102,6 @@ def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if changed[1:] else ""
-        raise ConfigError(
-            f"{path} holds a run with {key} = {before.get(key)!r}{more}",
-            key=key,
-            value=now.get(key),
-            expected="the run's own recipe, to go on with it",
-            fix="set another name, or resume=never to move the old run aside",
-        )
+        problem = f"{path} holds a run with {key} = {before.get(key)!r}{more}"
+        fix = "set another name, or resume=never to move the old run aside"
+        raise ConfigError(problem, key=key, value=now.get(key), expected="the run's own recipe", fix=fix)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.errors import RewardError
 from rewards.pool import VerifierPool
-from rlkit.algorithms.base import Advantage
 from rlkit.config.components import build, import_target
-from rlkit.config.schema import Config, LearnerConfig, RewardConfig
+from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.errors import ConfigError
-from rlkit.learner.update import Objective
+from rlkit.learner.model import load_model, resolve_dtype
+from rlkit.learner.policy import Policy
+from rlkit.learner.update import Learner, Objective
 from rlkit.rollout.scoring import reference_rollout, score_rollouts
 from rlkit.types import Prompt, SamplingParams
 
@@ -32,28 +35,28 @@ def start_accelerator(config: LearnerConfig) -> Accelerator:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError("unknown device", key="learner.device", value=config.device,
-                          expected="auto, cpu or cuda")  # fmt: skip
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is visible", key="learner.device", value="cuda",
-                          expected="a machine with one", fix="set learner.device=auto")  # fmt: skip
+        fix = "set learner.device=auto"
+        raise ConfigError("no CUDA device is visible", key="learner.device", value="cuda", fix=fix)
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-    if precision not in ("no", "bf16"):
-        raise ConfigError("unknown precision", key="learner.mixed_precision", value=precision,
-                          expected="no, bf16 or auto")  # fmt: skip
-    return Accelerator(
-        cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
-    )
+    handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
+    return Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
 
 
-def build_objective(config: Config) -> Objective:
-    """The algorithm's pieces that act in the learner."""
+def load_learner(
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelConfig,
+    start: ModelConfig,
+) -> tuple[PreTrainedModel, Learner]:
+    """Model and learner from `source`; a reference model, where the KL needs one, from `start`."""
+    dtype = resolve_dtype(config.model.dtype, accelerator.device)
     pieces = config.algorithm
-    return Objective(
+    objective = Objective(
         loss=build(pieces.loss, key="algorithm.loss"),
         aggregation=build(pieces.aggregation, key="algorithm.aggregation"),
         kl=build(pieces.kl, key="algorithm.kl"),
@@ -61,11 +64,20 @@ def build_objective(config: Config) -> Objective:
         entropy_coefficient=pieces.entropy_coefficient,
     )
 
+    def policy(model: PreTrainedModel) -> Policy:
+        return Policy(model, temperature=config.rollout.temperature, chunk_tokens=config.learner.logprob_chunk_tokens)
 
-def build_advantage(config: Config) -> Advantage:
-    """The algorithm's advantage."""
-    advantage: Advantage = build(config.algorithm.advantage, key="algorithm.advantage")
-    return advantage
+    model = load_model(source, tokenizer, dtype, config.seed)
+    reference = None
+    if objective.kl.needs_reference:
+        reference = policy(load_model(start, tokenizer, dtype, config.seed).requires_grad_(False))
+        reference = reference.to(accelerator.device)
+    return model, Learner(policy(model), reference, objective, config.learner, accelerator, config.steps)
+
+
+def model_at(model: ModelConfig, path: Path) -> ModelConfig:
+    """The same model settings, with weights and tokenizer of a checkpoint folder."""
+    return dataclasses.replace(model, path=str(path), architecture=None, tokenizer=None, alphabet=None)
 
 
 def open_pool(config: RewardConfig) -> VerifierPool:
@@ -77,21 +89,14 @@ def open_pool(config: RewardConfig) -> VerifierPool:
 
 
 def load_prompt_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, dict[str, PromptSet]]:
-    """Training prompts and the held-out sets; errors before anything is trained."""
-    train = load_prompts(config.data.train, tokenizer, "data.train", needs_reference(config))
+    """Training prompts and the held-out sets. A reward may say `needs_reference = False`; default is that it does."""
+    rewards = {f"reward.rewards.{name}": spec["_target_"] for name, spec in config.reward.rewards.items()}
+    needed = any(getattr(import_target(path, key), "needs_reference", True) for key, path in rewards.items())
     held_out = {
-        name: load_prompts(dataset, tokenizer, f"data.eval.{name}", needs_reference(config))
+        name: load_prompts(dataset, tokenizer, f"data.eval.{name}", needed)
         for name, dataset in config.data.eval.items()
     }
-    return train, held_out
-
-
-def needs_reference(config: Config) -> bool:
-    """Whether any reward compares with a reference answer: attribute `needs_reference`, default yes."""
-    targets = [
-        import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in config.reward.rewards.items()
-    ]
-    return any(getattr(target, "needs_reference", True) for target in targets)
+    return load_prompts(config.data.train, tokenizer, "data.train", needed), held_out
 
 
 def sampling_params(
@@ -108,7 +113,7 @@ def sampling_params(
 
 
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
-    """Score the reference answers of the first prompts: a reward that cannot judge is found here.
+    """Score the reference answers of the first prompts: a reward that cannot judge is found before any training.
 
     Raises ConfigError if a reward gives NaN for any of them, or no score for all of them.
     """
@@ -117,14 +122,12 @@ async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int 
     reasons = [v.reason or "no reason given" for v in verdicts if v.score is None]
     not_a_number = [r for r in reasons if "nan" in r.lower()]
     if not_a_number or len(reasons) == len(probes):
+        why = (not_a_number or reasons)[0]
         raise ConfigError(
-            f"the rewards give no score to {len(reasons)} of {len(probes)} reference answers: "
-            f"{(not_a_number or reasons)[0]}",
-            key="reward.rewards",
-            value=sorted(set(reasons))[:3],
-            expected="a finite number for a completion that is the reference answer",
+            f"no score for {len(reasons)} of {len(probes)} completions that are the reference answer: {why}",
+            key="reward.rewards", value=sorted(set(reasons))[:3], expected="a finite number for each",
             fix="call the reward on one row by hand, or look at its settings and the references",
-        )
+        )  # fmt: skip
 
 
 def message_of(left_out: Mapping[str, int], name: str, kept: int) -> str:

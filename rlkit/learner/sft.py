@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 from accelerate import Accelerator
 
@@ -33,7 +33,7 @@ from rlkit.learner.assemble import StepBatch
 from rlkit.learner.batching import TrainingSequence
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
 from rlkit.learner.policy import Policy
-from rlkit.learner.setup import message_of, start_accelerator
+from rlkit.learner.setup import message_of, model_at, start_accelerator
 from rlkit.learner.stopping import StopSignals
 from rlkit.learner.update import Learner, Objective
 from rlkit.telemetry.sinks import Telemetry
@@ -65,39 +65,38 @@ def cache_key(config: Config) -> str:
 
 def main(config: Config, resolved: Mapping[str, Any]) -> int:
     """`rlkit sft`: run (or find) the warm start of a recipe and print where it is."""
+    if config.sft is None:
+        raise ConfigError("this recipe has no warm start", key="sft", value=None, expected="an sft section")
     accelerator = start_accelerator(config.learner)
     with StopSignals() as signals:
         try:
-            path = ensure_warm_start(config, resolved, accelerator, signals.check)
+            print(f"warm start: {start_model(config, resolved, accelerator, signals.check).path}")
         except Interrupted as stopped:
             print(stopped)
             return signals.exit_code
-    print(f"warm start: {path}")
     return 0
 
 
-def ensure_warm_start(
+def start_model(
     config: Config, resolved: Mapping[str, Any], accelerator: Accelerator, check_stop: Callable[[], None]
-) -> Path:
-    """Folder of the finished warm start, trained now unless the cache has it.
+) -> ModelConfig:
+    """Where a run's first weights are: the recipe's model, or its warm start, trained now unless the cache has it.
 
     Rank 0 looks and trains; with several ranks all of them train together.
     """
     sft = config.sft
     if sft is None:
-        raise ConfigError("this recipe has no warm start", key="sft", value=None,
-                          expected="an sft section")  # fmt: skip
+        return config.model
     folder = Path(sft.cache_dir) / f"sft-{cache_key(config)}"
     final = folder / "checkpoints" / f"step_{sft.steps}"
-    guard = _exclusive(folder, check_stop) if accelerator.is_main_process else _nothing()
-    with guard:
+    with _exclusive(folder, check_stop) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         if final.exists():
             checkpoints.verify(final)
         else:
             _train(config, sft, resolved, folder, accelerator, check_stop)
         accelerator.wait_for_everyone()
-    return final
+    return model_at(config.model, final)
 
 
 def _train(
@@ -143,7 +142,8 @@ def _train(
             checkpoints.save(place, model, tokenizer, learner.optimizer, state, keep=1)
         accelerator.wait_for_everyone()
 
-    with _telemetry(config, sft, resolved, folder, accelerator, done) as telemetry:
+    main_process = accelerator.is_main_process
+    with _telemetry(config, sft, resolved, folder, done) if main_process else contextlib.nullcontext() as telemetry:
         step = done
         try:
             for indices in batches(len(examples), sft.batch_size, sft.steps, sft.seed, done):
@@ -164,7 +164,6 @@ def _batch(sequences: list[TrainingSequence], indices: np.ndarray) -> StepBatch:
         sequences=tuple(sequences[i] for i in indices),
         group=tuple(range(len(indices))),
         positions=tuple((int(i), 0) for i in indices),
-        version=0,
     )
 
 
@@ -181,77 +180,43 @@ def _sequence(example: Example) -> TrainingSequence:
 
 def _learner_config(sft: SftConfig, learner: LearnerConfig) -> LearnerConfig:
     """The learner's settings with the warm start's optimisation."""
-    return dataclasses.replace(
-        learner,
-        learning_rate=sft.learning_rate,
-        schedule=sft.schedule,
-        warmup_steps=sft.warmup_steps,
-        betas=sft.betas,
-        weight_decay=sft.weight_decay,
-        max_grad_norm=sft.max_grad_norm,
-        max_tokens_per_microbatch=sft.max_tokens_per_microbatch,
-        updates_per_step=1,
-    )
+    same = ("learning_rate", "schedule", "warmup_steps", "betas", "weight_decay", "max_grad_norm")
+    values = {name: getattr(sft, name) for name in (*same, "max_tokens_per_microbatch")}
+    return dataclasses.replace(learner, **values, updates_per_step=1)
 
 
-def model_at(model: ModelConfig, path: Path) -> ModelConfig:
-    """The same model settings, with weights and tokenizer of a checkpoint folder."""
-    return dataclasses.replace(model, path=str(path), architecture=None, tokenizer=None, alphabet=None)
-
-
-@contextlib.contextmanager
 def _telemetry(
-    config: Config, sft: SftConfig, resolved: Mapping[str, Any], folder: Path, accelerator: Accelerator, done: int
-) -> Iterator[Telemetry | None]:
-    if not accelerator.is_main_process:
-        yield None
-        return
-    quiet = dataclasses.replace(config.telemetry, wandb="off")
-    with Telemetry.open(
-        quiet,
+    config: Config, sft: SftConfig, resolved: Mapping[str, Any], folder: Path, done: int
+) -> contextlib.AbstractContextManager[Telemetry]:
+    return Telemetry.open(
+        dataclasses.replace(config.telemetry, wandb="off"),
         folder,
         name=f"{config.name} warm start",
         total_steps=sft.steps,
         config=dict(resolved),
         resume_step=done or None,
         sft_steps=sft.steps,
-    ) as telemetry:
-        yield telemetry
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+    )
 
 
 @contextlib.contextmanager
 def _exclusive(folder: Path, check_stop: Callable[[], None]) -> Iterator[None]:
     """One process at a time in a cache folder; others wait, up to LOCK_DEADLINE_S."""
+    lock = filelock.FileLock(folder / ".lock")
+    deadline = time.monotonic() + LOCK_DEADLINE_S
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
+        while not lock.is_locked:
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=0.5)
+            check_stop()
+            if not lock.is_locked and time.monotonic() > deadline:
+                problem = f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start"
+                raise RlkitError(problem, key="sft.cache_dir", value=str(folder), fix="end the process that holds it")
     except OSError as error:
-        raise ConfigError(
-            f"the warm-start cache cannot be written: {error.strerror}",
-            key="sft.cache_dir",
-            value=str(folder),
-            expected="a folder that can be made and written",
-        ) from error
-    with lock:
-        deadline = time.monotonic() + LOCK_DEADLINE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                check_stop()
-                if time.monotonic() > deadline:
-                    raise RlkitError(
-                        f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start",
-                        key="sft.cache_dir",
-                        value=str(folder),
-                        expected="a finished warm start",
-                        fix="end the process that holds the folder",
-                    ) from None
-                time.sleep(0.5)
+        problem, expected = f"cannot be written: {error.strerror}", "a folder that can be made and written"
+        raise ConfigError(problem, key="sft.cache_dir", value=str(folder), expected=expected) from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -10,36 +10,35 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from rewards.pool import VerifierPool
 from rlkit.buffer.protocol import Watermark
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.components import build
-from rlkit.config.schema import Config, ModelConfig
+from rlkit.config.schema import Config
 from rlkit.data.order import PromptOrder
 from rlkit.errors import Interrupted
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.loop import Trainer, follow
-from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
-from rlkit.learner.policy import Policy
+from rlkit.learner.model import load_tokenizer
 from rlkit.learner.run_folder import RunFolder, open_run_folder
 from rlkit.learner.setup import (
-    build_advantage,
-    build_objective,
+    load_learner,
     load_prompt_sets,
     message_of,
+    model_at,
     open_pool,
     preflight,
     sampling_params,
     start_accelerator,
-)
-from rlkit.learner.sft import ensure_warm_start, model_at
+)  # fmt: skip
+from rlkit.learner.sft import start_model
 from rlkit.learner.stopping import StopSignals
 from rlkit.learner.update import Learner
 from rlkit.rollout.worker import RolloutWorker
 from rlkit.telemetry.environment import write_environment
 from rlkit.telemetry.report import write_report
-from rlkit.telemetry.rollouts import rollback_rollouts
 from rlkit.telemetry.sinks import Telemetry
 from rlkit.telemetry.summary import print_summary, write_summary
 
@@ -52,7 +51,12 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     with StopSignals() as signals:
         try:
             if accelerator.is_main_process:
-                _lead(config, resolved, accelerator, signals.check)
+                with contextlib.closing(open_run_folder(config, resolved)) as folder:
+                    _lead(config, resolved, folder, accelerator, signals.check)
+                    write_summary(folder.path)
+                    if config.telemetry.report:
+                        write_report(folder.path)
+                    print_summary(folder.path)
             else:
                 _follow(config, resolved, accelerator)
         except Interrupted as stopped:
@@ -64,80 +68,82 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
 
 
 def _lead(
-    config: Config, resolved: Mapping[str, Any], accelerator: Accelerator, check_stop: Callable[[], None]
+    config: Config,
+    resolved: Mapping[str, Any],
+    folder: RunFolder,
+    accelerator: Accelerator,
+    check_stop: Callable[[], None],
 ) -> None:
-    folder = open_run_folder(config, resolved)
-    with contextlib.closing(folder):
-        write_environment(folder.path)
-        # Data, rewards and a damaged checkpoint are looked at before minutes go into a warm start.
-        previous = checkpoints.newest(folder.checkpoints)
-        load_prompt_sets(config, load_tokenizer(config.model))
-        with open_pool(config.reward) as pool:
-            start = start_model(config, resolved, accelerator, check_stop)
-            source = start if previous is None else model_at(start, previous.path)
-            tokenizer, model, learner = load_learner(config, accelerator, source, start)
-            train, held_out = load_prompt_sets(config, tokenizer)
-            for name, prompts in {"data.train": train, **held_out}.items():
-                print(message_of(prompts.left_out, name, len(prompts)))
-                if name != "data.train" and (shared := train.shared_with(prompts)):
-                    print(f"{name}: {shared} prompts are among the training prompts as well")
-            with contextlib.ExitStack() as stack:
-                if accelerator.num_processes > 1:
-                    stack.callback(broadcast_object_list, [None], from_process=0)
-                buffer = stack.enter_context(contextlib.closing(_open_buffer(config, folder)))
-                step = 0 if previous is None else previous.state.step
-                buffer.rollback(previous.state.watermark or START if previous else START)
-                telemetry = stack.enter_context(
-                    Telemetry.open(
-                        config.telemetry,
-                        folder.path,
-                        name=config.name,
-                        total_steps=config.steps,
-                        config=dict(resolved),
-                        resume_step=step if folder.resuming else None,
-                    )
-                )
-                rollback_rollouts(folder.path, step)
-                engine = build(config.rollout.engine, key="rollout.engine").open(model, tokenizer, check_stop)
-                sampling = sampling_params(tokenizer, config, temperature=config.rollout.temperature, seed=config.seed)
-                trainer = Trainer(
-                    config=config,
-                    folder=folder,
-                    accelerator=accelerator,
-                    model=model,
-                    tokenizer=tokenizer,
-                    learner=learner,
-                    advantage=build_advantage(config),
-                    budget=build(config.budget, key="budget"),
-                    prompts=train,
-                    order=PromptOrder(len(train), config.seed, config.data.train.shuffle),
-                    held_out=held_out,
-                    buffer=buffer,
-                    engine=engine,
-                    pool=pool,
-                    worker=RolloutWorker(
-                        buffer,
-                        engine,
-                        pool,
-                        sampling,
-                        worker_id="embedded-0",
-                        capacity=config.prompts_per_step * config.samples_per_prompt,
-                        lease_timeout_s=config.rollout.lease_timeout_s,
-                    ),
-                    telemetry=telemetry,
-                    check_stop=check_stop,
-                    evaluation_sampling=sampling_params(
-                        tokenizer, config, temperature=config.evaluation.temperature, seed=config.evaluation.seed
-                    ),
-                )
-                if previous is not None:
-                    _restore(trainer, previous)
-                asyncio.run(_run(trainer))
-        _report(config, folder.path)
+    """Rank 0. Whatever bad input can break is tried before minutes go into a warm start."""
+    write_environment(folder.path)
+    previous = checkpoints.newest(folder.checkpoints)
+    tokenizer = load_tokenizer(config.model)
+    train, held_out = load_prompt_sets(config, tokenizer)
+    for name, prompts in {"data.train": train, **held_out}.items():
+        print(message_of(prompts.left_out, name, len(prompts)))
+        if name != "data.train" and (shared := train.shared_with(prompts)):
+            print(f"{name}: {shared} prompts are among the training prompts as well")
+    with contextlib.ExitStack() as stack:
+        pool: VerifierPool = stack.enter_context(open_pool(config.reward))
+        asyncio.run(preflight(pool, train.prompts))
+        start = start_model(config, resolved, accelerator, check_stop)
+        source = start if previous is None else model_at(start, previous.path)
+        model, learner = load_learner(config, accelerator, tokenizer, source, start)
+        if accelerator.num_processes > 1:
+            stack.callback(broadcast_object_list, [None], from_process=0)
+        buffer = stack.enter_context(contextlib.closing(_open_buffer(config, folder)))
+        buffer.rollback(previous.state.watermark or START if previous else START)
+        telemetry = stack.enter_context(
+            Telemetry.open(
+                config.telemetry,
+                folder.path,
+                name=config.name,
+                total_steps=config.steps,
+                config=dict(resolved),
+                resume_step=None if not folder.resuming else 0 if previous is None else previous.state.step,
+            )
+        )
+        engine = build(config.rollout.engine, key="rollout.engine").open(model, tokenizer, check_stop)
+        sampling = sampling_params(tokenizer, config, temperature=config.rollout.temperature, seed=config.seed)
+        evaluation = config.evaluation
+        trainer = Trainer(
+            config=config,
+            folder=folder,
+            accelerator=accelerator,
+            model=model,
+            tokenizer=tokenizer,
+            learner=learner,
+            advantage=build(config.algorithm.advantage, key="algorithm.advantage"),
+            budget=build(config.budget, key="budget"),
+            prompts=train,
+            order=PromptOrder(len(train), config.seed, config.data.train.shuffle),
+            held_out=held_out,
+            buffer=buffer,
+            engine=engine,
+            pool=pool,
+            worker=RolloutWorker(
+                buffer,
+                engine,
+                pool,
+                sampling,
+                worker_id="embedded-0",
+                capacity=config.prompts_per_step * config.samples_per_prompt,
+                lease_timeout_s=config.rollout.lease_timeout_s,
+            ),
+            telemetry=telemetry,
+            check_stop=check_stop,
+            evaluation_sampling=sampling_params(
+                tokenizer, config, temperature=evaluation.temperature, seed=evaluation.seed
+            ),
+        )
+        if previous is not None:
+            restore(learner, model, previous)
+            trainer.resume(previous.state)
+            print(f"resuming from {previous.path} (step {previous.state.step})")
+        asyncio.run(_run(trainer))
 
 
 async def _run(trainer: Trainer) -> None:
-    await preflight(trainer.pool, trainer.prompts.prompts)
     await trainer.engine.update_weights(trainer.buffer.watermark().version, None)
     try:
         await trainer.run()
@@ -145,56 +151,22 @@ async def _run(trainer: Trainer) -> None:
         await trainer.engine.close()
 
 
-def _restore(trainer: Trainer, previous: checkpoints.Checkpoint) -> None:
-    names = checkpoints.parameter_names(trainer.model)
-    checkpoints.restore_optimizer(trainer.learner.optimizer, names, previous.optimizer)
+def restore(learner: Learner, model: PreTrainedModel, previous: checkpoints.Checkpoint) -> None:
+    """Optimiser, counters and generators of a checkpoint whose weights the model has already."""
+    checkpoints.restore_optimizer(learner.optimizer, checkpoints.parameter_names(model), previous.optimizer)
     checkpoints.restore_rng(previous.rng)
-    trainer.learner.optimizer_steps = previous.state.optimizer_steps
-    trainer.updates_of_step = previous.state.optimizer_steps
-    trainer.step = trainer.saved_step = previous.state.step
-    trainer.seconds = previous.state.seconds
-    print(f"resuming from {previous.path} (step {previous.state.step})")
+    learner.optimizer_steps = previous.state.optimizer_steps
 
 
 def _follow(config: Config, resolved: Mapping[str, Any], accelerator: Accelerator) -> None:
+    """Ranks other than 0."""
     start = start_model(config, resolved, accelerator, lambda: None)
     previous = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints")
     source = start if previous is None else model_at(start, previous.path)
-    _, model, learner = load_learner(config, accelerator, source, start)
+    model, learner = load_learner(config, accelerator, load_tokenizer(config.model), source, start)
     if previous is not None:
-        names = checkpoints.parameter_names(model)
-        checkpoints.restore_optimizer(learner.optimizer, names, previous.optimizer)
-        learner.optimizer_steps = previous.state.optimizer_steps
+        restore(learner, model, previous)
     follow(accelerator, learner)
-
-
-def start_model(
-    config: Config, resolved: Mapping[str, Any], accelerator: Accelerator, check_stop: Callable[[], None]
-) -> ModelConfig:
-    """Where the run's first weights are: the recipe's model, or its finished warm start."""
-    if config.sft is None:
-        return config.model
-    return model_at(config.model, ensure_warm_start(config, resolved, accelerator, check_stop))
-
-
-def load_learner(
-    config: Config, accelerator: Accelerator, source: ModelConfig, start: ModelConfig
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, Learner]:
-    """Tokenizer, model and learner from `source`; a reference model, where needed, from `start`."""
-    tokenizer = load_tokenizer(source)
-    dtype = resolve_dtype(config.model.dtype, accelerator.device)
-
-    def policy(model: PreTrainedModel) -> Policy:
-        return Policy(model, temperature=config.rollout.temperature, chunk_tokens=config.learner.logprob_chunk_tokens)
-
-    model = load_model(source, tokenizer, dtype, config.seed)
-    objective = build_objective(config)
-    reference = None
-    if objective.kl.needs_reference:
-        frozen = load_model(start, tokenizer, dtype, config.seed).requires_grad_(False)
-        reference = policy(frozen).to(accelerator.device)
-    learner = Learner(policy(model), reference, objective, config.learner, accelerator, config.steps)
-    return tokenizer, model, learner
 
 
 def _open_buffer(config: Config, folder: RunFolder) -> SqlBuffer:
@@ -206,10 +178,3 @@ def _open_buffer(config: Config, folder: RunFolder) -> SqlBuffer:
         slice_samples=config.rollout.slice_samples,
         keep_payloads=config.buffer.keep_payloads,
     )
-
-
-def _report(config: Config, path: Path) -> None:
-    write_summary(path)
-    if config.telemetry.report:
-        write_report(path)
-    print_summary(path)

@@ -234,13 +234,9 @@ class Learner:
         limit = self.config.max_grad_norm or float("inf")
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit))
         if not math.isfinite(norm):
-            raise TrainingError(
-                "the gradient is not finite; the weights were left as they were",
-                key="policy/grad_norm",
-                value=norm,
-                expected="a finite norm",
-                fix="lower learner.learning_rate, or look at the step's rollouts and rewards",
-            )
+            problem = "the gradient is not finite; the weights were left as they were"
+            fix = "lower learner.learning_rate, or look at the step's rollouts and rewards"
+            raise TrainingError(problem, key="policy/grad_norm", value=norm, fix=fix)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1

@@ -181,7 +181,6 @@ def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
     data = sequences(torch.float32)
     batch = StepBatch(
         sequences=tuple(data), group=tuple(range(12)), positions=tuple((i, 0) for i in range(12)),
-        version=0,
     )  # fmt: skip
     metrics = it.step(batch, lambda: None)
     assert metrics["learner/learning_rate"] == 0
