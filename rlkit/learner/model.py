@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from rlkit.config.hub import offline_unless_reachable
 from rlkit.config.schema import ModelConfig
 from rlkit.errors import ConfigError, nearest
 
@@ -27,27 +28,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     end-of-sequence token for it: masks are made from lengths, never from token ids, so a real
     end-of-sequence token is never taken for padding.
 
-    Raises `ConfigError` when neither is given, when both are, or when it cannot be loaded.
+    Raises `ConfigError` when there is none or it cannot be loaded.
     """
-    if config.alphabet is not None:
-        if config.tokenizer is not None:
-            raise ConfigError(
-                "there is a tokenizer as well",
-                key="model.alphabet",
-                value=config.alphabet,
-                expected="one of model.alphabet and model.tokenizer",
-            )
-        tokenizer = character_tokenizer(config.alphabet)
-    else:
-        tokenizer = _pretrained_tokenizer(config)
+    alphabet = config.alphabet
+    tokenizer = _pretrained_tokenizer(config) if alphabet is None else character_tokenizer(alphabet)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "it has no end-of-sequence token: completions would never end",
-            key="model.tokenizer",
-            value=config.tokenizer or config.path,
-        )
+        problem = "it has no end-of-sequence token: completions would never end"
+        raise ConfigError(problem, key="model.tokenizer", value=config.tokenizer or config.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,12 +53,8 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
 
     repeated = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
     if not alphabet or repeated:
-        raise ConfigError(
-            f"characters more than once: {', '.join(map(repr, repeated))}" if repeated else "empty",
-            key="model.alphabet",
-            value=alphabet,
-            expected="every character once",
-        )
+        problem = f"characters more than once: {', '.join(map(repr, repeated))}" if repeated else "empty"
+        raise ConfigError(problem, key="model.alphabet", value=alphabet, expected="every character once")
     tokens = [*_SPECIAL.values(), *alphabet]
     inner = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -95,13 +80,6 @@ def load_model(
 
     Raises `ConfigError` naming the setting that is wrong.
     """
-    if (config.path is None) == (config.architecture is None):
-        raise ConfigError(
-            "neither is given" if config.path is None else "both are given",
-            key="model.path, model.architecture",
-            value=(config.path, config.architecture),
-            expected="exactly one of them",
-        )
     if config.path is not None:
         model = _pretrained_model(config.path, config.attention, dtype)
     else:
@@ -109,12 +87,9 @@ def load_model(
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}",
-            key="model.tokenizer",
-            value=config.tokenizer or config.path,
-            fix="use the model's own tokenizer",
-        )
+        problem = f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}"
+        value, fix = config.tokenizer or config.path, "use the model's own tokenizer"
+        raise ConfigError(problem, key="model.tokenizer", value=value, fix=fix)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(False)
@@ -127,12 +102,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
     if name not in _DTYPES:
-        raise ConfigError(
-            f"unknown dtype.{nearest(name, _DTYPES)}",
-            key="model.dtype",
-            value=name,
-            expected=f"auto, {', '.join(_DTYPES)}",
-        )
+        expected = f"auto, {', '.join(_DTYPES)}"
+        raise ConfigError(f"unknown dtype.{nearest(name, _DTYPES)}", key="model.dtype", value=name, expected=expected)
     return _DTYPES[name]
 
 
@@ -147,12 +118,9 @@ def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     key = "model.path" if config.tokenizer is None else "model.tokenizer"
     name = config.tokenizer or config.path
     if name is None:
-        raise ConfigError(
-            "no tokenizer is given and there is no pretrained model to take one from",
-            key="model.tokenizer",
-            value=None,
-            expected="model.tokenizer (folder or hub name) or model.alphabet",
-        )
+        expected = "model.tokenizer (folder or hub name) or model.alphabet"
+        problem = "no tokenizer is given and there is no pretrained model to take one from"
+        raise ConfigError(problem, key="model.tokenizer", value=None, expected=expected)
     folder = _locate(name, key)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -184,12 +152,9 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
         raise _load_error(name, "model.path", "a model in safetensors", error) from error
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
-        raise ConfigError(
-            f"{len(absent)} weights are missing or of another shape, the first: {', '.join(absent[:3])}",
-            key="model.path",
-            value=name,
-            expected="all weights of the architecture that its config.json names",
-        )
+        problem = f"{len(absent)} weights are missing or of another shape, the first: {', '.join(absent[:3])}"
+        expected = "all weights of the architecture that its config.json names"
+        raise ConfigError(problem, key="model.path", value=name, expected=expected)
     return model
 
 
@@ -220,40 +185,33 @@ def _new_config(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = architecture.pop("model_type", None)
+    type_key = "model.architecture.model_type"
     if model_type not in CONFIG_MAPPING:
         hint = nearest(str(model_type), CONFIG_MAPPING)
+        expected = "a transformers model type, e.g. qwen3 or llama"
         raise ConfigError(
-            f"transformers has no such model type.{hint}",
-            key="model.architecture.model_type",
-            value=model_type,
-            expected="a transformers model type, e.g. qwen3 or llama",
+            f"transformers has no such model type.{hint}", key=type_key, value=model_type, expected=expected
         )
     kind = CONFIG_MAPPING[model_type]
     known = {*kind.__dataclass_fields__, *kind.attribute_map}
-    for name, value in architecture.items():
-        key = f"model.architecture.{name}"
-        if name in _FROM_TOKENIZER:
-            raise ConfigError("this comes from the tokenizer", key=key, value=value, fix="drop it")
-        if name in _FROM_MODEL_CONFIG:
-            raise ConfigError("this has a key of its own", key=key, value=value, fix=f"set {_FROM_MODEL_CONFIG[name]}")
-        if name not in known:
-            raise ConfigError(f"{model_type} has no such setting.{nearest(name, known)}", key=key, value=value)
-        if "dropout" in name and value:
-            raise ConfigError("importance ratios need dropout off", key=key, value=value, expected="0")
     if "vocab_size" not in known:
-        raise ConfigError(
-            "it is not a plain language model: its config has no vocab_size",
-            key="model.architecture.model_type",
-            value=model_type,
-        )
-    filled = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+        problem = "it is not a plain language model: its config has no vocab_size"
+        raise ConfigError(problem, key=type_key, value=model_type)
+    for name, value in architecture.items():
+        problem, fix = "", None
+        if name in _FROM_TOKENIZER:
+            problem, fix = "this comes from the tokenizer", "drop it"
+        elif name in _FROM_MODEL_CONFIG:
+            problem, fix = "this has a key of its own", f"set {_FROM_MODEL_CONFIG[name]}"
+        elif name not in known:
+            problem = f"{model_type} has no such setting.{nearest(name, known)}"
+        elif "dropout" in name and value:
+            problem, fix = "importance ratios need dropout off", "set it to 0"
+        if problem:
+            raise ConfigError(problem, key=f"model.architecture.{name}", value=value, fix=fix)
+    filled = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER if name != "vocab_size"}
     try:
-        return AutoConfig.for_model(model_type, **architecture, **filled)
+        return AutoConfig.for_model(model_type, **architecture, **filled, vocab_size=len(tokenizer))
     # See above: any kind of error.
     except Exception as error:
         raise _architecture_error({"model_type": model_type, **architecture}, error) from error
@@ -275,37 +233,25 @@ def _locate(name: str, key: str) -> str:
         raise ConfigError("this is a file", key=key, value=name, expected="a folder or hub name")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(
-            f"no such folder.{nearest(path.name, siblings)}",
-            key=key,
-            value=name,
-            expected=f"a folder; relative paths start at {Path.cwd()}",
-        )
+        expected = f"a folder; relative paths start at {Path.cwd()}"
+        raise ConfigError(f"no such folder.{nearest(path.name, siblings)}", key=key, value=name, expected=expected)
+    offline_unless_reachable()
     return name
 
 
 def _load_error(name: str, key: str, what: str, error: Exception) -> ConfigError:
+    reason = f"{type(error).__name__}: {error}"
     if Path(name).expanduser().is_dir():
-        return ConfigError(
-            f"{what} cannot be loaded from this folder: {type(error).__name__}: {error}",
-            key=key,
-            value=name,
-            expected=f"a folder with {what} (no pickled weights, no remote code)",
-        )
+        problem = f"{what} cannot be loaded from this folder: {reason}"
+        return ConfigError(problem, key=key, value=name, expected=f"{what} (no pickled weights, no remote code)")
+    problem = f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name ({reason})"
+    fix = "offline: download the model to a folder once and give its path"
     return ConfigError(
-        f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name "
-        f"({type(error).__name__}: {error})",
-        key=key,
-        value=name,
-        expected="a folder, or a hub name that is reachable or in the local cache",
-        fix="offline: download the model to a folder once and give its path",
+        problem, key=key, value=name, expected="a folder, or a hub name in reach or in the cache", fix=fix
     )
 
 
 def _architecture_error(architecture: dict[str, Any] | None, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"the model cannot be made: {type(error).__name__}: {error}",
-        key="model.architecture",
-        value=architecture,
-        expected="settings that fit together and a model with a causal language-model head",
-    )
+    expected = "settings that fit together and a model with a causal language-model head"
+    problem = f"the model cannot be made: {type(error).__name__}: {error}"
+    return ConfigError(problem, key="model.architecture", value=architecture, expected=expected)

@@ -89,7 +89,6 @@ def test_tokenizer_settings(saved: Path, tmp_path: Path, tokenizer: Any) -> None
     [
         ({"alphabet": "1231"}, "more than once: '1'"),
         ({"alphabet": ""}, "empty"),
-        ({"alphabet": "12", "tokenizer": "x"}, "there is a tokenizer as well"),
         ({}, "no tokenizer is given"),
         ({"tokenizer": "./nowhere"}, "no such folder"),
         ({"path": "a/b/c"}, "model.path.*no such folder"),
@@ -240,10 +239,6 @@ def test_paths_and_hub_names_that_lead_nowhere(saved: Path, tokenizer: Any, monk
         load(path=str(saved.parent / "modle"))
     with pytest.raises(ConfigError, match="this is a file"):
         load(path=str(saved / "config.json"))
-    with pytest.raises(ConfigError, match="exactly one"):
-        load(path=str(saved), architecture=TINY)
-    with pytest.raises(ConfigError, match="exactly one"):
-        load()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"nobody/nothing.*[\s\S]*offline: download"):
         load(path="nobody/nothing")
