@@ -6,14 +6,20 @@ number (counted from 0) is its default id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from rlkit.config.components import build
-from rlkit.data.files import READERS, Row
+from rlkit.config.hub import offline_unless_reachable
 from rlkit.errors import DataError, nearest
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 class Source(Protocol):
@@ -39,23 +45,17 @@ class LocalFile:
 
     def rows(self) -> Sequence[Row]:
         path = Path(self.path).expanduser()
-        reader = READERS.get(path.suffix)
-        if reader is None:
-            raise DataError(
-                f"unknown kind of file {path.suffix!r}",
-                key="path",
-                value=self.path,
-                expected=f"a name that ends in {', '.join(READERS)}",
-            )
+        if path.suffix not in SUFFIXES:
+            expected = f"a name that ends in {', '.join(SUFFIXES)}"
+            raise DataError(f"unknown kind of file {path.suffix!r}", key="path", value=self.path, expected=expected)
         if not path.is_file():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DataError(
-                f"no such file.{nearest(path.name, siblings)}",
-                key="path",
-                value=self.path,
-                expected=f"a file; relative paths start at {Path.cwd()}",
-            )
-        return _select(reader(path), self.columns, self.path)
+            near = nearest(path.name, [p.name for p in path.parent.glob("*")])
+            expected = f"a file; relative paths start at {Path.cwd()}"
+            raise DataError(f"no such file.{near}", key="path", value=self.path, expected=expected)
+        rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
+        for row in rows if self.columns is not None else ():
+            _check_columns(self.columns, row, self.path)
+        return rows if self.columns is None else [{name: row[name] for name in self.columns} for row in rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,24 +81,16 @@ class HubDataset:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise DataError(
-                "the `datasets` library is not installed",
-                key="name",
-                value=self.name,
-                fix="pip install datasets, or use rlkit.data.sources.LocalFile",
-            ) from error
+            raise _not_installed("datasets", "name", self.name) from error
+        offline_unless_reachable()
         try:
             table = load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
         # Every kind of error (network, cache, schema, split) comes out of this one call.
         except Exception as error:
-            raise DataError(
-                f"cannot be loaded ({type(error).__name__}: {error})",
-                key="name",
-                value=self.name,
-                expected=f"a data set with subset {self.subset!r} and split {self.split!r}, "
-                "reachable or already in the local cache",
-                fix="download it once where there is a network, or use rlkit.data.sources.LocalFile on a file of rows",
-            ) from error
+            problem = f"cannot be loaded ({type(error).__name__}: {error})"
+            expected = f"subset {self.subset!r} and split {self.split!r}, in reach or in the local cache"
+            fix = "download it once where there is a network, or use rlkit.data.sources.LocalFile on a file of rows"
+            raise DataError(problem, key="name", value=self.name, expected=expected, fix=fix) from error
         if self.columns is not None:
             _check_columns(self.columns, table.column_names, self.name)
             table = table.select_columns(list(self.columns))
@@ -135,91 +127,88 @@ class ReasoningGym:
     def rows(self) -> Sequence[Row]:
         if self.size < 1:
             raise DataError("no rows asked for", key="size", value=self.size, expected="1 or more")
-        if not self.distinct and not self.exclude:
-            dataset = self._dataset(self.size)
-            return [dataset[index] for index in range(self.size)]
-        return self._filtered()
-
-    def _filtered(self) -> list[Row]:
         refused = {
-            str(row["question"])
+            row["question"]
             for number, item in enumerate(self.exclude)
             for row in as_source(item, f"exclude[{number}]").rows()
         }
         # A task with too few questions would be drawn from for ever.
-        attempts = 20 * self.size + 1000
-        dataset = self._dataset(attempts)
+        draws = 20 * self.size + 1000 if self.distinct or self.exclude else self.size
+        dataset = self._dataset(draws)
         kept: list[Row] = []
-        for index in range(attempts):
+        for index in range(draws):
             row = dataset[index]
-            if row["question"] not in refused:
-                kept.append(row)
-                if self.distinct:
-                    refused.add(row["question"])
-                if len(kept) == self.size:
-                    return kept
-        raise DataError(
-            f"only {len(kept)} rows of {self.task!r} found in {attempts} draws "
-            f"(distinct={self.distinct}, {len(self.exclude)} excluded sources)",
-            key="size",
-            value=self.size,
-            expected=f"at most {len(kept)}",
-            fix="lower size, or widen the task's settings",
-        )
+            if row["question"] in refused:
+                continue
+            kept.append(row)
+            if len(kept) == self.size:
+                return kept
+            if self.distinct:
+                refused.add(row["question"])
+        problem = f"only {len(kept)} rows of {self.task!r} found in {draws} draws"
+        expected, fix = f"at most {len(kept)}", "lower size, or widen the task's settings"
+        raise DataError(problem, key="size", value=self.size, expected=expected, fix=fix)
 
     def _dataset(self, size: int) -> Any:
         try:
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise DataError(
-                "the `reasoning_gym` library is not installed",
-                key="task",
-                value=self.task,
-                fix="pip install reasoning-gym",
-            ) from error
+            raise _not_installed("reasoning-gym", "task", self.task) from error
         if self.task not in DATASETS:
             raise DataError(f"no such reasoning-gym task.{nearest(self.task, DATASETS)}", key="task", value=self.task)
         try:
             return reasoning_gym.create_dataset(self.task, seed=self.seed, size=size, **self.settings)
         # Each task checks its settings by assert, ValueError or TypeError, as it likes.
         except (AssertionError, TypeError, ValueError) as error:
-            known = sorted(DATASETS[self.task][1].__dataclass_fields__)
-            raise DataError(
-                f"{self.task} refuses them: {error}",
-                key="settings",
-                value=self.settings,
-                expected=f"settings among {', '.join(known)}",
-            ) from error
+            expected = f"settings among {', '.join(sorted(DATASETS[self.task][1].__dataclass_fields__))}"
+            problem = f"{self.task} refuses them: {error}"
+            raise DataError(problem, key="settings", value=self.settings, expected=expected) from error
 
 
 def as_source(component: Any, key: str) -> Source:
     """Build a source from its component; `DataError` when it has no `rows()`."""
-    source = component if hasattr(component, "rows") else build(component, key=key)
+    source = build(component, key=key)
     if not callable(getattr(source, "rows", None)):
-        raise DataError(
-            "this component has no method rows()",
-            key=key,
-            value=component,
-            expected="a data source, e.g. rlkit.data.sources.LocalFile",
-        )
+        expected = "a data source, e.g. rlkit.data.sources.LocalFile"
+        raise DataError("this component has no method rows()", key=key, value=component, expected=expected)
     return source  # type: ignore[no-any-return]
 
 
-def _select(rows: list[Row], columns: tuple[str, ...] | None, name: str) -> list[Row]:
-    if columns is None:
+def _json(path: Path) -> list[Row]:
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    place = str(path)
+    try:
+        if path.suffix == ".json":
+            return msgspec.json.decode(content, type=list[dict[str, Any]])  # type: ignore[return-value]
+        decoder, rows = msgspec.json.Decoder(dict[str, Any]), list[Row]()
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            place = f"{path}, line {number}"
+            if line.strip():  # a blank line holds no row; editors leave one at the end
+                rows.append(decoder.decode(line))
         return rows
-    for row in rows:
-        _check_columns(columns, row, name)
-    return [{column: row[column] for column in columns} for row in rows]
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a row of JSON"
+        raise DataError(f"{place}: {what}: {error}", expected='objects, {"field": ...}') from error
 
 
-def _check_columns(columns: tuple[str, ...], present: Sequence[str] | Row, name: str) -> None:
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    return rows
+
+
+def _check_columns(columns: Sequence[str], present: Sequence[str] | Row, name: str) -> None:
     for column in columns:
         if column not in present:
-            raise DataError(
-                f"{name} has no field {column!r}.{nearest(column, present)}",
-                key="columns",
-                value=columns,
-                expected=f"fields among {', '.join(present)}",
-            )
+            problem = f"{name} has no field {column!r}.{nearest(column, present)}"
+            raise DataError(problem, key="columns", value=columns, expected=f"fields among {', '.join(present)}")
+
+
+def _not_installed(library: str, key: str, value: str) -> DataError:
+    return DataError(f"the library {library} is not installed", key=key, value=value, fix=f"pip install {library}")
