@@ -195,7 +195,6 @@ def _telemetry(
         total_steps=sft.steps,
         config=dict(resolved),
         resume_step=done or None,
-        sft_steps=sft.steps,
     )
 
 

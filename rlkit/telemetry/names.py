@@ -8,18 +8,18 @@ A name is slash groups with the statistic last. `docs/metrics.md` is generated:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from rlkit.errors import RlkitError, nearest
 
-LEARNER_STEP = "learner step"
-SFT_STEP = "sft step"
+Metrics: TypeAlias = Mapping[str, float | None]
 
 
 class MetricError(RlkitError):
@@ -37,11 +37,6 @@ class Metric:
     action: str
 
     @property
-    def axis(self) -> str:
-        """What `step` counts in its rows: LEARNER_STEP, or SFT_STEP for the warm start."""
-        return SFT_STEP if self.pattern.startswith("sft/") else LEARNER_STEP
-
-    @property
     def group(self) -> str:
         """First part of the name."""
         return self.pattern.split("/", 1)[0]
@@ -49,14 +44,11 @@ class Metric:
     def matches(self, name: str) -> bool:
         """Whether the pattern stands for `name`."""
         text = re.sub(r"\\{([^}]*)\\}", lambda m: "(?:" + m[1].replace(",", "|") + ")", re.escape(self.pattern))
-        text = text.replace(r"\[_se\]", "(?:_se)?").replace("@k", r"@\d+")
-        text = text.replace("plugin/<name>", r"plugin/\S+")
-        return re.fullmatch(text.replace("<name>", r"[^/\s]+").replace("<set>", r"[^/\s]+"), name) is not None
+        text = text.replace(r"\[_se\]", "(?:_se)?").replace("@k", r"@\d+").replace("plugin/<name>", r"plugin/\S+")
+        return re.fullmatch(re.sub("<name>|<set>", r"[^/\\s]+", text), name) is not None
 
 
-_GLOSSARY: dict[str, Any] = yaml.safe_load(
-    resources.files("rlkit.telemetry").joinpath("metrics.yaml").read_text("utf-8")
-)
+_GLOSSARY: dict[str, Any] = yaml.safe_load((resources.files("rlkit.telemetry") / "metrics.yaml").read_text("utf-8"))
 GROUPS: dict[str, str] = _GLOSSARY["groups"]
 METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics"].items())
 
@@ -72,11 +64,14 @@ def check_name(name: str) -> Metric:
     for metric in METRICS:
         if metric.matches(name):
             return metric
-    raise MetricError(
-        f"unknown metric.{nearest(name, (m.pattern for m in METRICS))}", key="metric", value=name,
-        expected="a name of docs/metrics.md",
-        fix="add it to rlkit/telemetry/metrics.yaml; a component from outside uses plugin/<name>",
-    )  # fmt: skip
+    hint = nearest(name, (m.pattern for m in METRICS))
+    fix = "add it to rlkit/telemetry/metrics.yaml; a component from outside uses plugin/<name>"
+    raise MetricError(f"unknown metric.{hint}", key="metric", value=name, expected="a name of docs/metrics.md", fix=fix)
+
+
+def is_warm_start(metrics: Metrics) -> bool:
+    """Whether a row's step counts warm-start updates and not learner steps."""
+    return any(name.startswith("sft/") for name in metrics)
 
 
 def to_markdown() -> str:
@@ -87,9 +82,8 @@ def to_markdown() -> str:
         lines += ["", f"## {group}", "", GROUPS[group], ""]
         lines += ["| metric | unit | meaning | healthy | what to do |", "|---|---|---|---|---|"]
         for m in metrics:
-            cells = (m.unit, m.meaning, m.healthy, m.action)
-            escaped = [c.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;") for c in cells]
-            lines.append(f"| `{m.pattern}` | " + " | ".join(escaped) + " |")
+            cells = " | ".join(c.replace("|", "\\|") for c in (m.unit, m.meaning, m.healthy, m.action))
+            lines.append(f"| `{m.pattern}` | {cells.replace('<', '&lt;').replace('>', '&gt;')} |")
     return "\n".join(lines) + "\n"
 
 

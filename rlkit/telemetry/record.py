@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,18 +12,16 @@ from typing import Any
 import yaml
 
 from rlkit.errors import RlkitError
+from rlkit.telemetry.console import EVAL_NAME
 from rlkit.telemetry.jsonl import Row, read_metrics, series
-from rlkit.telemetry.names import LEARNER_STEP
-
-_EVAL = re.compile(r"eval/([^/]+)/(avg|pass|maj)@(\d+)")
-_RANK = {"avg": 0, "pass": 1, "maj": 2}
+from rlkit.telemetry.names import is_warm_start
 
 
 class RunError(RlkitError):
     """A run folder cannot be read."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """A held-out figure at a learner step; `error` is its standard error, when it was logged."""
 
@@ -33,29 +30,30 @@ class Point:
     error: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def with_error(point: Point | None, sign: str = "") -> str:
+    """A figure with its standard error, "0.412 +- 0.013"; "-" for None. `sign`: "+" to show it always."""
+    if point is None:
+        return "-"
+    return f"{point.value:{sign}.3f}" + ("" if point.error is None else f" +- {point.error:.3f}")
+
+
+@dataclass(frozen=True)
 class EvalCurve:
-    """One statistic ("avg", "pass", "maj") at k of one held-out set over the run."""
+    """One statistic of one held-out set over the run; `label` is avg@k, pass@k or maj@k."""
 
     set: str
-    statistic: str
-    k: int
-    points: tuple[Point, ...]
-
-    @property
-    def label(self) -> str:
-        """For example "avg@4"."""
-        return f"{self.statistic}@{self.k}"
+    label: str
+    points: Sequence[Point]
 
     @property
     def before(self) -> Point | None:
         """The evaluation before the first step, if there was one."""
-        return self.points[0] if self.points and self.points[0].step == 0 else None
+        return self.points[0] if self.points[0].step == 0 else None
 
     @property
     def after(self) -> Point | None:
         """The last evaluation after any training, if there was one."""
-        return self.points[-1] if self.points and self.points[-1].step > 0 else None
+        return self.points[-1] if self.points[-1].step > 0 else None
 
     @property
     def change(self) -> Point | None:
@@ -64,23 +62,22 @@ class EvalCurve:
             return None
         a, b = self.before.error, self.after.error
         error = None if a is None or b is None else (a**2 + b**2) ** 0.5
-        return Point(step=self.after.step, value=self.after.value - self.before.value, error=error)
+        return Point(self.after.step, self.after.value - self.before.value, error)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds. `config` and `environment` are None where the file is missing."""
+    """What a run folder holds; `config` and `environment` are empty where the file is missing."""
 
     run_dir: Path
     rows: Sequence[Row]
-    config: Mapping[str, Any] | None
-    config_text: str | None
-    environment: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
 
     @cached_property
     def training(self) -> list[Row]:
         """Rows whose step is the learner's."""
-        return [row for row in self.rows if row.axis == LEARNER_STEP]
+        return [row for row in self.rows if not is_warm_start(row.metrics)]
 
     @cached_property
     def last_step(self) -> int:
@@ -91,13 +88,7 @@ class RunRecord:
     @property
     def name(self) -> str:
         """The recipe's name, or the folder's."""
-        return str((self.config or {}).get("name", self.run_dir.resolve().name))
-
-    @property
-    def planned_steps(self) -> int | None:
-        """Steps the recipe asks for."""
-        steps = (self.config or {}).get("steps")
-        return int(steps) if isinstance(steps, int) else None
+        return str(self.config.get("name", self.run_dir.resolve().name))
 
     @property
     def seconds(self) -> float:
@@ -111,26 +102,23 @@ class RunRecord:
     @cached_property
     def evaluations(self) -> list[EvalCurve]:
         """Curves of all held-out sets: sets in the recipe's order, avg, pass, maj, k descending."""
-        matches = {name: _EVAL.fullmatch(name) for row in self.training for name in row.metrics}
-        curves = []
-        for name, match in matches.items():
-            if match is None:
-                continue
-            errors = dict(zip(*self.metric(name + "_se"), strict=True))
-            pairs = zip(*self.metric(name), strict=True)
-            points = tuple(Point(step=step, value=value, error=errors.get(step)) for step, value in pairs)
-            if points:
-                curves.append(EvalCurve(set=match[1], statistic=match[2], k=int(match[3]), points=points))
-        listed = list(((self.config or {}).get("data") or {}).get("eval") or {})
-        order = {name: i for i, name in enumerate(listed)}
-        return sorted(curves, key=lambda c: (order.get(c.set, len(order)), c.set, _RANK[c.statistic], -c.k))
+        listed = [*((self.config.get("data") or {}).get("eval") or {})]
+        curves = {}
+        for name in {name for row in self.training for name in row.metrics}:
+            if match := EVAL_NAME.fullmatch(name):
+                errors = dict(zip(*self.metric(name + "_se"), strict=True))
+                points = [Point(s, v, errors.get(s)) for s, v in zip(*self.metric(name), strict=True)]
+                place = listed.index(match[1]) if match[1] in listed else len(listed)
+                order = (place, match[1], ("avg", "pass", "maj").index(match[3]), -int(match[4]))
+                curves[order] = EvalCurve(match[1], match[2], points)
+        return [curve for _, curve in sorted(curves.items()) if curve.points]
 
     @cached_property
     def averages(self) -> list[EvalCurve]:
         """The avg@k curve of every held-out set, with the largest k where there are several."""
         first: dict[str, EvalCurve] = {}
         for curve in self.evaluations:
-            if curve.statistic == "avg":
+            if curve.label.startswith("avg"):
                 first.setdefault(curve.set, curve)
         return list(first.values())
 
@@ -142,38 +130,24 @@ class RunRecord:
         return [(step, gap) for step, gap in gaps if gap > 3.0]
 
 
-def read_config(run_dir: Path) -> tuple[Mapping[str, Any] | None, str | None]:
-    """The recipe in config.yaml as plain containers, and its text; (None, None) where it is missing.
-
-    Raises RunError: the file is not a YAML mapping.
-    """
-    path = run_dir / "config.yaml"
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file of a run folder; empty where it is missing. Raises RunError: it is not a mapping."""
     if not path.exists():
-        return None, None
-    text = path.read_text()
+        return {}
     try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RunError(f"config.yaml is not readable: {error}", key="run", value=run_dir.name) from error
-    if not isinstance(config, dict):
-        raise RunError("config.yaml is not a mapping", key="run", value=run_dir.name)
-    return config, text
+        text = path.read_text("utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunError(f"{path.name} is not readable: {error}", key="run", value=path.parent.name) from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path.name} is not a mapping", key="run", value=path.parent.name)
+    return found
 
 
 def load_run(run_dir: Path) -> RunRecord:
-    """Read a run folder; files that are missing are None or empty.
-
-    Raises:
-        RunError: the folder does not exist, or config.yaml or environment.json is not readable.
-        MetricError: metrics.jsonl is broken.
-    """
+    """Read a run folder. Raises RunError or MetricError: it does not exist, or a file in it is broken."""
     if not run_dir.is_dir():
         expected = "a run folder, outputs/<name>: what `rlkit train` printed"
         raise RunError("no such folder", key="run", value=str(run_dir), expected=expected)
-    config, config_text = read_config(run_dir)
-    path = run_dir / "environment.json"
-    try:
-        environment = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise RunError(f"environment.json is not readable: {error}", key="run", value=run_dir.name) from error
-    return RunRecord(run_dir, read_metrics(run_dir), config, config_text, environment)
+    config, environment = (read_mapping(run_dir / name) for name in ("config.yaml", "environment.json"))
+    return RunRecord(run_dir, read_metrics(run_dir), config, environment)

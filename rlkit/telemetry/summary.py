@@ -11,17 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from rlkit.telemetry.console import duration
-from rlkit.telemetry.record import EvalCurve, Point, load_run
+from rlkit.telemetry.record import EvalCurve, load_run, with_error
 
 
 def figures(curve: EvalCurve) -> dict[str, float | int | None]:
     """`avg@4_before`, `avg@4_before_se`, `avg@4_after`, `avg@4_after_se` and `avg@4_after_step`."""
-    out: dict[str, float | int | None] = {}
+    out = {}
     for when, point in (("before", curve.before), ("after", curve.after)):
         out[f"{curve.label}_{when}"] = None if point is None else point.value
         out[f"{curve.label}_{when}_se"] = None if point is None else point.error
-    out[f"{curve.label}_after_step"] = None if curve.after is None else curve.after.step
-    return out
+    return out | {f"{curve.label}_after_step": None if curve.after is None else curve.after.step}
 
 
 def write_summary(run_dir: Path) -> dict[str, Any]:
@@ -32,16 +31,17 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     `eval`: set -> figures of avg, pass and maj. None where nothing was measured.
     """
     run = load_run(run_dir)
+    first = next(iter(run.averages), None)
     rewards = run.metric("reward/mean")[1]
     summary: dict[str, Any] = {
         "name": run.name,
-        "seed": (run.config or {}).get("seed"),
+        "seed": run.config.get("seed"),
         "steps": run.last_step,
-        "planned_steps": run.planned_steps,
+        "planned_steps": run.config.get("steps"),
         "seconds": run.seconds,
         "reward_last": rewards[-1] if rewards else None,
-        "eval_set": run.averages[0].set if run.averages else None,
-        **(figures(run.averages[0]) if run.averages else {}),
+        "eval_set": first and first.set,
+        **(figures(first) if first else {}),
         "eval": {},
     }
     for curve in run.evaluations:
@@ -52,26 +52,18 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def with_error(point: Point | None, *, signed: bool = False) -> str:
-    """A figure with its standard error, "0.412 +- 0.013"; "-" for None."""
-    if point is None:
-        return "-"
-    head = format(point.value, "+.3f" if signed else ".3f")
-    return head if point.error is None else f"{head} +- {point.error:.3f}"
-
-
 def print_summary(run_dir: Path, console: Console | None = None) -> None:
     """Print held-out figures before and after, and the paths of report and learning curve."""
-    console = console if console is not None else Console(highlight=False)
+    console = console or Console(highlight=False)
     run = load_run(run_dir)
-    table = Table(title=Text(f"{run.name}: held-out figures, mean +- standard error"))
-    for heading in ("set", "figure", "before", "after", "change"):
-        table.add_column(heading, justify="left" if heading in {"set", "figure"} else "right")
+    table = Table("set", "figure", title=Text(f"{run.name}: held-out figures, mean +- standard error"))
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
     for curve in run.evaluations:
         change = curve.change
         sure = change is not None and change.error is not None and abs(change.value) > 2 * change.error
         style = "" if change is None or not sure else "bold green" if change.value > 0 else "bold red"
-        changed = Text(with_error(change, signed=True), style=style)
+        changed = Text(with_error(change, "+"), style)
         table.add_row(Text(curve.set), curve.label, with_error(curve.before), with_error(curve.after), changed)
     console.print(table if run.evaluations else "No held-out evaluation in this run.")
     console.print(f"{run.last_step} steps in {duration(run.seconds)}")

@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rlkit.telemetry.rollouts import RolloutRow, write_rollouts
+from rlkit.telemetry.rollouts import write_rollouts
 
 CONFIG = """\
 name: chain_sum
@@ -118,13 +119,13 @@ def eval_metrics(step: int, steps: int) -> dict[str, float]:
     return out
 
 
-def rollout_row(ordinal: int, index: int, score: float | None) -> RolloutRow:
+def rollout_row(ordinal: int, index: int, score: float | None) -> dict[str, Any]:
     """One completion; of ordinal 0 the text tries to break out of whatever shows it."""
     a, b = 3 * ordinal + 4, 11 + index
     answer = a + b + (0 if score else 1)
     text = NASTY if ordinal == 0 else f"First {a} and {b} are added.\n{a}+{b}={answer}"
     tokens = len(text)
-    return RolloutRow(
+    return dict(
         ordinal=ordinal,
         index=index,
         prompt_id=f"chain_sum/{ordinal}",

@@ -4,6 +4,7 @@ import getpass
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,9 @@ def test_yaml_is_redacted_line_by_line() -> None:
 
 def test_the_record_is_useful_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "s3cr3t-in-the-environment")
-    path = write_environment(tmp_path, ["/usr/bin/rlkit", "train", f"output_dir={tmp_path}"])
-    text = path.read_text()
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rlkit", "train", f"output_dir={tmp_path}"])
+    write_environment(tmp_path)
+    text = (tmp_path / "environment.json").read_text()
     record = json.loads(text)
     assert record["versions"]["python"] == platform.python_version()
     assert {"torch", "transformers", "numpy", "rlkit"} <= record["versions"].keys()
@@ -59,7 +61,7 @@ def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: p
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(environment.rlkit, "__file__", str(package / "__init__.py"))
-    assert collect_environment([])["git"] is None
+    assert collect_environment(["rlkit"])["git"] is None
 
     def git(*words: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -69,10 +71,10 @@ def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: p
     (tmp_path / "other").write_text("")
     git("add", "other")
     git("commit", "-m", "one")
-    assert collect_environment([])["git"] is None  # somebody else's repository
+    assert collect_environment(["rlkit"])["git"] is None  # somebody else's repository
     git("add", "rlkit")
     git("commit", "-m", "two")
-    clean = collect_environment([])["git"]
+    clean = collect_environment(["rlkit"])["git"]
     assert len(clean["commit"]) == 40 and clean["modified"] is False
     (package / "__init__.py").write_text("x = 1")
-    assert collect_environment([])["git"]["modified"] is True
+    assert collect_environment(["rlkit"])["git"]["modified"] is True

@@ -13,9 +13,8 @@ from rich.console import Console
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry import wandb_sink
 from rlkit.telemetry.console import ConsoleSink, duration
-from rlkit.telemetry.jsonl import JsonlSink, Metrics, read_metrics
-from rlkit.telemetry.names import MetricError
-from rlkit.telemetry.rollouts import rollout_steps, write_rollouts
+from rlkit.telemetry.jsonl import JsonlSink, read_metrics
+from rlkit.telemetry.names import MetricError, Metrics
 from rlkit.telemetry.sinks import Telemetry
 from rlkit.telemetry.wandb_sink import WandbSink
 
@@ -54,21 +53,18 @@ def test_all_sinks_are_closed_when_the_run_and_one_of_them_fail() -> None:
     assert first.closed == broken.closed == last.closed == [True]
 
 
-def test_open_resumes_where_the_checkpoint_stands(tmp_path: Path, make_run) -> None:
+def test_open_resumes_where_the_checkpoint_stands(tmp_path: Path) -> None:
     config = TelemetryConfig(console=False)
     arguments = {"name": "run", "total_steps": 4, "config": {}}
     with Telemetry.open(config, tmp_path, **arguments) as telemetry:
         for step in (1, 2, 3):
             telemetry.log(step, {"reward/mean": step / 10})
-            path = tmp_path / "rollouts" / f"step_{step}.parquet"
-            write_rollouts(path, step, [make_run.rollout_row(1, 0, 1.0)])
     with Telemetry.open(config, tmp_path, resume_step=2, **arguments) as telemetry:
         assert [type(sink) for sink in telemetry.sinks] == [JsonlSink]
         telemetry.log(3, {"reward/mean": 0.9})
     rows = read_metrics(tmp_path)
     assert [(row.step, row.metrics["reward/mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.9)]
     assert [row.seconds for row in rows] == sorted(row.seconds for row in rows)
-    assert rollout_steps(tmp_path) == [1, 2]
 
 
 def test_plain_lines_without_a_terminal() -> None:
@@ -77,13 +73,13 @@ def test_plain_lines_without_a_terminal() -> None:
     for step in (1, 2):
         sink.log(step, {"reward/mean": 0.5, "group/dead_frac": 0.25, "policy/entropy": None})
     sink.log(2, {"eval/[bold]x/avg@4": 0.412, "eval/[bold]x/avg@4_se": 0.013})
-    sink.log(7, {"sft/loss": 1.5})
+    sink.log(3, {"sft/loss": 1.5})
     sink.close()
     lines = out.getvalue().splitlines()
     assert lines[0] == "step 1/20  reward 0.500  dead 25%  entropy not finite"
     assert lines[1].startswith("step 2/20  reward 0.500") and "ETA" in lines[1]
     assert lines[2] == "step 2  eval [bold]x  avg@4 0.412 +- 0.013"
-    assert lines[3] == "sft step 7  loss 1.5000"
+    assert lines[3].startswith("sft step 3/20  loss 1.5000  ETA")
     assert len(lines) == 4 and "\x1b" not in out.getvalue()
 
 
@@ -160,10 +156,8 @@ def test_wandb_offline_needs_no_account_and_no_network(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_wandb_missing_or_misspelt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_missing_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = {"project": "p", "name": "n", "config": {}}
-    with pytest.raises(MetricError, match="off, offline or online"):
-        WandbSink(tmp_path, mode="of", **arguments)
 
     def no_wandb(name: str) -> object:
         raise ImportError(name)
