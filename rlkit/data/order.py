@@ -4,47 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlkit.errors import ConfigError, DataError
+from rlkit.errors import DataError
 from rlkit.types import IntArray
 
 
 class PromptOrder:
     """Maps an ordinal, the position in the run's endless sequence of prompts, to a prompt.
 
-    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e).
-    A resumed run asks for the ordinals it has not trained on and sees the prompts it would have
-    seen. O(1) amortised for ordinals that mostly grow: only one epoch's permutation is kept.
-
-    Args:
-        count: number of prompts, 1 or more.
-        seed: 0 or more.
-        shuffle: False keeps file order in every epoch.
+    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in
+    file order without `shuffle`. A resumed run asks for the ordinals it has not trained on and sees
+    the prompts it would have seen. O(1) amortised for ordinals that mostly grow: only one epoch's
+    permutation is kept. `DataError` without prompts.
     """
-
-    __slots__ = ("_epoch", "_permutation", "count", "seed", "shuffle")
 
     def __init__(self, count: int, seed: int, shuffle: bool = True) -> None:
         if count < 1:
             raise DataError("there are no prompts to order", key="count", value=count)
-        if seed < 0:
-            raise ConfigError("it is negative", key="seed", value=seed, expected="0 or more")
         self.count = count
         self.seed = seed
         self.shuffle = shuffle
-        self._epoch = -1
-        self._permutation: IntArray = np.empty(0, dtype=np.int64)
+        self._kept: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
 
     def index(self, ordinal: int) -> int:
         """Index of the prompt at `ordinal` (0 or more)."""
-        if ordinal < 0:
-            raise ValueError(f"ordinal {ordinal} is negative")
         epoch, offset = divmod(ordinal, self.count)
         if not self.shuffle:
             return offset
-        if epoch != self._epoch:
-            self._permutation = permutation(self.count, self.seed, epoch)
-            self._epoch = epoch
-        return int(self._permutation[offset])
+        if epoch != self._kept[0]:
+            self._kept = epoch, permutation(self.count, self.seed, epoch)
+        return int(self._kept[1][offset])
 
 
 def permutation(count: int, *entropy: int) -> IntArray:

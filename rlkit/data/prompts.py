@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,21 +10,16 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import msgspec
 import numpy as np
-from omegaconf import MISSING
 
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.encoding import bos_prefix, encode
-from rlkit.data.files import Row
-from rlkit.data.reference import Reference
-from rlkit.data.sources import LocalFile, as_source
-from rlkit.data.template import RowTemplate, field_names
+from rlkit.data.sources import Row, as_source
+from rlkit.data.template import field_names, render
 from rlkit.errors import ConfigError, DataError, nearest
 from rlkit.types import IntArray, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TOO_LONG = "prompt_too_long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,25 +63,17 @@ def load_prompts(
         require_reference: a reward needs a reference answer of every row.
 
     Raises:
-        ConfigError: settings that contradict each other.
+        ConfigError: a reference_pattern that is no regular expression.
         DataError: no row, no row short enough, a missing field, a missing reference, an id used
             twice, a character the tokenizer does not know; the message names the row.
     """
-    if require_reference and config.reference is None:
-        raise ConfigError(
-            "the reward needs reference answers",
-            key=f"{key}.reference",
-            value=None,
-            expected='a template of the answer, e.g. "{answer}"',
-        )
-    reference = Reference(config, key)
     rendered, left_out = render_rows(config, tokenizer, key)
     prompts = tuple(
         Prompt(
             id=item.id,
             text=item.text,
             token_ids=item.token_ids,
-            reference=reference(item.row, item.number, item.id, require_reference),
+            reference=_reference(config, item, key, require_reference),
             metadata=_metadata(item, key),
         )
         for item in rendered
@@ -97,75 +85,33 @@ def render_rows(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[RenderedRow], dict[str, int]]:
     """Read, render and tokenise every row; the rows kept, and counts of the others by reason."""
-    rows = _rows(config, key)
+    rows = as_source(config.source, f"{key}.source").rows()[: config.limit]
+    if not rows:
+        raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
     ids = _ids(config, rows, key)
-    template = RowTemplate(config.prompt, f"{key}.prompt")
-    contents: list[str] = []
+    texts = []
     for number, row in enumerate(rows):
-        content = template(row, number)
-        if not content:
-            raise DataError(
-                f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty",
-                key=f"{key}.prompt",
-                value=config.prompt,
-                fix="leave the row out of the data",
-            )
-        contents.append(content)
-    texts = _chat(contents, config, tokenizer, key) if config.chat else contents
-    if config.system is not None and not config.chat:
-        raise ConfigError(
-            "a system message needs a chat template",
-            key=f"{key}.system",
-            value=config.system,
-            fix=f"set {key}.chat=true, or put the text into {key}.prompt",
-        )
-    prefix = [] if config.chat else bos_prefix(tokenizer)
-    kept: list[RenderedRow] = []
-    for number, tokens in enumerate(encode(texts, tokenizer, ids, key)):
-        if len(prefix) + len(tokens) > config.max_prompt_tokens:
-            continue
-        kept.append(
-            RenderedRow(
-                number=number,
-                id=ids[number],
-                row=rows[number],
-                text=texts[number],
-                token_ids=np.asarray(prefix + tokens, dtype=np.int64),
-            )
-        )
-    if not kept:
-        raise DataError(
-            f"each of the {len(rows)} prompts is longer",
-            key=f"{key}.max_prompt_tokens",
-            value=config.max_prompt_tokens,
-            fix="raise it",
-        )
-    too_long = len(rows) - len(kept)
-    return kept, {TOO_LONG: too_long} if too_long else {}
-
-
-def _rows(config: DatasetConfig, key: str) -> list[Row]:
-    if config.path is not None:
-        source = as_source(LocalFile(path=config.path), f"{key}.path")
-    elif config.source == MISSING:
-        raise ConfigError(
-            f"{key} has no source",
-            key=f"{key}.source",
-            value=None,
-            expected="a component such as {_target_: rlkit.data.sources.LocalFile, path: ...}",
-            fix=f"set {key}.path=FILE, or choose a data set",
-        )
+        text = render(config.prompt, row, number, f"{key}.prompt")
+        if not text:
+            problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
+            fix = "leave the row out of the data"
+            raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix=fix)
+        texts.append(text)
+    prefix: list[int] = []
+    if config.chat:
+        texts = _chat(texts, config, tokenizer, key)
     else:
-        source = as_source(config.source, f"{key}.source")
-    rows = source.rows()
-    count = len(rows) if config.limit is None else min(config.limit, len(rows))
-    if count < 1:
-        raise DataError(
-            f"the data set is empty: {len(rows)} rows, limit {config.limit}",
-            key=f"{key}.source",
-            value=config.path or config.source,
-        )
-    return [rows[number] for number in range(count)]
+        prefix = bos_prefix(tokenizer)
+    kept = [
+        RenderedRow(number=number, id=ids[number], row=rows[number], text=texts[number], token_ids=np.array(tokens))
+        for number, own in enumerate(encode(texts, tokenizer, ids, key))
+        if len(tokens := prefix + own) <= config.max_prompt_tokens
+    ]
+    if not kept:
+        problem, limit = f"each of the {len(rows)} prompts is longer", config.max_prompt_tokens
+        raise DataError(problem, key=f"{key}.max_prompt_tokens", value=limit, fix="raise it")
+    too_long = len(rows) - len(kept)
+    return kept, {"prompt_too_long": too_long} if too_long else {}
 
 
 def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
@@ -173,75 +119,66 @@ def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
         return [str(number) for number in range(len(rows))]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
+        row_id = str(row.get(config.id_field))
+        problem = None
         if row.get(config.id_field) is None:
-            raise DataError(
-                f"row {number} has no such field.{nearest(config.id_field, row)}",
-                key=f"{key}.id_field",
-                value=config.id_field,
-                expected=f"one of {', '.join(field_names(row))}, or null for row numbers",
-            )
-        row_id = str(row[config.id_field])
-        if row_id in seen:
-            raise DataError(
-                f"rows {seen[row_id]} and {number} have the same id {row_id!r}",
-                key=f"{key}.id_field",
-                value=config.id_field,
-                expected="a field that is unique, or null for row numbers",
-            )
+            problem = f"row {number} has no such field.{nearest(config.id_field, row)}"
+        elif row_id in seen:
+            problem = f"rows {seen[row_id]} and {number} have the same id {row_id!r}"
+        if problem is not None:
+            expected = f"a field unique to each row, of {', '.join(field_names(row))}, or null for row numbers"
+            raise DataError(problem, key=f"{key}.id_field", value=config.id_field, expected=expected)
         seen[row_id] = number
     return list(seen)
 
 
 def _chat(contents: Sequence[str], config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[str]:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template",
-            key=f"{key}.chat",
-            value=True,
-            fix=f"set model.chat_template, or {key}.chat=false",
-        )
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    conversations = [[*system, {"role": "user", "content": content}] for content in contents]
     try:
-        return [
-            str(
-                tokenizer.apply_chat_template(
-                    [*system, {"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-                )
-            )
-            for content in contents
-        ]
-    except jinja2.TemplateError as error:
-        raise DataError(
-            f"the chat template refuses the messages: {error}",
-            key=f"{key}.chat",
-            value=True,
-            fix="some templates take no system message; or set model.chat_template",
-        ) from error
+        return list(tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False))
+    except (jinja2.TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
+        problem = f"no chat template, or one that refuses the messages: {error}"
+        fix = f"set model.chat_template, or {key}.chat=false; some templates take no system message"
+        raise DataError(problem, key=f"{key}.chat", value=True, fix=fix) from error
+
+
+def _reference(config: DatasetConfig, item: RenderedRow, key: str, required: bool) -> str | None:
+    """The row's reference answer: `reference`, then `reference_pattern`."""
+    text = None
+    if config.reference is not None:
+        text = render(config.reference, item.row, item.number, f"{key}.reference")
+    if text and config.reference_pattern is not None:
+        pattern_is = {"key": f"{key}.reference_pattern", "value": config.reference_pattern}
+        try:
+            found = re.search(config.reference_pattern, text)
+        except re.error as error:
+            raise ConfigError(f"not a regular expression: {error}", **pattern_is) from error
+        if found is None:
+            raise DataError(f"nothing in row {item.id!r} matches: {text[-200:]!r}", **pattern_is)
+        text = (found[1 if found.re.groups else 0] or "").strip()
+    if not text and required:
+        problem = f"row {item.id!r} has no reference answer (null or empty), and the reward needs it"
+        fix = f'set {key}.reference to a template of the answer, e.g. "{{answer}}", or leave the row out of the data'
+        raise DataError(problem, key=f"{key}.reference", value=config.reference, fix=fix)
+    return text or None
 
 
 def _metadata(item: RenderedRow, key: str) -> dict[str, Any]:
-    nested = item.row.get("metadata")
-    merged = {name: value for name, value in item.row.items() if name != "metadata"}
-    if isinstance(nested, Mapping):
-        merged |= nested
-    elif nested is not None:
-        merged["metadata"] = nested
+    fields = dict(item.row)
+    if isinstance(nested := fields.get("metadata"), Mapping):
+        del fields["metadata"]
+        fields |= nested
     try:
         # Through JSON once here, so that a reward sees the same values before and after the buffer.
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(merged, enc_hook=_plain))
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(fields, enc_hook=_plain))
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{key}: row {item.id!r} has a field that cannot be written as JSON: {error}",
-            fix="name the fields to keep in the source's `columns`",
-        ) from error
+        problem = f"{key}: row {item.id!r} has a field that cannot be written as JSON: {error}"
+        raise DataError(problem, fix="name the fields to keep in the source's `columns`") from error
     return plain
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str):  # numpy.str_ and other subclasses
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__}")
+    raise TypeError(type(value).__name__)

@@ -13,13 +13,11 @@ from rlkit.config.schema import DatasetConfig
 from rlkit.data.encoding import encode
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import render_rows
-from rlkit.errors import ConfigError, DataError
+from rlkit.errors import DataError
 from rlkit.types import IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-COMPLETION_TOO_LONG = "completion_too_long"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,25 +47,11 @@ def load_examples(
 
     The teacher `config.completion` writes the completion of a row from (row, row number).
 
-    Raises:
-        ConfigError: no teacher, or a tokenizer without an end-of-sequence token.
-        DataError: as `load_prompts`; an empty completion; an end-of-sequence token inside one;
-            every completion too long.
+    Raises `DataError` as `load_prompts`, and for an empty completion, an end-of-sequence token inside
+    one, or when every completion is too long.
     """
-    if config.completion is None:
-        raise ConfigError(
-            "supervised fine-tuning needs target completions",
-            key=f"{key}.completion",
-            value=None,
-            expected='a component such as {_target_: rlkit.data.teacher.Template, template: "{solution}"}',
-        )
+    assert config.completion is not None and tokenizer.eos_token_id is not None  # verify, load_tokenizer
     eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ConfigError(
-            "the tokenizer has no end-of-sequence token: completions would never end",
-            key="model.tokenizer",
-            value=tokenizer.name_or_path,
-        )
     teacher = build(config.completion, key=f"{key}.completion")
     rows, left_out = render_rows(config, tokenizer, key)
     texts = [teacher(item.row, item.number) for item in rows]
@@ -75,26 +59,19 @@ def load_examples(
     examples: list[Example] = []
     for item, text, tokens in zip(rows, texts, encoded, strict=True):
         if not tokens or eos in tokens:
-            raise DataError(
-                f"the completion of row {item.id!r} is empty or has the end-of-sequence token "
-                f"{tokenizer.eos_token!r} inside: {text[:200]!r}",
-                key=f"{key}.completion",
-                value=config.completion,
-                expected="text; the end-of-sequence token is added behind it",
+            problem = (
+                f"the completion of row {item.id!r} is empty or has {tokenizer.eos_token!r} inside: {text[:200]!r}"
             )
+            expected = "text; the end-of-sequence token is added behind it"
+            raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
         if len(tokens) < max_completion_tokens:
-            examples.append(
-                Example(id=item.id, prompt_ids=item.token_ids, completion_ids=np.array([*tokens, eos], dtype=np.int64))
-            )
+            completion = np.array([*tokens, eos])
+            examples.append(Example(id=item.id, prompt_ids=item.token_ids, completion_ids=completion))
     if not examples:
-        raise DataError(
-            f"each of the {len(rows)} completions is longer, with its end-of-sequence token",
-            key="sft.max_completion_tokens",
-            value=max_completion_tokens,
-            fix="raise it",
-        )
+        problem = f"each of the {len(rows)} completions is longer, with its end-of-sequence token"
+        raise DataError(problem, key="sft.max_completion_tokens", value=max_completion_tokens, fix="raise it")
     if len(examples) < len(rows):
-        left_out[COMPLETION_TOO_LONG] = len(rows) - len(examples)
+        left_out["completion_too_long"] = len(rows) - len(examples)
     return ExampleSet(examples=tuple(examples), left_out=left_out)
 
 
@@ -104,11 +81,7 @@ def batches(count: int, batch_size: int, steps: int, seed: int, start: int = 0) 
     The `count` examples come in an endless sequence of shuffled epochs: none is used twice before all were used
     once. A batch mixes lengths; the learner buckets them into micro-batches. (Batches of one length saved padding,
     but the tiny models of the quickstart learnt more slowly from them: each step pulls towards its own length.)
-
-    Raises `ConfigError` when batch_size is not positive, `DataError` without examples.
     """
-    if batch_size < 1:
-        raise ConfigError("not positive", key="batch_size", value=batch_size, expected="1 or more")
     order = PromptOrder(count, seed)
     for step in range(start, steps):
-        yield np.array([order.index(step * batch_size + i) for i in range(batch_size)], dtype=np.int64)
+        yield np.array([order.index(step * batch_size + i) for i in range(batch_size)])

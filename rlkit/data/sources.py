@@ -7,7 +7,7 @@ number (counted from 0) is its default id.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,9 +53,12 @@ class LocalFile:
             expected = f"a file; relative paths start at {Path.cwd()}"
             raise DataError(f"no such file.{near}", key="path", value=self.path, expected=expected)
         rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
-        for row in rows if self.columns is not None else ():
-            _check_columns(self.columns, row, self.path)
-        return rows if self.columns is None else [{name: row[name] for name in self.columns} for row in rows]
+        if self.columns is None:
+            return rows
+        columns = self.columns
+        for row in rows:
+            _check_columns(columns, row, self.path)
+        return [{column: row[column] for column in columns} for row in rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +183,7 @@ def _json(path: Path) -> list[Row]:
     place = str(path)
     try:
         if path.suffix == ".json":
-            return msgspec.json.decode(content, type=list[dict[str, Any]])  # type: ignore[return-value]
+            return list[Row](msgspec.json.decode(content, type=list[dict[str, Any]]))
         decoder, rows = msgspec.json.Decoder(dict[str, Any]), list[Row]()
         for number, line in enumerate(content.split(b"\n"), start=1):
             place = f"{path}, line {number}"
@@ -203,7 +206,7 @@ def _parquet(path: Path) -> list[Row]:
     return rows
 
 
-def _check_columns(columns: Sequence[str], present: Sequence[str] | Row, name: str) -> None:
+def _check_columns(columns: Collection[str], present: Sequence[str] | Row, name: str) -> None:
     for column in columns:
         if column not in present:
             problem = f"{name} has no field {column!r}.{nearest(column, present)}"

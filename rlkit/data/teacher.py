@@ -1,4 +1,8 @@
-"""Components that write a row's target completion, for supervised warm starts."""
+"""Components that write a row's target completion, for supervised warm starts.
+
+A teacher is called as `teacher(row, index) -> str`: the completion of row number `index`, without the
+end-of-sequence token; the same arguments always give the same text.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,12 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from rlkit.data.template import RowTemplate
+from rlkit.data.template import render
 from rlkit.errors import ConfigError, DataError
 
-_TERM = r"-?\d+"
-_EXPRESSION = re.compile(rf"{_TERM}(?:\s*[+-]\s*{_TERM})*")
-_STEP = re.compile(rf"\s*([+-])\s*({_TERM})")
-
-
-class Teacher(Protocol):
-    """Writes the completion of a row; the same (row, index) always gives the same text."""
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> str:
-        """Completion of row number `index`, without the end-of-sequence token."""
+_STEP = re.compile(r"\s*([+-])\s*(-?\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +31,10 @@ class Template:
     template: str
 
     def __call__(self, row: Mapping[str, Any], index: int) -> str:
-        text = RowTemplate(self.template, "template")(row, index)
+        text = render(self.template, row, index, "template")
         if text is None:
-            raise DataError(
-                f"a field of row {index} is null",
-                key="template",
-                value=self.template,
-                fix="leave such rows out of the file",
-            )
+            fix = "leave such rows out of the file"
+            raise DataError(f"a field of row {index} is null", key="template", value=self.template, fix=fix)
         return text
 
 
@@ -61,10 +52,7 @@ class ChainSumTeacher:
         error_rate: probability of a wrong result, a step; in [0, 1).
         seed: of the errors.
         max_error: largest distance of a wrong result from the right one.
-        step: text of a step, from {left}, {operator}, {right} and {result}.
-        separator: between steps.
-        mark: before the final answer.
-        expression: where a row holds the expression.
+        expression: template of the sum.
 
     Raises `ConfigError` on settings out of range, `DataError` where a row has no such expression.
     """
@@ -72,51 +60,28 @@ class ChainSumTeacher:
     error_rate: float = 0.3
     seed: int = 0
     max_error: int = 3
-    step: str = "{left}{operator}{right}={result}"
-    separator: str = ";"
-    mark: str = "#"
     expression: str = "{metadata[expression]}"
 
     def __post_init__(self) -> None:
         if not 0 <= self.error_rate < 1:
             raise ConfigError("not a rate", key="error_rate", value=self.error_rate, expected="0 <= rate < 1")
         if self.max_error < 1:
-            raise ConfigError(
-                "an error changes the result", key="max_error", value=self.max_error, expected="1 or more"
-            )
-        try:
-            self.step.format(left=1, operator="+", right=1, result=2)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ConfigError(
-                f"not a valid step ({error!r})",
-                key="step",
-                value=self.step,
-                expected="a template of {left}, {operator}, {right}, {result}",
-            ) from error
+            raise ConfigError("errors change nothing", key="max_error", value=self.max_error, expected="1 or more")
 
     def __call__(self, row: Mapping[str, Any], index: int) -> str:
         draw = random.Random(f"{self.seed}/{index}")  # seeded by its SHA-512: stable anywhere
-        total, steps = self._parse(row, index)
-        lines: list[str] = []
-        for operator, right in steps:
-            result = total + right if operator == "+" else total - right
+        text = f"+{render(self.expression, row, index, 'expression')}"
+        if not re.fullmatch(rf"({_STEP.pattern})+\s*", text):
+            expected = 'a sum of integers such as "4 - 1 + 7"'
+            raise DataError(
+                f"row {index} holds {text[1:]!r}", key="expression", value=self.expression, expected=expected
+            )
+        (_, first), *rest = _STEP.findall(text)
+        total, steps = int(first), []
+        for operator, term in rest:
+            result = total + int(term) if operator == "+" else total - int(term)
             if draw.random() < self.error_rate:
                 result += draw.choice((-1, 1)) * draw.randint(1, self.max_error)
-            lines.append(self.step.format(left=total, operator=operator, right=right, result=result))
+            steps.append(f"{total}{operator}{int(term)}={result}")
             total = result
-        return f"{self.separator.join(lines)}{self.mark}{total}"
-
-    def _parse(self, row: Mapping[str, Any], index: int) -> tuple[int, list[tuple[str, int]]]:
-        text = RowTemplate(self.expression, "expression")(row, index)
-        if text is None or _EXPRESSION.fullmatch(text.strip()) is None:
-            raise DataError(
-                f"row {index} holds {text!r}",
-                key="expression",
-                value=self.expression,
-                expected='a sum of integers such as "4 - 1 + 7"',
-            )
-        text = text.strip()
-        first = re.match(_TERM, text)
-        assert first is not None  # _EXPRESSION begins with a term
-        steps = [(op, int(term)) for op, term in _STEP.findall(text, first.end())]
-        return int(first[0]), steps
+        return f"{';'.join(steps)}#{total}"

@@ -58,7 +58,3 @@ def test_without_shuffle_file_order_repeats(count: int, ordinal: int) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(RlkitError, match="no prompts"):
         PromptOrder(0, 0)
-    with pytest.raises(RlkitError, match="seed"):
-        PromptOrder(3, -1)
-    with pytest.raises(ValueError, match="negative"):
-        PromptOrder(3, 0).index(-1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.prompts import load_prompts
 from rlkit.data.sft import batches, load_examples
-from rlkit.errors import ConfigError, DataError, RlkitError
+from rlkit.errors import DataError
 
 Make = Callable[..., DatasetConfig]
 TEMPLATE = {"_target_": "rlkit.data.teacher.Template", "template": "{solution}#{answer}"}
@@ -55,8 +55,6 @@ class Rows:
 
 
 def test_example_errors(dataset: Make, tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"sft\.data\.completion"):
-        load_examples(dataset(ROWS), tokenizer, 10, "sft.data")
     for bad in ("", "one <eos> two"):
         config = dataset([*ROWS, {"question": "q", "solution": bad, "answer": ""}])
         config.completion = {"_target_": TEMPLATE["_target_"], "template": "{solution}"}
@@ -84,9 +82,3 @@ def test_no_example_is_used_twice_more_than_another(count: int, size: int, steps
     chosen = Counter(np.concatenate(list(batches(count, size, steps, seed))).tolist())
     used = [chosen[index] for index in range(count)]
     assert max(used) - min(used) <= 1
-
-
-def test_batch_errors() -> None:
-    for arguments in ([0, 2, 3, 0], [1, 0, 3, 0]):
-        with pytest.raises(RlkitError):
-            next(batches(*arguments))

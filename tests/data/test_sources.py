@@ -55,10 +55,10 @@ def test_blank_lines_and_byte_order_mark_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"a": 1', "malformed JSON"),
-        (b'{"a": NaN}', "NaN"),
-        (b"[1, 2]", "a row is a list"),
-        (b'"text"', "a row is a text"),
+        (b'{"a": 1', "truncated"),
+        (b'{"a": NaN}', "invalid character"),
+        (b"[1, 2]", "Expected `object`, got `array`"),
+        (b'"text"', "Expected `object`, got `str`"),
         (b'{"a": "\xff"}', "not UTF-8"),
     ],
 )
@@ -72,13 +72,13 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, words: str) -> None:
 def test_malformed_json_file_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('[\n{"a": 1},\n{"a": }\n]')
-    with pytest.raises(DataError, match="line 3, column 7"):
+    with pytest.raises(DataError, match="byte 18"):
         LocalFile(path=str(path)).rows()
     path.write_text('{"data": []}')
-    with pytest.raises(DataError, match="an object"):
+    with pytest.raises(DataError, match="got `object`"):
         LocalFile(path=str(path)).rows()
     path.write_text('[{"a": 1}, 3]')
-    with pytest.raises(DataError, match="item 1"):
+    with pytest.raises(DataError, match=r"\$\[1\]"):
         LocalFile(path=str(path)).rows()
 
 
