@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from rewards.pool import VerifierPool
-from rlkit.buffer.protocol import Lease, VersionedBuffer
+from rlkit.buffer.protocol import FencedError, Lease, VersionedBuffer
 from rlkit.errors import EngineError
 from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.rollout.scoring import score_rollouts
@@ -27,6 +27,7 @@ class WorkReport:
 
     samples: int
     tokens: int
+    lost_slices: int  # their lease went to another worker meanwhile; thrown away
     generate_seconds: float
     score_wait_seconds: float  # after the last token, until the last verdict
 
@@ -68,26 +69,34 @@ class RolloutWorker:
                 expected=f"{newest} or newer",
             )
         started = time.perf_counter()
-        open_leases = {(lease.ordinal, lease.start): lease for lease in leases}
-        scoring: list[asyncio.Task[None]] = []
+        held = {lease.lease_id: lease for lease in leases}
+        renewing = asyncio.create_task(self._renew(held))
+        scoring: list[asyncio.Task[bool]] = []
         tokens = 0
         try:
-            async with self._heartbeat(open_leases):
-                async for lease, rollouts in self._finished_slices(leases):
-                    tokens += sum(len(r.token_ids) for r in rollouts)
-                    self.buffer.submit(lease, rollouts)
-                    scoring.append(asyncio.create_task(self._score(lease, rollouts, open_leases)))
-                generated = time.perf_counter()
-                await asyncio.gather(*scoring)
+            async for lease, rollouts in self._finished_slices(leases):
+                if renewing.done():
+                    renewing.result()  # raises what ended it
+                tokens += sum(len(r.token_ids) for r in rollouts)
+                with self._giving_up(held):
+                    if lease.lease_id in held:
+                        self.buffer.submit(lease, rollouts)
+                        scoring.append(asyncio.create_task(self._score(lease, rollouts, held)))
+            generated = time.perf_counter()
+            handed_in = sum(await asyncio.gather(*scoring))
         except BaseException:
             for task in scoring:
                 task.cancel()
             await asyncio.gather(*scoring, return_exceptions=True)
-            self.buffer.release(list(open_leases.values()))
+            self.buffer.release(list(held.values()))
             raise
+        finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])
         return WorkReport(
             samples=sum(lease.stop - lease.start for lease in leases),
             tokens=tokens,
+            lost_slices=len(leases) - handed_in,
             generate_seconds=generated - started,
             score_wait_seconds=time.perf_counter() - generated,
         )
@@ -108,23 +117,25 @@ class RolloutWorker:
                 if len(have) == lease.stop - lease.start:
                     yield lease, sorted(have, key=lambda r: r.index)
 
-    async def _score(self, lease: Lease, rollouts: list[Rollout], open_leases: dict[tuple[int, int], Lease]) -> None:
+    async def _score(self, lease: Lease, rollouts: list[Rollout], held: dict[int, Lease]) -> bool:
+        """Whether the slice was handed in."""
         verdicts = await score_rollouts(self.pool, [lease.prompt] * len(rollouts), rollouts)
-        self.buffer.score(lease, verdicts)
-        del open_leases[lease.ordinal, lease.start]
+        with self._giving_up(held):
+            self.buffer.score(lease, verdicts)
+        return held.pop(lease.lease_id, None) is not None
 
-    @contextlib.asynccontextmanager
-    async def _heartbeat(self, open_leases: dict[tuple[int, int], Lease]) -> AsyncIterator[None]:
-        """Renew the open leases three times a timeout while the block runs."""
+    async def _renew(self, held: dict[int, Lease]) -> None:
+        """Renew what is held, three times a timeout, until cancelled."""
+        while True:
+            await asyncio.sleep(self.lease_timeout_s / 3)
+            with self._giving_up(held):
+                self.buffer.renew(list(held.values()), self.lease_timeout_s)
 
-        async def beat() -> None:
-            while True:
-                await asyncio.sleep(self.lease_timeout_s / 3)
-                self.buffer.renew(list(open_leases.values()), self.lease_timeout_s)
-
-        task = asyncio.create_task(beat())
+    @contextlib.contextmanager
+    def _giving_up(self, held: dict[int, Lease]) -> Iterator[None]:
+        """A lost lease costs its slice (another worker has it now, the buffer counts it), not the round."""
         try:
             yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        except FencedError as error:
+            for lease in error.lost:
+                held.pop(lease.lease_id, None)
