@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +31,7 @@ RANK_TIMEOUT = timedelta(hours=2)
 
 def start_accelerator(config: LearnerConfig) -> Accelerator:
     """Threads, determinism, device and precision, then the process group if there is one."""
+    transformers.logging.disable_progress_bar()  # bars of a millisecond in the logs of every checkpoint
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     if config.deterministic:

@@ -60,8 +60,8 @@ class Meter:
 
     def maximum(self, name: str, values: Tensor) -> None:
         """Fold token values [n] into a maximum."""
-        if values.numel():
-            self.maxima[name] = max(self.maxima.get(name, 0.0), float(values.max()))
+        largest = float(values.max()) if values.numel() else 0.0
+        self.maxima[name] = max(self.maxima.get(name, 0.0), largest)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and maxima over all ranks; every rank must hold the same names."""
@@ -213,16 +213,15 @@ class Learner:
             difference = (logprobs.detach() - mu).double()
             observed["mismatch/logprob_absdiff/mean"] = difference.abs()
             observed["mismatch/kl"] = difference.exp() - 1 - difference
-            if micro.counted:
-                meter.maximum("mismatch/logprob_absdiff/max", difference.abs())
-        token_weight = torch.tensor(per_token_weight, device=device).to(logprobs)[here.sequence]
-        loss = (objective * token_weight).sum()
-        if not micro.counted:
-            return loss * 0.0
+        observed["policy/loss"] = out.per_token.detach()
+        # A rank without a micro-batch of its own runs an uncounted one: it adds nothing, under the same names.
+        counted = len(logprobs) if micro.counted else 0
         for name, values in observed.items():
-            meter.add(name, values)
-        meter.add("policy/loss", out.per_token.detach())
-        return loss
+            meter.add(name, values[:counted])
+        if first:
+            meter.maximum("mismatch/logprob_absdiff/max", observed["mismatch/logprob_absdiff/mean"][:counted])
+        token_weight = torch.tensor(per_token_weight, device=device).to(logprobs)[here.sequence]
+        return (objective * token_weight).sum() * float(micro.counted)
 
     def _forward(self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         logprobs, entropy = policy(

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.cli import main
@@ -168,3 +169,46 @@ def test_parity_check_passes_on_the_tiny_model(tmp_path, capsys):
     assert main(["check-parity", *settings(tmp_path, "parity")]) == 0
     out = capsys.readouterr().out
     assert "in parity" in out
+
+
+def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_and_it_loads_anywhere(tmp_path, capsys):
+    arguments = settings(tmp_path, "run", "steps=2")
+    assert main(["train", *arguments]) == 0
+    during = {k: v for k, v in metrics(tmp_path / "run")[-1].items() if k.startswith("eval/")}
+    checkpoint = tmp_path / "run/checkpoints/step_2"
+    capsys.readouterr()
+    assert main(["eval", *arguments, "--checkpoint", str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out) == during
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    saved = load_file(checkpoint / "model.safetensors")
+    assert all(bool((model.state_dict()[k] == v).all()) for k, v in saved.items())
+    assert tokenizer.decode(tokenizer("1+2=").input_ids, skip_special_tokens=True) == "1+2="
+    assert main(["eval", *arguments, "--checkpoint", str(tmp_path / "nowhere")]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """Small batches, so that the second rank has steps without a micro-batch of its own."""
+    assert main(["train", *settings(tmp_path, "one", "steps=3")]) == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlkit", "train"]
+    command = [sys.executable, *launch, *settings(tmp_path, "two", "steps=3", "learner.device=cpu")]
+    done = subprocess.run(command, capture_output=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+def test_a_users_reward_that_answers_nan_ends_the_run_with_its_name(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("def half(sample, value):\n    return float(value)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    good = settings(tmp_path, "good", "steps=1", "+reward.rewards.mine={_target_: mine.half, value: 0.5}")
+    assert main(["train", *good]) == 0
+    assert metrics(tmp_path / "good")[1]["reward/mine/mean"] == 0.5
+    bad = settings(tmp_path, "bad", "steps=1", "+reward.rewards.mine={_target_: mine.half, value: 'nan'}")
+    assert main(["train", *bad]) == 2
+    assert "NaN from reward 'mine'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("bad/rollouts/*"))

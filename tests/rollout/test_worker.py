@@ -50,7 +50,9 @@ class PacedEngine:
 
 @pytest.fixture(scope="module")
 def pool():
-    with VerifierPool({"exact": {"_target_": "rewards.exact.ExactMatch", "extract": "whole"}}, workers=1, timeout_s=20) as made:
+    with VerifierPool(
+        {"exact": {"_target_": "rewards.exact.ExactMatch", "extract": "whole"}}, workers=1, timeout_s=20
+    ) as made:
         yield made
 
 
