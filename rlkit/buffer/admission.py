@@ -9,21 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from rlkit.buffer.checks import at_least, groups_in
-from rlkit.buffer.leases import OPEN, UNLEASED, insert_slices
-from rlkit.buffer.protocol import GroupRequest
-from rlkit.buffer.tables import groups, meta, slices, versions
-from rlkit.errors import BufferError
+from rlkit.buffer.leases import insert_slices
+from rlkit.buffer.protocol import GroupRequest, require
+from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, groups, meta, position, slices, update_each, versions
 from rlkit.types import GroupState
-
-_UPDATE_GROUP = update(groups).where(groups.c.ordinal == bindparam("at"))
-
-
-def position(connection: Connection) -> Any:
-    """The row of `meta`."""
-    return connection.execute(select(meta)).one()
 
 
 def capacity(now: Any) -> int:
@@ -39,15 +31,11 @@ def request(
     now = position(connection)
     ordinals = [x.ordinal for x in requests]
     expected = list(range(now.next_ordinal, now.next_ordinal + len(requests)))
-    if ordinals != expected:
-        fix = "request from stats().next_ordinal on"
-        problem = "ordinals must continue without a gap"
-        raise BufferError(problem, key="ordinals", value=ordinals, expected=str(expected), fix=fix)
-    if len(requests) > capacity(now):
-        most = f"at most capacity() = {capacity(now)}"
-        fix = "wait for the next publish, or raise max_staleness"
-        problem = "more groups than the staleness bound admits now"
-        raise BufferError(problem, key="requests", value=len(requests), expected=most, fix=fix)
+    problem, fix = "ordinals must continue without a gap", "request from stats().next_ordinal on"
+    require(ordinals == expected, problem, key="ordinals", value=ordinals, expected=str(expected), fix=fix)
+    problem, most = "more groups than the staleness bound admits now", f"at most capacity() = {capacity(now)}"
+    fix = "wait for the next publish, or raise max_staleness"
+    require(len(requests) <= capacity(now), problem, key="requests", value=len(requests), expected=most, fix=fix)
     rows = [
         {
             "ordinal": x.ordinal,
@@ -82,16 +70,10 @@ def slices_of(connection: Connection, ordinals: Sequence[int]) -> dict[int, list
     return found
 
 
-def mark_taken(connection: Connection, ordinals: Sequence[int]) -> None:
-    """SCORED groups become TAKEN."""
-    connection.execute(_UPDATE_GROUP, [{"at": x, "state": GroupState.TAKEN} for x in ordinals])
-
-
 def drop(connection: Connection, ordinals: Sequence[int], reason: str) -> None:
     """Open or taken groups become DROPPED, their leases void; the bound rises."""
-    groups_in(connection, ordinals, (*OPEN, GroupState.TAKEN), "dropped")
-    dropped = {"state": GroupState.DROPPED, "drop_reason": reason}
-    connection.execute(_UPDATE_GROUP, [{"at": x} | dropped for x in ordinals])
+    groups_in(connection, ordinals, UNENDED, "dropped")
+    update_each(connection, groups, ordinals, state=GroupState.DROPPED, drop_reason=reason)
     # scored slices stay: a rollback may bring the group back
     unfinished = slices.c.ordinal.in_(ordinals) & (slices.c.state != GroupState.SCORED)
     connection.execute(update(slices).where(unfinished).values(state=GroupState.DROPPED, **UNLEASED))
@@ -105,13 +87,12 @@ def publish(connection: Connection, version: int, trained: Sequence[int], clock:
     groups_in(connection, trained, (GroupState.TAKEN,), "trained")
     query = select(groups.c.ordinal).where(groups.c.state == GroupState.TAKEN)
     left = sorted(set(connection.execute(query).scalars()) - set(trained))
-    if left or len(trained) != now.prompts_per_step:
-        value, expected = f"{len(trained)} groups; taken besides: {left}", f"all taken groups: {now.prompts_per_step}"
-        fix = "drop the groups the step leaves out and take as many again"
-        problem = "a step trains on every taken group, prompts_per_step of them"
-        raise BufferError(problem, key="trained", value=value, expected=expected, fix=fix)
-    ended = {"state": GroupState.TRAINED, "trained_step": now.step}
-    connection.execute(_UPDATE_GROUP, [{"at": x} | ended for x in trained])
+    problem = "a step trains on every taken group, prompts_per_step of them"
+    value, expected = f"{len(trained)} groups; taken besides: {left}", f"all taken groups: {now.prompts_per_step}"
+    fix = "drop the groups the step leaves out and take as many again"
+    whole = not left and len(trained) == now.prompts_per_step
+    require(whole, problem, key="trained", value=value, expected=expected, fix=fix)
+    update_each(connection, groups, trained, state=GroupState.TRAINED, trained_step=now.step)
     step = now.step + 1
-    connection.execute(insert(versions).values(version=version, step=step, live=True, published_at=clock()))
+    connection.execute(insert(versions).values(version=version, step=step, published_at=clock()))
     connection.execute(update(meta).values(step=step, version=version, next_version=version + 1))

@@ -1,65 +1,30 @@
 """Rollouts, prompts and verdicts as bytes: msgpack, arrays as raw little-endian numbers.
 
-Integers are stored in the smallest of uint8, uint16, int32, int64 that holds them, and an integer or bool
-array of one repeated value as that value: a 16k-token single-turn rollout takes about 130 kB. What comes
-back is equal bit for bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it).
+Integers are stored in the smallest of uint8, uint16, int32, int64 that holds them, and an integer or bool array of
+one repeated value as that value: a 16k-token single-turn rollout takes about 130 kB. What comes back is equal bit for
+bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 """
 
 from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from rlkit.buffer.protocol import require
 from rlkit.errors import BufferError
-from rlkit.types import Prompt, Rollout, Verdict
+from rlkit.types import Rollout, Verdict
 
+T = TypeVar("T")
 _NARROW = tuple((x, int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8"))
 _ARRAYS = {"token_ids": np.int64, "behavior_logprobs": np.float32, "loss_mask": np.bool_, "segments": np.int64}
 
 
-def encode_rollouts(rollouts: Sequence[Rollout]) -> bytes:
-    """Check and encode rollouts; BufferError names the sample and the field that is wrong."""
-    for x in rollouts:
-        _check(x)
-    return _encode(rollouts, "rollouts")
-
-
-def decode_rollouts(data: bytes) -> list[Rollout]:
-    """Inverse of `encode_rollouts`."""
-    return msgspec.msgpack.decode(data, type=list[Rollout], dec_hook=_unpack)
-
-
-def encode_prompt(prompt: Prompt) -> bytes:
-    """Encode a prompt; BufferError if its metadata holds what msgpack cannot carry."""
-    return _encode(prompt, f"metadata of prompt {prompt.id}")
-
-
-def decode_prompt(data: bytes) -> Prompt:
-    """Inverse of `encode_prompt`."""
-    return msgspec.msgpack.decode(data, type=Prompt, dec_hook=_unpack)
-
-
-def encode_verdicts(verdicts: Sequence[Verdict]) -> bytes:
-    """Encode verdicts; a score that is not finite is refused: "not scored" is None."""
-    for x in verdicts:
-        if x.score is not None and not math.isfinite(x.score):
-            problem = "a verdict's score must be a finite number or None"
-            fix = "let the verifier answer Verdict(score=None, reason=...)"
-            raise BufferError(problem, key="score", value=x.score, fix=fix)
-    return _encode(verdicts, "verdicts")
-
-
-def decode_verdicts(data: bytes) -> list[Verdict]:
-    """Inverse of `encode_verdicts`."""
-    return msgspec.msgpack.decode(data, type=list[Verdict])
-
-
-def _encode(value: Any, what: str) -> bytes:
+def encode(value: Any, what: str) -> bytes:
+    """A Prompt, or a list of Rollout or Verdict, as bytes; BufferError naming `what` if msgpack cannot carry it."""
     try:
         return msgspec.msgpack.encode(value, enc_hook=_pack)
     except (TypeError, OverflowError, UnicodeEncodeError) as error:
@@ -67,7 +32,19 @@ def _encode(value: Any, what: str) -> bytes:
         raise BufferError(f"cannot be stored: {error}", key=what, expected=expected) from error
 
 
-def _check(x: Rollout) -> None:
+def decode(data: bytes, kind: type[T]) -> T:
+    """Inverse of `encode`, for kind Prompt, list[Rollout] or list[Verdict]."""
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=_unpack)
+
+
+def check_verdict(x: Verdict) -> None:
+    """BufferError for a score that is not finite: "not scored" is None."""
+    fix = "let the verifier answer Verdict(score=None, reason=...)"
+    finite = x.score is None or math.isfinite(x.score)
+    require(finite, "a verdict's score must be a finite number or None", key="score", value=x.score, fix=fix)
+
+
+def check_rollout(x: Rollout) -> None:
     """BufferError unless arrays are of one length and their types, and the spans cover the tokens."""
     who, tokens = f"sample {x.index} of group {x.ordinal}", len(x.token_ids)
     for name, dtype in _ARRAYS.items():
@@ -76,15 +53,13 @@ def _check(x: Rollout) -> None:
             found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else str(type(array))
             expected = f"a one-dimensional numpy array of {np.dtype(dtype).name}"
             raise BufferError(f"{who}: {name} has the wrong type", key=name, value=found, expected=expected)
-        if len(array) != tokens:
-            problem = f"{who}: {name} has another length than token_ids"
-            raise BufferError(problem, key=name, value=len(array), expected=f"{tokens} entries")
+        problem = f"{who}: {name} has another length than token_ids"
+        require(len(array) == tokens, problem, key=name, value=len(array), expected=f"{tokens} entries")
     ends = [0, *(span.end for span in x.version_spans)]
     joined = all(s.start == before and s.start < s.end for before, s in zip(ends, x.version_spans, strict=False))
-    if not joined or ends[-1] != tokens:
-        problem = f"{who}: version spans do not cover its tokens"
-        expected = f"non-empty spans that cover [0, {tokens}) without gap or overlap"
-        raise BufferError(problem, key="version_spans", value=x.version_spans, expected=expected)
+    problem, value = f"{who}: version spans do not cover its tokens", x.version_spans
+    expected = f"non-empty spans that cover [0, {tokens}) without gap or overlap"
+    require(joined and ends[-1] == tokens, problem, key="version_spans", value=value, expected=expected)
 
 
 def _pack(value: Any) -> Any:

@@ -29,10 +29,6 @@ _NETWORK = re.compile(
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
 )
 
-_ZERO = ("step", "version", "next_ordinal", "refused", "next_lease", "expired_leases", "fenced_writes")
-START = {"id": 1, "next_version": 1, **dict.fromkeys(_ZERO, 0)}
-"""Position and counters of a new database, where version 0 is the start."""
-
 
 class Database:
     """A SQLite database of the buffer's schema, made if there is none.
@@ -101,9 +97,8 @@ class Database:
             wanted = {"prompts_per_step": prompts_per_step, "max_staleness": max_staleness}
             wanted["schema_version"] = SCHEMA_VERSION
             if connection.execute(select(meta.c.id)).first() is None:
-                start = {"version": 0, "step": 0, "live": True, "published_at": now}
-                connection.execute(insert(versions).values(**start))
-                connection.execute(insert(meta).values(**START, **wanted))
+                connection.execute(insert(versions).values(version=0, step=0, published_at=now))
+                connection.execute(insert(meta).values(wanted))
             row = connection.execute(select(meta)).mappings().one()
         for key, value in wanted.items():
             if row[key] != value:
@@ -118,15 +113,12 @@ def sqlite_path(url: str) -> Path:
         parsed = make_url(url)
     except ArgumentError:
         parsed = None
-    problem = None
-    if parsed is None or parsed.get_backend_name() != "sqlite":
-        problem = "no such database for the buffer"
-    elif not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
-        problem = "the buffer must be a file: other processes open it too"
-    if problem is not None or parsed is None or parsed.database is None:
+    file = parsed.database if parsed is not None and parsed.get_backend_name() == "sqlite" else None
+    if not file or file == ":memory:" or file.startswith("file:"):
+        problem = "the buffer must be a SQLite file: other processes open it too"
         expected = "sqlite:///path/to/buffer.db; leave it out for a file in the run folder"
-        raise BufferError(problem or "", key="buffer.url", value=url, expected=expected)
-    return Path(parsed.database).absolute()
+        raise BufferError(problem, key="buffer.url", value=url, expected=expected)
+    return Path(file).absolute()
 
 
 def filesystem_type(path: Path, mountinfo: str) -> str | None:
@@ -134,8 +126,7 @@ def filesystem_type(path: Path, mountinfo: str) -> str | None:
     best, found = -1, None
     for line in mountinfo.splitlines():
         fields, _, rest = line.partition(" - ")
-        escaped = fields.split()[4]
-        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), escaped)
+        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), fields.split()[4])
         # of mounts on one point the last one listed lies on top
         if path.is_relative_to(mount) and len(mount) >= best:
             best, found = len(mount), rest.split()[0]

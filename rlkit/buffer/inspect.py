@@ -22,10 +22,9 @@ from sqlalchemy.exc import DatabaseError
 
 from rlkit.buffer import admission
 from rlkit.buffer.database import sqlite_path
-from rlkit.buffer.leases import IN_WORK
 from rlkit.buffer.protocol import BufferStats
 from rlkit.buffer.sql import read_stats
-from rlkit.buffer.tables import groups, slices, versions
+from rlkit.buffer.tables import IN_WORK, groups, position, slices, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
@@ -73,7 +72,7 @@ def read_view(run_dir: Path, now: float) -> BufferView:
 
 
 def _view(connection: Connection, path: Path, payloads: Path, now: float) -> BufferView:
-    place = admission.position(connection)
+    place = position(connection)
     lag = groups.c.trained_step - versions.c.step
     lags = select(lag, func.count()).join(versions, versions.c.version == groups.c.oldest_version)
     lags = lags.where(groups.c.state == GroupState.TRAINED).group_by(lag).order_by(lag)

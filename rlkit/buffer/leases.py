@@ -8,20 +8,11 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from rlkit.buffer.checks import in_state, sampled_under
-from rlkit.buffer.codec import decode_prompt
-from rlkit.buffer.payloads import PayloadStore
+from rlkit.buffer.codec import decode
+from rlkit.buffer.payloads import SegmentFiles
 from rlkit.buffer.protocol import Lease
-from rlkit.buffer.tables import groups, meta, slices, versions
+from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, slices, versions
 from rlkit.types import GroupState, Prompt
-
-OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)
-"""States of a group that is neither taken nor at its end."""
-IN_WORK = (GroupState.LEASED, GroupState.GENERATED)
-"""States of a slice that needs a living lease."""
-UNLEASED: dict[str, Any] = dict.fromkeys(
-    ("lease_id", "worker_id", "deadline", "segment", "offset", "length", "oldest_version", "newest_version", "verdicts")
-)
-"""Columns of a slice nobody works on. Its epoch stays: the next lease takes the next one."""
 
 _SLICE = (slices.c.ordinal == bindparam("at_ordinal")) & (slices.c.start == bindparam("at_start"))
 UPDATE_SLICE = update(slices).where(_SLICE)
@@ -92,20 +83,10 @@ def lease_slices(connection: Connection, worker_id: str, max_samples: int, deadl
             _split(connection, row, stop)
         left -= stop - row.start
         if row.ordinal not in prompts:
-            prompts[row.ordinal] = decode_prompt(row.prompt)
-        leases.append(
-            Lease(
-                lease_id=next_id + len(leases),
-                epoch=row.epoch + 1,
-                worker_id=worker_id,
-                ordinal=row.ordinal,
-                start=row.start,
-                stop=stop,
-                prompt=prompts[row.ordinal],
-                min_version=row.min_version,
-                deadline=deadline,
-            )
-        )
+            prompts[row.ordinal] = decode(row.prompt, Prompt)
+        place = {"ordinal": row.ordinal, "start": row.start, "stop": stop, "min_version": row.min_version}
+        ids = {"lease_id": next_id + len(leases), "epoch": row.epoch + 1, "worker_id": worker_id}
+        leases.append(Lease(**place, **ids, prompt=prompts[row.ordinal], deadline=deadline))
         if left == 0:
             break
     if leases:
@@ -142,7 +123,7 @@ def renew(connection: Connection, leases: Sequence[Lease], deadline: float) -> l
 
 
 def submit(
-    connection: Connection, work: Sequence[tuple[Lease, bytes, set[int]]], payloads: PayloadStore
+    connection: Connection, work: Sequence[tuple[Lease, bytes, set[int]]], payloads: SegmentFiles
 ) -> list[Lease]:
     """Store (lease, encoded rollouts, their versions); returns the lost leases.
 
@@ -157,16 +138,8 @@ def submit(
         sampled_under(lease, spanned, live)
     updates = []
     for lease, record, spanned in held_work:
-        ref = payloads.append(record)
-        fields = {
-            "state": GroupState.GENERATED,
-            "segment": ref.segment,
-            "offset": ref.offset,
-            "length": ref.length,
-            "oldest_version": min(spanned),
-            "newest_version": max(spanned),
-        }
-        updates.append(at(lease) | fields)
+        fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
+        updates.append(at(lease) | fields | payloads.append(record)._asdict())
     if updates:
         connection.execute(UPDATE_SLICE, updates)
         refresh_groups(connection, {row.ordinal for row in rows.values()})
@@ -209,37 +182,24 @@ def refresh_groups(connection: Connection, ordinals: Iterable[int], scored_at: f
     states: dict[int, dict[str, Any]] = {}
     for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": wanted}):
         states.setdefault(ordinal, {})[state] = oldest
-    updates: list[Mapping[str, Any]] = []
+    updates: list[dict[str, Any]] = []
     for ordinal, found in states.items():
         state = next(x for x in _PRECEDENCE if x in found)
-        scored = state == GroupState.SCORED
-        updates.append(
-            {
-                "at_ordinal": ordinal,
-                "state": state,
-                "oldest_version": found[state] if scored else None,
-                "scored_at": scored_at if scored else None,
-            }
-        )
+        when: dict[str, Any] = {"oldest_version": None, "scored_at": None}
+        if state == GroupState.SCORED:
+            when = {"oldest_version": found[state], "scored_at": scored_at}
+        updates.append({"at_ordinal": ordinal, "state": state, **when})
     connection.execute(_UPDATE_GROUP, updates)
 
 
 def insert_slices(connection: Connection, samples: Mapping[int, int], slice_samples: int) -> None:
     """Cut groups of `samples` (by ordinal) into slices that wait for a worker."""
-    connection.execute(
-        insert(slices),
-        [
-            {
-                "ordinal": ordinal,
-                "start": start,
-                "stop": min(start + slice_samples, total),
-                "state": GroupState.REQUESTED,
-                "epoch": 0,
-            }
-            for ordinal, total in samples.items()
-            for start in range(0, total, slice_samples)
-        ],
-    )
+    rows = [
+        {"ordinal": ordinal, "start": start, "stop": min(start + slice_samples, total), "state": GroupState.REQUESTED}
+        for ordinal, total in samples.items()
+        for start in range(0, total, slice_samples)
+    ]
+    connection.execute(insert(slices), rows)
 
 
 _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)

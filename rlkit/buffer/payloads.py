@@ -1,10 +1,10 @@
 """Payload store: long records outside the database, each with its length and checksum.
 
-A record is a 12-byte header (magic "rlk1", length, crc32; little-endian) and the body. Every
-process appends to segment files of its own, so records never interleave; the database keeps where
-a record lies. `append` returns once the operating system has the bytes, and the caller commits the
-row that refers to them afterwards. A crash of the process therefore loses no record a row refers
-to; a power loss can, and so can a bad disk: reading verifies, and such a record is never used.
+A record is a 12-byte header (magic "rlk1", length, crc32; little-endian) and the body. Every process appends to
+segment files of its own, so records never interleave; the database keeps where a record lies. `append` returns once
+the operating system has the bytes, and the caller commits the row that refers to them afterwards. A crash of the
+process therefore loses no record a row refers to; a power loss can, and so can a bad disk: reading verifies, and such
+a record is never used. Rows of a database would be another store, with the same append, read, keep_only and close.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import struct
 import threading
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 from uuid import uuid4
 
 from rlkit.errors import BufferError
@@ -26,29 +25,12 @@ _MAGIC = b"rlk1"
 _SUFFIX = ".segment"
 
 
-@dataclass(frozen=True, slots=True)
-class PayloadRef:
+class PayloadRef(NamedTuple):
     """Where a record lies: segment name, byte offset of its header, length of its body."""
 
     segment: str
     offset: int
     length: int
-
-
-class PayloadStore(Protocol):
-    """What the buffer needs of a store: segment files here; rows of a database could be another."""
-
-    def append(self, record: bytes) -> PayloadRef:
-        """Store a record. Called under the database's write lock."""
-
-    def read(self, ref: PayloadRef) -> bytes:
-        """The record; BufferError naming segment and offset if it is missing, torn or altered."""
-
-    def keep_only(self, segments: Collection[str]) -> int:
-        """Delete every other segment; returns how many. Called under the database's write lock."""
-
-    def close(self) -> None:
-        """Release files."""
 
 
 class SegmentFiles:
@@ -69,7 +51,7 @@ class SegmentFiles:
         folder.mkdir(parents=True, exist_ok=True)
 
     def append(self, record: bytes) -> PayloadRef:
-        """See PayloadStore. A full disk raises BufferError; no row refers to the torn bytes."""
+        """Store a record, under the database's write lock; BufferError if the disk is full."""
         with self._lock:
             descriptor = self._writable()
             offset = os.lseek(descriptor, 0, os.SEEK_END)
@@ -77,34 +59,34 @@ class SegmentFiles:
             try:
                 while data:
                     data = data[os.write(descriptor, data) :]
-            except OSError as error:
+            except OSError as error:  # no row refers to the torn bytes
                 problem, place = f"cannot write a payload: {error.strerror}", str(self._folder / self._segment)
                 raise BufferError(problem, key="segment", value=place, fix="free disk space and resume") from error
             return PayloadRef(self._segment, offset, len(record))
 
     def read(self, ref: PayloadRef) -> bytes:
-        """See PayloadStore."""
+        """The record; BufferError naming segment and offset if it is missing, torn or altered."""
+        end = _HEADER.size + ref.length
         try:
             with open(self._folder / ref.segment, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), _HEADER.size + ref.length, ref.offset)
+                data = os.pread(file.fileno(), end, ref.offset)
         except FileNotFoundError:
             raise self._bad(ref, "its segment is missing") from None
-        if len(data) < _HEADER.size + ref.length:
-            raise self._bad(ref, f"torn: {len(data)} of {_HEADER.size + ref.length} bytes")
-        magic, length, checksum = _HEADER.unpack_from(data)
+        if len(data) < end:
+            raise self._bad(ref, f"torn: {len(data)} of {end} bytes")
         body = data[_HEADER.size :]
-        if magic != _MAGIC or length != ref.length:
-            raise self._bad(ref, "its header is altered")
-        if zlib.crc32(body) != checksum:
-            raise self._bad(ref, "its checksum does not match")
+        if _HEADER.unpack_from(data) != (_MAGIC, ref.length, zlib.crc32(body)):
+            raise self._bad(ref, "its header or checksum does not match")
         return body
 
-    def keep_only(self, segments: Collection[str]) -> int:
-        """See PayloadStore. A writer whose segment goes begins a new one at its next append."""
-        unused = [x for x in self._folder.glob(f"*{_SUFFIX}") if x.name not in segments]
-        for path in unused:
-            path.unlink(missing_ok=True)
-        return len(unused)
+    def keep_only(self, segments: Collection[str]) -> None:
+        """Delete every other segment, under the database's write lock.
+
+        A writer whose segment goes begins a new one at its next append.
+        """
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            if path.name not in segments:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Idempotent."""

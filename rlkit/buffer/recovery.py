@@ -10,39 +10,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
-from rlkit.buffer.leases import OPEN, UNLEASED
-from rlkit.buffer.payloads import PayloadRef, PayloadStore
+from rlkit.buffer.payloads import PayloadRef, SegmentFiles
 from rlkit.buffer.protocol import RollbackReport, Watermark
-from rlkit.buffer.tables import groups, meta, slices, versions
+from rlkit.buffer.tables import UNENDED, UNLEASED, groups, meta, position, slices, update_each, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
-
-UNENDED = (*OPEN, GroupState.TAKEN)
 
 
 def current_watermark(connection: Connection) -> Watermark:
     """Watermark of the surviving lineage as it stands."""
-    position = connection.execute(select(meta)).one()
+    now = position(connection)
     lowest = connection.execute(select(func.min(groups.c.ordinal)).where(groups.c.state.in_(UNENDED))).scalar_one()
-    frontier = position.next_ordinal if lowest is None else lowest
-    return Watermark(
-        step=position.step,
-        version=position.version,
-        next_ordinal=frontier,
-        refused=frontier - position.step * position.prompts_per_step,
-    )
+    frontier = now.next_ordinal if lowest is None else lowest
+    refused = frontier - now.step * now.prompts_per_step
+    return Watermark(step=now.step, version=now.version, next_ordinal=frontier, refused=refused)
 
 
-def commit(connection: Connection, watermark: Watermark, payloads: PayloadStore, keep_payloads: bool) -> None:
+def commit(connection: Connection, watermark: Watermark, payloads: SegmentFiles, keep_payloads: bool) -> None:
     """Forget prompts and rollouts of covered groups and delete segments nothing else refers to."""
     _check(connection, watermark)
-    position = connection.execute(select(meta)).one()
     live = _version(connection, watermark.version)
-    frontier = current_watermark(connection).next_ordinal
-    if live is None or not live.live or watermark.next_ordinal > frontier:
-        expected = f"at most step {position.step}, next_ordinal {frontier}: the watermark() of the checkpoint"
+    newest = current_watermark(connection)
+    if live is None or not live.live or watermark.next_ordinal > newest.next_ordinal:
+        expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
         raise _refused("this checkpoint is not of the surviving lineage", watermark, expected)
     connection.execute(update(meta).values(committed_step=watermark.step))
     if keep_payloads:
@@ -55,18 +47,17 @@ def commit(connection: Connection, watermark: Watermark, payloads: PayloadStore,
     payloads.keep_only(set(connection.execute(query).scalars()))
 
 
-def rollback(connection: Connection, watermark: Watermark, payloads: PayloadStore, now: float) -> RollbackReport:
-    """See VersionedBuffer.rollback."""
+def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFiles, now: float) -> RollbackReport:
+    """See SqlBuffer.rollback."""
     _check(connection, watermark)
     _check_ledger(connection, watermark)
     dead = _move_versions(connection, watermark, now)
-    position = connection.execute(select(meta)).one()
-    prompts_per_step, window = position.prompts_per_step, position.max_staleness + 1
+    place = position(connection)
     live = select(versions.c.version, versions.c.step).where(versions.c.live)
     steps = {version: step for version, step in connection.execute(live)}
 
     def bound(step: int) -> int:
-        return int((step + window) * prompts_per_step + watermark.refused)
+        return int((step + place.max_staleness + 1) * place.prompts_per_step + watermark.refused)
 
     # what a database behind the checkpoint still holds of groups the checkpoint covers
     below = groups.c.ordinal < watermark.next_ordinal
@@ -105,9 +96,9 @@ def rollback(connection: Connection, watermark: Watermark, payloads: PayloadStor
         if survives:
             corrupt.append(ordinal)
     _restore(connection, restored, again, watermark, now)
-    place = {"step": watermark.step, "version": watermark.version, "refused": watermark.refused, "next_ordinal": end}
-    place["next_version"] = max(position.next_version, watermark.version + 1)
-    connection.execute(update(meta).values(place))
+    moved = {"step": watermark.step, "version": watermark.version, "refused": watermark.refused, "next_ordinal": end}
+    moved["next_version"] = max(place.next_version, watermark.version + 1)
+    connection.execute(update(meta).values(moved))
     return RollbackReport(
         restored=tuple(restored), requested_again=tuple(again), dead_versions=tuple(dead),
         corrupt=tuple(corrupt), removed=removed,
@@ -115,35 +106,23 @@ def rollback(connection: Connection, watermark: Watermark, payloads: PayloadStor
 
 
 def _restore(connection: Connection, restored: list[int], again: list[int], watermark: Watermark, now: float) -> None:
-    fields: dict[str, Any] = {"trained_step": None, "drop_reason": None}
-    where = groups.c.ordinal == bindparam("at")
-    if restored:
-        scored = fields | {"state": GroupState.SCORED}
-        connection.execute(update(groups).where(where), [{"at": x} | scored for x in restored])
-    if again:
-        fresh = fields | {"state": GroupState.REQUESTED, "min_version": watermark.version, "requested_at": now}
-        fresh |= {"oldest_version": None, "scored_at": None}
-        connection.execute(update(groups).where(where), [{"at": x} | fresh for x in again])
-        waiting = {"state": GroupState.REQUESTED, **UNLEASED}
-        connection.execute(
-            update(slices).where(slices.c.ordinal == bindparam("at")), [{"at": x} | waiting for x in again]
-        )
+    undone: dict[str, Any] = {"trained_step": None, "drop_reason": None}
+    update_each(connection, groups, restored, state=GroupState.SCORED, **undone)
+    fresh = undone | {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
+    update_each(connection, groups, again, state=GroupState.REQUESTED, **fresh)
+    update_each(connection, slices, again, state=GroupState.REQUESTED, **UNLEASED)
 
 
 def _move_versions(connection: Connection, watermark: Watermark, now: float) -> list[int]:
     """Make `watermark.version` the newest live version; returns the versions that die."""
     known = _version(connection, watermark.version)
     newest = connection.execute(select(func.max(versions.c.version))).scalar_one()
-    position = connection.execute(select(meta)).one()
-    ahead = known is None and watermark.version > newest and watermark.step > position.step
-    if ahead:
-        connection.execute(
-            insert(versions).values(version=watermark.version, step=watermark.step, live=True, published_at=now)
-        )
+    place = position(connection)
+    if known is None and watermark.version > newest and watermark.step > place.step:  # a buffer behind it, or empty
+        made = {"version": watermark.version, "step": watermark.step, "published_at": now}
+        connection.execute(insert(versions).values(made))
     elif known is None or not known.live:
-        expected = (
-            f"a live version of the buffer (newest: {position.version}); or move the buffer aside to start it empty"
-        )
+        expected = f"a live version of the buffer (newest: {place.version}); or move the buffer aside to start it empty"
         raise _refused("this checkpoint's version is not in the buffer's surviving lineage", watermark, expected)
     newer = versions.c.live & (versions.c.version > watermark.version)
     dead = connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars()
@@ -152,7 +131,7 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
     return dying
 
 
-def _readable(payloads: PayloadStore, row: Any) -> bool:
+def _readable(payloads: SegmentFiles, row: Any) -> bool:
     try:
         payloads.read(PayloadRef(row.segment, row.offset, row.length))
     except BufferError:
@@ -165,7 +144,7 @@ def _version(connection: Connection, version: int) -> Any:
 
 
 def _check(connection: Connection, watermark: Watermark) -> None:
-    prompts_per_step = connection.execute(select(meta.c.prompts_per_step)).scalar_one()
+    prompts_per_step = position(connection).prompts_per_step
     expected = watermark.step * prompts_per_step + watermark.refused
     known = _version(connection, watermark.version)
     sound = min(watermark.step, watermark.version, watermark.refused) >= 0

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    CheckConstraint,
-    Column,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-)
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBinary, String
+
+from rlkit.types import GroupState
 
 SCHEMA_VERSION = 1
 
-metadata = MetaData()
+metadata = sa.MetaData()
 
-meta = Table(
+meta = sa.Table(
     "meta",
     metadata,
-    Column("id", Integer, CheckConstraint("id = 1"), primary_key=True),
+    Column("id", Integer, sa.CheckConstraint("id = 1"), primary_key=True, default=1),
     Column("schema_version", Integer, nullable=False),
     Column("prompts_per_step", Integer, nullable=False),
     Column("max_staleness", Integer, nullable=False),
-    Column("step", BigInteger, nullable=False),
-    Column("version", BigInteger, nullable=False),
-    Column("next_version", BigInteger, nullable=False),
-    Column("next_ordinal", BigInteger, nullable=False),
-    Column("refused", BigInteger, nullable=False),
-    Column("next_lease", BigInteger, nullable=False),
+    Column("step", BigInteger, nullable=False, default=0),
+    Column("version", BigInteger, nullable=False, default=0),
+    Column("next_version", BigInteger, nullable=False, default=1),
+    Column("next_ordinal", BigInteger, nullable=False, default=0),
+    Column("refused", BigInteger, nullable=False, default=0),
+    Column("next_lease", BigInteger, nullable=False, default=0),
     Column("committed_step", BigInteger),
-    Column("expired_leases", BigInteger, nullable=False),
-    Column("fenced_writes", BigInteger, nullable=False),
+    Column("expired_leases", BigInteger, nullable=False, default=0),
+    Column("fenced_writes", BigInteger, nullable=False, default=0),
 )
 """One row: configuration the database was made with, position, counters."""
 
-versions = Table(
+versions = sa.Table(
     "versions",
     metadata,
     Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("step", BigInteger, nullable=False),
-    Column("live", Boolean, nullable=False),
+    Column("live", sa.Boolean, nullable=False, default=True),
     Column("published_at", Float, nullable=False),
 )
 """Every version ever published; `live` is False once a rollback has left it behind."""
 
-groups = Table(
+groups = sa.Table(
     "groups",
     metadata,
     Column("ordinal", BigInteger, primary_key=True, autoincrement=False),
@@ -64,18 +56,18 @@ groups = Table(
     Column("drop_reason", String),
     Column("requested_at", Float, nullable=False),
     Column("scored_at", Float),
-    Index("groups_by_state", "state", "ordinal"),
+    sa.Index("groups_by_state", "state", "ordinal"),
 )
 """One row an ordinal; rows of trained groups stay as the ledger."""
 
-slices = Table(
+slices = sa.Table(
     "slices",
     metadata,
     Column("ordinal", ForeignKey("groups.ordinal", ondelete="CASCADE"), primary_key=True),
     Column("start", Integer, primary_key=True, autoincrement=False),
     Column("stop", Integer, nullable=False),
     Column("state", String(16), nullable=False),
-    Column("epoch", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False, default=0),
     Column("lease_id", BigInteger),
     Column("worker_id", String),
     Column("deadline", Float),
@@ -85,7 +77,27 @@ slices = Table(
     Column("oldest_version", BigInteger),
     Column("newest_version", BigInteger),
     Column("verdicts", LargeBinary),
-    Index("slices_by_state", "state", "ordinal", "start"),
-    Index("slices_by_lease", "lease_id", unique=True),
+    sa.Index("slices_by_state", "state", "ordinal", "start"),
+    sa.Index("slices_by_lease", "lease_id", unique=True),
 )
 """One row a slice of a group's samples; removed once a checkpoint covers the group."""
+
+OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)
+"""States of a group that is neither taken nor at its end."""
+UNENDED = (*OPEN, GroupState.TAKEN)
+IN_WORK = (GroupState.LEASED, GroupState.GENERATED)
+"""States of a slice that needs a living lease."""
+UNLEASED: dict[str, Any] = dict.fromkeys(x.name for x in slices.c if x.nullable)
+"""A slice nobody works on. Its epoch stays: the next lease takes the next one."""
+
+
+def position(connection: sa.Connection) -> Any:
+    """The row of `meta`."""
+    return connection.execute(sa.select(meta)).one()
+
+
+def update_each(connection: sa.Connection, table: sa.Table, ordinals: Any, **fields: Any) -> None:
+    """Set `fields` of every row of these groups."""
+    if ordinals:
+        where = table.c.ordinal == sa.bindparam("at")
+        connection.execute(sa.update(table).where(where), [{"at": x} | fields for x in ordinals])

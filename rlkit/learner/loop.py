@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rewards.pool import VerifierPool
 from rlkit.algorithms.base import Advantage
 from rlkit.budget.uniform import Budget
-from rlkit.buffer.protocol import GroupRequest, VersionedBuffer
+from rlkit.buffer.protocol import GroupRequest
+from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.schema import Config
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet
@@ -50,7 +51,7 @@ class Trainer:
     prompts: PromptSet
     order: PromptOrder
     held_out: dict[str, PromptSet]
-    buffer: VersionedBuffer
+    buffer: SqlBuffer
     engine: Engine
     pool: VerifierPool
     worker: RolloutWorker

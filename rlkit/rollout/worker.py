@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from rewards.pool import VerifierPool
-from rlkit.buffer.protocol import FencedError, Lease, VersionedBuffer
+from rlkit.buffer.protocol import FencedError, Lease
+from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import EngineError
 from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.rollout.scoring import score_rollouts
@@ -37,7 +38,7 @@ class RolloutWorker:
 
     def __init__(
         self,
-        buffer: VersionedBuffer,
+        buffer: SqlBuffer,
         engine: Engine,
         pool: VerifierPool,
         sampling: SamplingParams,

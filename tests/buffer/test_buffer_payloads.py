@@ -13,14 +13,7 @@ from buffer_work import START, Clock, open_at, prompt, request, rollout, same, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.buffer.codec import (
-    decode_prompt,
-    decode_rollouts,
-    decode_verdicts,
-    encode_prompt,
-    encode_rollouts,
-    encode_verdicts,
-)
+from rlkit.buffer.codec import decode, encode
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
@@ -61,7 +54,7 @@ def any_rollout(draw: st.DrawFn) -> Rollout:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(any_rollout(), max_size=3))
 def test_rollouts_round_trip_bit_for_bit(rollouts: list[Rollout]) -> None:
-    decoded = decode_rollouts(encode_rollouts(rollouts))
+    decoded = decode(encode(rollouts, "it"), list[Rollout])
     assert len(decoded) == len(rollouts)
     assert all(same(x, y) for x, y in zip(rollouts, decoded, strict=True))
     for x in decoded:
@@ -92,7 +85,7 @@ def test_prompts_round_trip(
     sent = Prompt(
         id=name, text=text, token_ids=np.array(tokens, dtype=np.int64), reference=reference, metadata=metadata
     )
-    got = decode_prompt(encode_prompt(sent))
+    got = decode(encode(sent, "it"), Prompt)
     assert (got.id, got.text, got.reference) == (name, text, reference)
     assert got.token_ids.dtype == np.int64 and got.token_ids.tolist() == tokens
     assert typed(got.metadata) == typed(metadata)
@@ -112,7 +105,7 @@ def test_prompts_round_trip(
     )
 )
 def test_verdicts_round_trip(verdicts: list[Verdict]) -> None:
-    assert decode_verdicts(encode_verdicts(verdicts)) == verdicts
+    assert decode(encode(verdicts, "it"), list[Verdict]) == verdicts
 
 
 def test_a_long_rollout_takes_eight_bytes_a_token() -> None:
@@ -126,12 +119,12 @@ def test_a_long_rollout_takes_eight_bytes_a_token() -> None:
         version_spans=(VersionSpan(version=0, start=0, end=tokens),),
         text="",
     )
-    assert len(encode_rollouts([long])) < 8 * tokens + 200
+    assert len(encode([long], "it")) < 8 * tokens + 200
 
 
 def test_numpy_scalars_in_metadata_become_numbers() -> None:
     sent = replace(prompt(0), metadata={"n": np.int64(3), "x": [np.float32(0.5)]})
-    assert decode_prompt(encode_prompt(sent)).metadata == {"n": 3, "x": [0.5]}
+    assert decode(encode(sent, "it"), Prompt).metadata == {"n": 3, "x": [0.5]}
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +165,8 @@ def test_segments_roll_over_and_are_never_shared(tmp_path: Path) -> None:
     assert [other.read(r)[0] for _, r in refs] == [*range(8)]
     one.close()
     one.close()
-    assert other.keep_only({refs[-1][1].segment}) == 3
+    other.keep_only({refs[-1][1].segment})
+    assert len(list(tmp_path.iterdir())) == 1
     assert other.read(refs[-1][1])[0] == 7
     other.close()
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from buffer_work import Clock, finish, open_at, prompt, request, rollout, rollouts, same, sample_all, train, verdicts
 
-from rlkit.buffer.protocol import FencedError, GroupRequest, VersionedBuffer
+from rlkit.buffer.protocol import FencedError, GroupRequest
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
 from rlkit.types import Verdict
 
 
 def test_sql_buffer_is_the_protocol(tmp_path: Path) -> None:
-    buffer: VersionedBuffer = SqlBuffer(
+    buffer: SqlBuffer = SqlBuffer(
         f"sqlite:///{tmp_path / 'b.db'}",
         payload_dir=tmp_path / "payloads",
         prompts_per_step=3,
