@@ -1,0 +1,1 @@
+"""Several runs: start them (sweep) and compare them."""

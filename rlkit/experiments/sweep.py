@@ -1,0 +1,197 @@
+"""`rlkit sweep`: variants x seeds of a recipe, each a run of its own, resumed where they were left.
+
+Overrides with a comma are swept, as in Hydra: `algorithm=grpo,rloo seed=0,1,2` makes six runs in
+<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and
+sample with the same keyed random numbers; a warm start is trained once and shared through its cache. Started
+again, a sweep goes on: finished runs are left alone, others resume from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from rlkit.config.compose import load
+from rlkit.config.verify import verify
+from rlkit.errors import ConfigError
+
+MANIFEST = "sweep.json"
+END_DEADLINE_S = 90.0
+"""A run that was told to end writes a checkpoint first; it is killed after this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run of a sweep."""
+
+    variant: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+    steps: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether its summary says that every planned step was trained."""
+        summary = self.folder / "summary.json"
+        return summary.exists() and json.loads(summary.read_text())["steps"] >= self.steps
+
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.folder.with_suffix(".log")
+
+
+def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tuple[Path, list[Run]]:
+    """The sweep's folder and its runs; every configuration is composed and checked. Raises ConfigError."""
+    choices = [_values(text) for text in overrides]
+    swept = [values[0].partition("=")[0] for values in choices if len(values) > 1]
+    runs: dict[Path, Run] = {}
+    for combination in itertools.product(*choices):
+        config, _ = load(recipe, combination, config_dir=config_dir)
+        verify(config)
+        values = dict(text.partition("=")[::2] for text in combination)
+        words = [re.sub(r"[^\w.+-]+", "-", values[key]).strip("-") for key in swept if key != "seed"]
+        variant = "_".join(words) or recipe
+        root = Path(config.output_dir) / config.name
+        folder = root / variant / f"seed_{config.seed}"
+        if folder in runs:
+            raise ConfigError("two runs of the sweep have the same folder", key="name", value=str(folder))
+        place = (f"output_dir={_quoted(folder.parent)}", f"name={folder.name}")
+        runs[folder] = Run(
+            variant=variant, seed=config.seed, folder=folder, overrides=(*combination, *place), steps=config.steps
+        )
+    return root, list(runs.values())
+
+
+def _values(text: str) -> list[str]:
+    """One override as texts: one of each value of a comma list, else the text itself."""
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+        if not override.is_sweep_override():
+            return [text]
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        expected = "key=value, or key=value,value,... to sweep"
+        raise ConfigError(f"override {text!r} cannot be read: {error}", expected=expected) from error
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: int) -> int:
+    """Run a sweep, `jobs` runs at a time; 0 if every run ended well, 1 if one failed, 128 + n after signal n."""
+    if jobs < 1:
+        raise ConfigError("at least one run at a time", key="--jobs", value=jobs, expected="1 or more")
+    root, runs = plan(recipe, overrides, config_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(root / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        fix = "wait for it, or set another name"
+        raise ConfigError("another process runs this sweep", key="name", value=str(root), fix=fix) from error
+    with lock:
+        _match(root, {"recipe": recipe, "overrides": sorted(overrides)})
+        waiting = [run for run in runs if not run.finished]
+        print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+        failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
+    if received:
+        print(f"stopped by {signal.Signals(received).name}; the same command goes on")
+        return 128 + received
+    for run, status in failed:
+        tail = run.log.read_text(errors="replace")[-2000:]
+        print(f"{run.variant} seed {run.seed} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
+    print(f"compare: rlkit compare {root}")
+    return 1 if failed else 0
+
+
+def _match(root: Path, manifest: dict[str, Any]) -> None:
+    """Write the sweep's own settings, or compare them with those it was begun with."""
+    path = root / MANIFEST
+    if path.exists() and (before := json.loads(path.read_text())) != manifest:
+        fix = "set another name, or repeat the settings it was begun with"
+        raise ConfigError("this folder holds another sweep", key="name", value=str(root), expected=str(before), fix=fix)
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+async def _run_all(
+    runs: Sequence[Run], recipe: str, config_dir: Path | None, jobs: int
+) -> tuple[list[tuple[Run, int]], int]:
+    """Train every run; returns the failed ones with their exit status, and the signal that ended it all or 0."""
+    free, stop, failed = asyncio.Semaphore(jobs), asyncio.Event(), list[tuple[Run, int]]()
+    received: list[int] = []
+
+    def interrupted(number: int) -> None:
+        received.append(number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, interrupted, number)
+
+    async def one(run: Run) -> None:
+        async with free:
+            if stop.is_set():
+                return
+            print(f"{run.variant} seed {run.seed}: started", flush=True)
+            status = await _train(run, recipe, config_dir, jobs, stop)
+            if stop.is_set():
+                return
+            print(f"{run.variant} seed {run.seed}: {'finished' if run.finished else 'failed'}", flush=True)
+            if not run.finished:
+                failed.append((run, status))
+
+    await asyncio.gather(*(one(run) for run in runs))
+    return failed, received[0] if received else 0
+
+
+async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop: asyncio.Event) -> int:
+    command = [sys.executable, "-m", "rlkit", "train", f"recipe={recipe}", *run.overrides]
+    command += ["--config-dir", str(config_dir)] if config_dir else []
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_wait_for_lock, run.folder / ".lock")
+    with run.log.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=asyncio.subprocess.STDOUT,
+            env=threads | os.environ, start_new_session=True, preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([ended, told], return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                process.send_signal(signal.SIGTERM)
+                await asyncio.wait([ended], timeout=END_DEADLINE_S)
+        finally:
+            told.cancel()
+            if not ended.done():
+                process.kill()
+            status = await ended
+    return status
+
+
+def _wait_for_lock(path: Path) -> None:
+    """A sweep that was killed has told its runs to end; one may still be writing a checkpoint."""
+    with filelock.FileLock(path, timeout=END_DEADLINE_S):
+        pass
+
+
+def _end_with_parent() -> None:
+    """In the forked child: SIGTERM when the sweep dies, however it dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
