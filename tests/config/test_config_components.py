@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit.config.components import build, fits, import_target, validate
+from rlkit.config.components import build, converted, import_target, validate
 from rlkit.errors import ConfigError
 
 Plugin = Callable[[str], str]
@@ -139,6 +140,14 @@ def test_plugin_that_refuses_is_named_with_its_key(plugin: Plugin, refused: Refu
         build({"_target_": f"{module}.piece", "rate": 2.0}, key="algorithm.loss")
 
 
+def fits(value: Any, annotation: Any) -> bool:
+    try:
+        converted(value, annotation, "key", "a.Target")
+    except ConfigError:
+        return False
+    return True
+
+
 SAMPLES: dict[Any, list[Any]] = {
     bool: [True, False],
     int: [0, -3],
@@ -176,6 +185,7 @@ def test_containers() -> None:
     assert not fits([1, "a", 2], tuple[int, str])
     assert not fits("on ", Literal["on"])
     assert fits(3, "an annotation nobody understands")
+    assert fits({"_target_": "a.B"}, Plugin) and fits("x", Path | None)
 
 
 def test_user_code_in_the_working_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rlkit.config.check import batch_table
 from rlkit.config.compose import load
-from rlkit.config.derive import batch_table
 from rlkit.config.library import Library, shipped
 from rlkit.config.reference import markdown
 from rlkit.config.verify import verify
@@ -24,12 +24,12 @@ def local_data(recipe: str, rows: Path) -> list[str]:
     return [f"data.train.path={rows}"] if recipe == "gsm8k_smoke" else []
 
 
-@pytest.mark.parametrize("recipe", LIBRARY.recipes())
+@pytest.mark.parametrize("recipe", LIBRARY.options(""))
 def test_recipe(recipe: str, rows: Path) -> None:
     config, _ = load(recipe, local_data(recipe, rows))
     verify(config)
     assert config.name == recipe
-    assert all(row.value >= 0 for row in batch_table(config))
+    assert all(value >= 0 for _, value, _ in batch_table(config))
 
 
 @pytest.mark.parametrize(
