@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from rlkit.config.memory import estimate
 from rlkit.config.schema import Config
@@ -42,9 +42,9 @@ def main(config: Config, raw: dict[str, Any]) -> int:
 
 
 def _table(title: str, rows: list[tuple[str, str, str]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", show_header=False)
-    for justify in ("left", "right", "left"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]
+    table = Table(
+        "", Column(justify="right"), "", box=SIMPLE_HEAD, title=title, title_justify="left", show_header=False
+    )
     for row in rows:
         table.add_row(*row)
     return table

@@ -31,7 +31,7 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
     Raises:
         ConfigError: as `validate`, and for whatever the target's constructor refuses.
     """
-    settings = validate(component, key, supplied=extra)
+    settings = validate(component, key, extra)
     try:
         return import_target(component[TARGET], key)(**settings, **extra)
     except RlkitError as error:
@@ -42,13 +42,10 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
         raise ConfigError(problem, key=key, value=settings) from error
 
 
-def validate(
-    component: Any, key: str, *, supplied: Collection[str] = (), ignored: Collection[str] = ()
-) -> dict[str, Any]:
+def validate(component: Any, key: str, supplied: Collection[str] = ()) -> dict[str, Any]:
     """Check a component without calling its target; return its settings, lists as tuples if asked.
 
-    Components inside its settings are checked too. `supplied` are parameters the caller will give,
-    `ignored` keys that are not the target's (a reward's weight).
+    `supplied` are parameters the caller will give.
 
     Raises:
         ConfigError: not a mapping with `_target_`, target that cannot be imported, unknown setting
@@ -61,7 +58,7 @@ def validate(
     path = component[TARGET]
     known = {name: p for name, p in parameters(import_target(path, key)).items() if name not in supplied}
     names = [name for name, p in known.items() if p.kind is not p.VAR_KEYWORD]
-    settings = {str(name): value for name, value in component.items() if name != TARGET and name not in ignored}
+    settings = {str(name): value for name, value in component.items() if name != TARGET}
     for name, value in settings.items():
         place = f"{key}.{name}"
         if name in names:
@@ -71,23 +68,11 @@ def validate(
             fix = f"to replace the whole component choose an option of its group or give '{key}={{_target_: ..., ...}}'"
             problem = f"{path} has no setting {name!r}.{nearest(name, names)}"
             raise ConfigError(problem, key=place, value=value, expected=expected, fix=fix)
-        _validate_nested(value, place)
     lacking = [name for name in names if known[name].default is inspect.Parameter.empty and name not in settings]
     if lacking:
         problem = f"{path} needs the setting{'s' * (len(lacking) > 1)} {', '.join(lacking)}"
         raise ConfigError(problem, key=key, value=dict(component), fix=f"set {key}.{lacking[0]}=...")
     return settings
-
-
-def _validate_nested(value: Any, key: str) -> None:
-    if isinstance(value, Mapping) and TARGET in value:
-        validate(value, key)
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            _validate_nested(inner, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            _validate_nested(inner, f"{key}[{index}]")
 
 
 def import_target(path: Any, key: str) -> Callable[..., Any]:

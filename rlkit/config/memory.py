@@ -10,7 +10,7 @@ from rlkit.config.schema import Config, ModelConfig
 from rlkit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 SPECIAL_TOKENS = 4  # of a character tokenizer: pad, bos, eos, unk
 
@@ -75,46 +75,27 @@ def estimate(config: Config) -> list[tuple[str, int, str]]:
 def empty_model(model: ModelConfig) -> PreTrainedModel:
     """The policy's architecture on the meta device, where it takes no memory. Raises ConfigError."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from_config: Any = AutoModelForCausalLM.from_config
-    try:
-        settings = _architecture(model)
-        with init_empty_weights(include_buffers=True):
-            made: PreTrainedModel = from_config(settings, attn_implementation=model.attention)
-    except ConfigError:
-        raise
-    # Architectures check their settings by any kind of error, KeyError to RuntimeError.
-    except Exception as error:
-        key = "model.architecture" if model.path is None else "model.path"
-        problem = f"the model cannot be made: {type(error).__name__}: {error}"
-        raise ConfigError(problem, key=key, value=model.architecture or model.path) from error
-    return made
-
-
-def _architecture(model: ModelConfig) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
-
-    if model.architecture is None:
-        found: PreTrainedConfig = _fetched(AutoConfig, model.path, "model.path")
-        return found
-    settings = dict(model.architecture)
-    model_type = settings.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    architecture = dict(model.architecture or {})
+    model_type = architecture.pop("model_type", None)
+    if model.path is None and model_type not in CONFIG_MAPPING:
         problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
         raise ConfigError(problem, key="model.architecture.model_type", value=model_type, expected="e.g. llama, qwen3")
-    if model.alphabet is not None:
-        words = len(model.alphabet) + SPECIAL_TOKENS
-    else:
-        words = len(_fetched(AutoTokenizer, model.tokenizer, "model.tokenizer"))
-    return AutoConfig.for_model(model_type, **settings, vocab_size=words)
-
-
-def _fetched(kind: Any, name: str | None, key: str) -> Any:
-    """From a folder, the local cache or the hub."""
     try:
-        return kind.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        problem = f"its configuration is not to be had ({type(error).__name__}: {str(error).splitlines()[0]})"
-        fix = "give a local folder, or download it where there is a network"
-        raise ConfigError(problem, key=key, value=name, fix=fix) from error
+        if model.path is not None:
+            settings = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        else:
+            words = SPECIAL_TOKENS + len(model.alphabet or "")
+            if model.tokenizer is not None:
+                words = len(AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False))
+            settings = AutoConfig.for_model(model_type, **architecture, vocab_size=words)
+        with init_empty_weights(include_buffers=True):
+            from_config: Any = AutoModelForCausalLM.from_config
+            made: PreTrainedModel = from_config(settings, attn_implementation=model.attention)
+    # Files may be out of reach; architectures check their settings by any kind of error, KeyError to RuntimeError.
+    except Exception as error:
+        key, value = ("model.architecture", model.architecture) if model.path is None else ("model.path", model.path)
+        problem = f"the model cannot be made: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(problem, key=key, value=value) from error
+    return made

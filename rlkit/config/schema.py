@@ -18,10 +18,7 @@ Component = dict[str, Any]
 
 def number(default: float | None, low: float = -math.inf, high: float = math.inf) -> Any:
     """A finite number from `low` to `high`, or the default."""
-    least = "" if low == -math.inf else f"at least {low:g}"
-    most = "" if high == math.inf else f"at most {high:g}"
-    limits = f"exactly {low:g}" if low == high else " and ".join(filter(None, (least, most)))
-    return field(default=default, metadata={"low": low, "high": high, "limits": limits or "finite"})
+    return field(default=default, metadata={"low": low, "high": high, "limits": f"{low:g} to {high:g}"})
 
 
 def choice(default: str, *others: str) -> Any:

@@ -6,15 +6,15 @@ They read attributes of component classes (`minimum_group_size`, `exact_only_at_
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from rewards.errors import RewardError
+from rewards.spec import build as build_rewards
 from rlkit.config.components import TARGET, build, import_target, validate
 from rlkit.config.keys import Key, datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
@@ -40,11 +40,12 @@ def problems(config: Config) -> Iterator[ConfigError]:
             path, value = f"{place}.{name}".lstrip("."), getattr(section, name)
             yield from _check_value(path, key, value)
             if unwrap(key.annotation) == Component and value is not None and path != "model.architecture":
-                # Sources are only checked: making one may look for files. The rest is cheap to
-                # construct, which checks the values of its settings too.
-                yield from _attempt(
-                    partial(validate, value, path) if name == "source" else partial(build, value, key=path)
-                )
+                # Sources are only checked: making one may look for files. The rest is cheap to construct,
+                # which checks the values of its settings too.
+                try:
+                    validate(value, path) if name == "source" else build(value, key=path)
+                except ConfigError as error:
+                    yield error
     for check in (_check_names, _check_model_and_data, _check_rewards, _check_algorithm, _check_lengths):
         yield from check(config)
 
@@ -53,32 +54,25 @@ def _fault(key: str, value: object, problem: str, expected: str | None = None, f
     return ConfigError(problem, key=key, value=value, expected=expected, fix=fix)
 
 
-def _attempt(action: Callable[[], object]) -> Iterator[ConfigError]:
-    try:
-        action()
-    except ConfigError as error:
-        yield error
-
-
 def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
     """The limits that stand beside the field in the schema."""
     if value is None or not key.limits:
         return
-    if "choices" in key.limits:
-        good, near = value in key.limits["choices"], nearest(value, key.limits["choices"])
+    choices, near = key.limits.get("choices", ()), ""
+    if choices:
+        good, near = value in choices, nearest(value, choices)
     else:
-        good, near = key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value), ""
+        good = key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value)
     if not good:
         yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
 
 
 def _check_names(config: Config) -> Iterator[ConfigError]:
-    names = {"name": config.name}
-    names |= {f"data.eval.{name}": name for name in config.data.eval}
-    names |= {f"reward.rewards.{name}": name for name in config.reward.rewards}
-    for key, name in names.items():
-        if not _NAME.fullmatch(name):
-            yield _fault(key, name, "not usable as a folder's or metric's name", "letters, digits and _ . + -")
+    named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
+    for key, names in named.items():
+        for name in names:
+            if not _NAME.fullmatch(name):
+                yield _fault(key, name, "not usable as a folder's or metric's name", "letters, digits and _ . + -")
 
 
 def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
@@ -119,27 +113,10 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
 
 
 def _check_rewards(config: Config) -> Iterator[ConfigError]:
-    weights = {name: component.get("weight", 1.0) for name, component in config.reward.rewards.items()}
-    for name, component in config.reward.rewards.items():
-        key, weight = f"reward.rewards.{name}", weights[name]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            yield _fault(f"{key}.weight", weight, "not a weight", "a finite number")
-        yield from _attempt(partial(_construct_reward, component, key))
-    if not weights:
-        expected = "name: {_target_: rewards.math_verify.MathVerify, weight: 1.0}"
-        yield _fault("reward.rewards", {}, "no reward", expected)
-    elif not any(weights.values()):
-        fix = "give at least one reward another weight"
-        yield _fault("reward.rewards", list(weights), "every reward has weight 0: each score would be 0", fix=fix)
-
-
-def _construct_reward(component: Component, key: str) -> None:
-    """Check a reward, and call its constructor if it is a class: that checks its settings' values."""
-    target = import_target(component[TARGET], key) if TARGET in component else None
-    if inspect.isfunction(target):
-        validate(component, key, supplied=[next(iter(inspect.signature(target).parameters), "")], ignored=("weight",))
-    else:
-        build({name: value for name, value in component.items() if name != "weight"}, key=key)
+    try:
+        build_rewards(config.reward.rewards)
+    except RewardError as error:
+        yield _fault("reward.rewards", list(config.reward.rewards), str(error))
 
 
 def _attribute(component: Component, name: str, default: Any) -> Any:
