@@ -47,7 +47,7 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
     groups = library.groups()
     choices, changes = [], []
     for override in map(_parsed, overrides):
-        name, value, where = override.key_or_group, override.value(), _where(override)
+        name, value, where = override.key_or_group, override.value(), f" in override {override.input_line!r}"
         names_option = not isinstance(value, dict) and value is not None and name in groups
         if (names_option or "/" in name) and not override.is_delete():
             library.check(f"{name}/{value}", where)
@@ -71,10 +71,6 @@ def _parsed(text: str) -> Override:
         expected="key=value, group=option or ~component.key; no sweeps (a=1,2), no packages (a@b)",
         fix="quote values with special characters: 'key=\"a=b, c\"'; a list: 'key=[1,2]'",
     )
-
-
-def _where(override: Override) -> str:
-    return f" in override {override.input_line!r}"
 
 
 def _composed(recipe: str, choices: Iterable[str], library: Library) -> DictConfig:
@@ -101,7 +97,7 @@ def _composed(recipe: str, choices: Iterable[str], library: Library) -> DictConf
 
 def _changed(config: DictConfig, override: Override) -> DictConfig:
     """The configuration with a value set, or with a key of a component deleted."""
-    path, value, where = override.key_or_group, override.value(), _where(override)
+    path, value, where = override.key_or_group, override.value(), f" in override {override.input_line!r}"
     if override.is_delete():
         parent, _, name = path.rpartition(".")
         section = OmegaConf.select(config, parent) if parent else config
@@ -135,8 +131,8 @@ def _finished(config: DictConfig) -> tuple[Config, dict[str, Any]]:
         plain = OmegaConf.to_container(config, resolve=True)
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or None
-        raise ConfigError(f"interpolation cannot be resolved: {_first_line(error)}", key=key) from error
+        key, reason = getattr(error, "full_key", None) or None, str(error).partition("\n")[0]
+        raise ConfigError(f"interpolation cannot be resolved: {reason}", key=key) from error
     assert isinstance(typed, Config) and isinstance(plain, dict)
     return typed, {str(key): value for key, value in plain.items()}
 
@@ -148,7 +144,7 @@ def _refused(error: BaseException, where: str, path: str = "", value: object = N
         cause = cause.__cause__ or cause.__context__
     if cause is None:
         return ConfigError(str(error).split("\nConfig search path:")[0])
-    text = _first_line(cause)
+    text = str(cause).partition("\n")[0]
     full = str(getattr(cause, "full_key", None) or path)
     # Where a whole section is of another kind, OmegaConf names its class, not its key.
     if not full and (section := re.search(r" is not a subclass of (\w+)\. value: (.*)", text)):
@@ -160,7 +156,3 @@ def _refused(error: BaseException, where: str, path: str = "", value: object = N
     if value is None and (found := re.match(r"Value '(.*)' of type", text)):
         value = found[1]
     return ConfigError(f"wrong type{where}", key=full, value=value, expected=keys.describe(annotation))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0]

@@ -100,13 +100,11 @@ def walk(section: type = Config, prefix: str = "") -> Iterator[Key]:
 def sections(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every section of a configuration with its dotted key ("" for the whole)."""
     yield path, section
-    for name in fields(section.__class__):
-        value = getattr(section, name)
-        here = f"{path}.{name}".lstrip(".")
-        named = {f"{here}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {here: value}
-        for key, inner in named.items():
+    for name, value in vars(section).items():
+        named = value.items() if isinstance(value, dict) else [("", value)]
+        for key, inner in named:
             if dataclasses.is_dataclass(inner):
-                yield from sections(inner, key)
+                yield from sections(inner, ".".join(filter(None, (path, name, key))))
 
 
 def datasets(config: Config) -> dict[str, DatasetConfig]:
@@ -121,7 +119,7 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
     """
     annotation: Any = Config
     parent = ""
-    for part in path.replace("[", ".[").split("."):
+    for part in path.partition("[")[0].split("."):
         inner = unwrap(annotation)
         if inner in (Component, Any):
             return Any
@@ -131,8 +129,6 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
             annotation = fields(inner)[part].annotation
         elif get_origin(inner) is dict:
             annotation = get_args(inner)[1]
-        elif part.startswith("[") and get_origin(inner) is list:
-            annotation = get_args(inner)[0]
         else:
             problem = f"no such key{where}: {parent} is {describe(annotation)}, not a section"
             raise ConfigError(problem, key=path, value=value, fix=f"set {parent} itself")

@@ -18,11 +18,7 @@ from omegaconf import OmegaConf
 from rlkit.errors import ConfigError, nearest
 
 KEYWORDS = ("optional", "override")
-
-
-def shipped() -> Path:
-    """Folder of the recipes in the package."""
-    return Path(str(files("recipes")))
+SHIPPED = Path(str(files("recipes")))  # in the package
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +31,12 @@ class Library:
     def open(cls, config_dir: Path | None = None) -> Library:
         """The shipped recipes, after those in `config_dir`. ConfigError if that is no folder."""
         if config_dir is None:
-            return cls((shipped(),))
+            return cls((SHIPPED,))
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
             problem, expected = f"no such folder (looked at {folder})", "recipes (*.yaml), groups in sub-folders"
             raise ConfigError(problem, key="--config-dir", value=str(config_dir), expected=expected)
-        return cls((folder, shipped()))
+        return cls((folder, SHIPPED))
 
     def options(self, group: str) -> list[str]:
         """Options of a group: its YAML files without the ending. The group "" has the recipes."""
@@ -59,17 +55,15 @@ class Library:
     def require(self, name: str, where: str = "") -> None:
         """ConfigError unless there is this `group/option` or recipe; `where` says who asks."""
         group, _, option = name.rpartition("/")
-        kind, key, names, fix = "recipe", "recipe", self.options(group), None
-        if not group:
-            fix = "your own recipes: --config-dir FOLDER recipe=NAME (without .yaml)"
-        elif group in self.groups():
-            kind, key = "option", group
+        if group and group not in (names := self.groups()):
+            kind, key, wanted = "config group", group, group
+        elif option not in (names := self.options(group)):
+            kind, key, wanted = ("option" if group else "recipe"), group or "recipe", option.removesuffix(".yaml")
         else:
-            kind, key, names = "config group", group, self.groups()
-        if kind == "config group" or option not in names:
-            near = nearest(group if kind == "config group" else option.removesuffix(".yaml"), names)
-            expected = f"one of {', '.join(names)}"
-            raise ConfigError(f"no such {kind}{where}.{near}", key=key, value=option, expected=expected, fix=fix)
+            return
+        problem = f"no such {kind}{where}.{nearest(wanted, names)}"
+        fix = None if group else "your own recipes: --config-dir FOLDER recipe=NAME (without .yaml)"
+        raise ConfigError(problem, key=key, value=option, expected=f"one of {', '.join(names)}", fix=fix)
 
     def check(self, name: str, asked: str = "", stack: tuple[str, ...] = ()) -> None:
         """Check that a file is there, its defaults list, and every file which that names.
@@ -88,8 +82,7 @@ class Library:
             raise ConfigError(f"{path} is not readable as YAML: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of keys")
-        entries = content.get("defaults", [])
-        if not isinstance(entries, list):
+        if not isinstance(entries := content.get("defaults", []), list):
             raise ConfigError(f"'defaults' in {path} must be a list of '- group: option'")
         where = f" in the defaults list of {path}"
         for entry in entries:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable
 from dataclasses import is_dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from omegaconf import MISSING
 
@@ -62,19 +63,10 @@ def _section(section: type, places: list[str]) -> str:
     for name, key in keys.fields(section).items():
         limits = key.limits.get("limits", "")
         kind = keys.describe(key.annotation) + (f": {limits}" if limits not in ("", "finite") else "")
-        rows.append((f"`{name}`", kind, _default(key.default), " ".join(key.doc.split()).replace("<", "&lt;")))
+        default = "" if is_dataclass(key.default) else f"`{json.dumps(key.default)}`"
+        default = "**mandatory**" if key.default == MISSING else default
+        rows.append((f"`{name}`", kind, default, " ".join(key.doc.split()).replace("<", "&lt;")))
     return _table(f"{title}\n\n{inspect.getdoc(section)}\n", ("key", "type", "default", "meaning"), rows)
-
-
-def _default(value: Any) -> str:
-    if is_dataclass(value):
-        return ""
-    if value == MISSING:
-        return "**mandatory**"
-    if isinstance(value, dict) and set(value) == {"_target_"}:
-        return f"`{value['_target_']}`"
-    words = {"None": "null", "True": "true", "False": "false"}
-    return f"`{words.get(repr(value), repr(value))}`".replace("'", '"')
 
 
 if __name__ == "__main__":

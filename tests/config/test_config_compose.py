@@ -131,7 +131,7 @@ def test_every_key_of_the_schema_resists_a_typo(path: str, data: st.DataObject) 
         ("learner.deterministic=perhaps", "true or false"),
         ("learner.betas=0.9", "list of number"),
         ("budget=null", "component"),
-        ("learner={betas: [a, b]}", "number"),
+        ("learner={betas: [a, b]}", "list of number"),
     ],
 )
 def test_wrong_type(smoke: Smoke, override: str, expected: str, refused: Refused) -> None:

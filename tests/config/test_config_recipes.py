@@ -11,7 +11,7 @@ import pytest
 
 from rlkit.config.check import batch_table
 from rlkit.config.compose import load
-from rlkit.config.library import Library, shipped
+from rlkit.config.library import SHIPPED, Library
 from rlkit.config.reference import markdown
 from rlkit.config.verify import verify
 
@@ -49,7 +49,7 @@ def test_every_option_is_reached(rows: Path) -> None:
     """No file that no recipe and no group choice can use."""
     groups = set(LIBRARY.groups())
     assert {"algorithm", "algorithm/loss", "model", "data", "reward"} <= groups
-    used = {path.relative_to(shipped()).parent.as_posix() for path in shipped().rglob("*.yaml")} - {"."}
+    used = {path.relative_to(SHIPPED).parent.as_posix() for path in SHIPPED.rglob("*.yaml")} - {"."}
     assert used == groups
 
 
