@@ -40,8 +40,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in RECIPE_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        usage = "the recipe, then Hydra overrides: key=value, group=option"
-        command.add_argument("overrides", nargs="*", metavar="recipe=NAME [key=value ...]", help=usage)
+        command.add_argument("overrides", nargs="*", metavar="recipe=NAME [key=value ...]", help="Hydra overrides")
         command.add_argument("--config-dir", type=Path, help="folder with your own recipes, searched first")
         if name == "eval":
             command.add_argument("--checkpoint", type=Path, help="checkpoints/step_N of a run")
@@ -84,8 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     config, raw = load(*split_recipe([*options.overrides, *rest]), config_dir=options.config_dir)
     verify(config)
-    checkpoint = [options.checkpoint] if command == "eval" else []
-    return _main_of(RECIPE_COMMANDS[command][0], config, raw, *checkpoint)
+    return _main_of(RECIPE_COMMANDS[command][0], config, raw, *([options.checkpoint] if command == "eval" else []))
 
 
 def _main_of(module: str, *arguments: Any) -> int:
@@ -93,13 +91,8 @@ def _main_of(module: str, *arguments: Any) -> int:
 
 
 def split_recipe(texts: Sequence[str]) -> tuple[str, list[str]]:
-    """(recipe, the other overrides). ConfigError unless `recipe=NAME` is there exactly once."""
+    """(recipe, the other overrides); "" where none is given. ConfigError for more than one."""
     chosen = [text.partition("=")[2] for text in texts if text.startswith("recipe=")]
-    others = [text for text in texts if not text.startswith("recipe=")]
-    if len(chosen) != 1 or not chosen[0]:
-        from rlkit.config.library import Library
-
-        problem = "give exactly one recipe" if chosen else "no recipe is given"
-        expected = f"recipe=NAME, one of {', '.join(Library.open().options(''))}"
-        raise ConfigError(problem, key="recipe", value=chosen or None, expected=expected)
-    return chosen[0], others
+    if len(chosen) > 1:
+        raise ConfigError("give exactly one recipe", key="recipe", value=chosen)
+    return (*chosen, "")[0], [text for text in texts if not text.startswith("recipe=")]

@@ -1,7 +1,7 @@
 """Components: plug-ins addressed by import path, checked against their own fields.
 
-A component is a mapping `{_target_: package.module.Name, field: value, ...}`. The target is a
-dataclass or any callable with named parameters; nothing has to be registered anywhere.
+A component is a mapping `{_target_: package.module.Name, field: value, ...}`. The target is a dataclass or any callable
+with named parameters; nothing has to be registered anywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 from collections import abc
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -27,9 +27,7 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
     """Import a component's target and call it with its fields and `extra`.
 
     `key` is where the component stands in the configuration ("algorithm.loss"), for messages.
-
-    Raises:
-        ConfigError: as `validate`, and for whatever the target's constructor refuses.
+    Raises ConfigError as `validate`, and for whatever the target's constructor refuses.
     """
     settings = validate(component, key, extra)
     try:
@@ -45,11 +43,8 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
 def validate(component: Any, key: str, supplied: Collection[str] = ()) -> dict[str, Any]:
     """Check a component without calling its target; return its settings, lists as tuples if asked.
 
-    `supplied` are parameters the caller will give.
-
-    Raises:
-        ConfigError: not a mapping with `_target_`, target that cannot be imported, unknown setting
-            (with the nearest), missing setting, value of another type than the annotation says.
+    `supplied` are parameters the caller will give. Raises ConfigError: not a mapping with `_target_`, target that
+    cannot be imported, unknown setting (with the nearest), missing setting, value of another type than annotated.
     """
     if not isinstance(component, Mapping) or TARGET not in component:
         near = nearest(TARGET, map(str, component)) if isinstance(component, Mapping) else ""
@@ -96,12 +91,10 @@ def import_target(path: Any, key: str) -> Callable[..., Any]:
                 if not (isinstance(error, ModuleNotFoundError) and error.name == here):
                     problem = f"cannot be imported: importing {here} raised {type(error).__name__}: {error}"
                     raise refused(problem) from error
-        if found is None:
-            fix = "install it, or run where its file lies (the working directory is searched)"
-            raise refused(f"cannot be imported: no module named {name!r}", fix)
         if not hasattr(found, name):
-            members = [member for member in vars(found) if not member.startswith("_")]
-            raise refused(f"{parent} has no {name!r}.{nearest(name, members)}")
+            members = [member for member in vars(found) if not member.startswith("_")] if parent else []
+            problem = f"{parent} has no {name!r}.{nearest(name, members)}" if parent else f"no module named {name!r}"
+            raise refused(problem, "install it, or run where its file lies (the working directory is searched)")
         found = getattr(found, name)
     if not callable(found):
         raise refused(f"this is a {type(found).__name__}, not a class or function")
@@ -132,10 +125,6 @@ def converted(value: Any, annotation: Any, key: str, path: str) -> Any:
 
 def _is_plain(annotation: Any) -> bool:
     origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return True
-    if origin is Annotated:
-        return _is_plain(args[0])
     if origin in (Union, UnionType, *CONTAINERS):
         return all(map(_is_plain, args))
-    return annotation in SCALARS or annotation in CONTAINERS
+    return origin is Literal or annotation in (*SCALARS, *CONTAINERS)

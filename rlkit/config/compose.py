@@ -1,8 +1,7 @@
 """From a recipe's name and overrides to a checked, typed configuration.
 
-Hydra composes the defaults list; the result is always merged into the typed schema, whatever that
-list says, so that a key nobody reads is an error. Overrides of values are merged one by one
-afterwards, so that an error can name its override.
+Hydra composes the defaults list; the result is always merged into the typed schema, whatever that list says, so that a
+key nobody reads is an error. Overrides of values are merged one by one afterwards: an error can name its override.
 """
 
 from __future__ import annotations
@@ -34,13 +33,10 @@ LOCAL_FILE = "rlkit.data.sources.LocalFile"
 def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Config, dict[str, Any]]:
     """Compose `recipe` with Hydra-style overrides into (typed config, the same as plain dicts).
 
-    Overrides: `key.path=value`, `group=option`, `group/sub=option`, `~component.key`. Recipes are
-    looked up in `config_dir` first, then among the shipped ones. A mapping with `_target_` as value
-    replaces a component; any other mapping is merged.
-
-    Raises:
-        ConfigError: unknown recipe, group, option or key (with the nearest that exists), value of
-            the wrong type, missing mandatory key, malformed file.
+    Overrides: `key.path=value`, `group=option`, `group/sub=option`, `~component.key`. Recipes are looked up in
+    `config_dir` first, then among the shipped ones. A mapping with `_target_` as value replaces a component; any other
+    mapping is merged. Raises ConfigError: unknown recipe, group, option or key (with the nearest that exists), value of
+    the wrong type, missing mandatory key, malformed file.
     """
     library = Library.open(config_dir)
     library.check(recipe)
@@ -55,8 +51,7 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
         else:
             keys.locate(name, value=value, where=where)
             changes.append(override)
-    config = reduce(_changed, changes, _composed(recipe, choices, library))
-    return _finished(config)
+    return _finished(reduce(_changed, changes, _composed(recipe, choices, library)))
 
 
 def _parsed(text: str) -> Override:

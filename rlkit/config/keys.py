@@ -14,15 +14,8 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_typ
 from rlkit.config.schema import Component, Config, DatasetConfig
 from rlkit.errors import ConfigError, nearest
 
-WORDS = {
-    int: "integer",
-    float: "number",
-    str: "text",
-    bool: "true or false",
-    NoneType: "null",
-    Any: "anything",
-    Component: "component (a mapping with _target_)",
-}
+WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
+WORDS |= {Component: "component (a mapping with _target_)"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,16 +66,12 @@ def fields(section: type) -> dict[str, Key]:
     for field, below in pairwise(body.body):
         if type(field) is ast.AnnAssign and type(below) is ast.Expr:
             docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
-    return {
-        f.name: Key(
-            path=f.name,
-            annotation=hints[f.name],
-            default=f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
-            limits=f.metadata,
-            doc=docs.get(f.name) or inspect.getdoc(hints[f.name]) or "",
-        )
-        for f in dataclasses.fields(section)
-    }
+    out = {}
+    for f in dataclasses.fields(section):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        doc = docs.get(f.name) or inspect.getdoc(hints[f.name]) or ""
+        out[f.name] = Key(f.name, hints[f.name], default, f.metadata, doc)
+    return out
 
 
 def walk(section: type = Config, prefix: str = "") -> Iterator[Key]:
