@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
@@ -11,10 +11,15 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from rlkit.config.memory import estimate
-from rlkit.config.schema import Config
-from rlkit.errors import ConfigError
+from rlkit.config.components import build
+from rlkit.config.keys import datasets
+from rlkit.config.schema import Config, ModelConfig
+from rlkit.errors import ConfigError, nearest
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPECIAL_TOKENS = 4  # of a character tokenizer: pad, bos, eos, unk
 Row = tuple[str, int, str]  # name of a number, the number, where it comes from
 
 
@@ -83,3 +88,88 @@ def batch_table(config: Config) -> list[Row]:
     if config.sft is not None:
         table.append(("warm-start sequences", config.sft.steps * config.sft.batch_size, "sft.steps * sft.batch_size"))
     return table
+
+
+def estimate(config: Config) -> list[Row]:
+    """Peak memory of one learner process with the embedded engine, in bytes; allocates no weights.
+
+    Weights, gradients and optimiser state are exact; activations count the tensors a transformer block with a gated MLP
+    and fused attention keeps for its backward pass, and are good to about a factor of two. Framework overhead is not in
+    it. Raises ConfigError where the architecture is not to be had.
+    """
+    import torch
+
+    model = empty_model(config.model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    text = model.config.get_text_config()
+    layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    key_value_width = (getattr(text, "num_key_value_heads", None) or heads) * head_size
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+
+    on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
+    weight_bytes = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and on_gpu) else 4
+    precision = config.learner.mixed_precision
+    autocast = precision == "bf16" or (precision == "auto" and on_gpu)
+    compute_bytes = 2 if autocast else weight_bytes
+
+    longest = max(d.max_prompt_tokens for d in datasets(config).values()) + config.rollout.max_completion_tokens
+    # Never more than the step has: tiny runs stay far below the limit.
+    sequences = config.prompts_per_step * config.samples_per_prompt
+    tokens = max(config.learner.max_tokens_per_microbatch, longest)
+    tokens = min(tokens, sequences // config.learner.updates_per_step * longest)
+    block = 8 * hidden + 2 * key_value_width + 4 * intermediate
+    saved = layers * hidden + block if config.model.gradient_checkpointing else layers * block
+    chunk = min(config.learner.logprob_chunk_tokens, tokens)
+    engine = build(config.rollout.engine, key="rollout.engine")
+    rows = max(sequences, config.evaluation.batch_samples if config.data.eval else 0)
+    rows = min(rows, getattr(engine, "max_batch_samples", sequences))
+    cache = 2 * layers * key_value_width * longest * rows
+
+    weights = count * weight_bytes
+    parts = [
+        ("weights", weights, f"{count:,} parameters"),
+        ("gradients", weights, "as the weights"),
+        ("AdamW moments", 2 * weights, "two, as the weights"),
+        ("activations of a micro-batch", tokens * saved * compute_bytes, f"{tokens:,} tokens"),
+        (
+            "log-prob chunk",
+            8 * chunk * text.vocab_size,
+            f"logits, gradient: {chunk:,} tokens, {text.vocab_size:,} words",
+        ),
+        ("key-value cache of the engine", cache * weight_bytes, f"{rows:,} sequences of {longest:,} tokens"),
+    ]
+    if autocast and weight_bytes == 4:
+        parts.append(("bfloat16 copy of the weights", 2 * count, "autocast's cache"))
+    if getattr(build(config.algorithm.kl, key="algorithm.kl"), "needs_reference", False):
+        parts.append(("reference model", weights, "algorithm.kl"))
+    return parts
+
+
+def empty_model(model: ModelConfig) -> PreTrainedModel:
+    """The policy's architecture on the meta device, where it takes no memory. Raises ConfigError."""
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    architecture = dict(model.architecture or {})
+    model_type = architecture.pop("model_type", None)
+    if model.path is None and model_type not in CONFIG_MAPPING:
+        problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
+        raise ConfigError(problem, key="model.architecture.model_type", value=model_type, expected="e.g. llama, qwen3")
+    try:
+        if model.path is not None:
+            settings = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        else:
+            words = SPECIAL_TOKENS + len(model.alphabet or "")
+            if model.tokenizer is not None:
+                words = len(AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False))
+            settings = AutoConfig.for_model(model_type, **architecture, vocab_size=words)
+        with init_empty_weights(include_buffers=True):
+            from_config: Any = AutoModelForCausalLM.from_config
+            made: PreTrainedModel = from_config(settings, attn_implementation=model.attention)
+    # Files may be out of reach; architectures check their settings by any kind of error, KeyError to RuntimeError.
+    except Exception as error:
+        key, value = ("model.architecture", model.architecture) if model.path is None else ("model.path", model.path)
+        problem = f"the model cannot be made: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(problem, key=key, value=value) from error
+    return made

@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from rlkit.config.keys import describe
-from rlkit.errors import ConfigError, RlkitError, nearest
+from rlkit.errors import ConfigError, nearest
 
 TARGET = "_target_"
 SCALARS = (bool, int, float, str, NoneType, Any, object, Ellipsis)
@@ -32,8 +32,6 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
     settings = validate(component, key, extra)
     try:
         return import_target(component[TARGET], key)(**settings, **extra)
-    except RlkitError as error:
-        raise ConfigError(f"in {key} ({component[TARGET]}): {error}") from error
     # Plug-ins raise what they like (rewards have their own error class); the cause is kept.
     except Exception as error:
         problem = f"{component[TARGET]} refuses its settings ({type(error).__name__}: {error})"

@@ -1,7 +1,7 @@
 """The folders recipes come from, and a check of defaults lists that Hydra itself does not make.
 
-Hydra ignores a misspelt `optional group: option` and unknown keywords without a word (hydra issue
-1951); here every entry that names nothing is an error with the nearest name that exists.
+Hydra ignores a misspelt `optional group: option` and unknown keywords without a word (hydra issue 1951); here every
+entry that names nothing is an error with the nearest name that exists.
 """
 
 from __future__ import annotations

@@ -26,11 +26,6 @@ def choice(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others), "limits": ", ".join((default, *others))})
 
 
-def component(target: str) -> Any:
-    """A component without settings."""
-    return field(default_factory=lambda: {"_target_": target})
-
-
 @dataclass
 class ModelConfig:
     """Where the policy comes from. Exactly one of `path` and `architecture` is given."""
@@ -119,7 +114,7 @@ class AlgorithmConfig:
     """Log-probs and advantages -> loss of each token (rlkit.algorithms.losses)."""
     aggregation: Component = MISSING
     """Weight of each sequence's tokens in the step's loss (rlkit.algorithms.aggregation)."""
-    kl: Component = component("rlkit.algorithms.kl.NoKL")
+    kl: Component = field(default_factory=lambda: {"_target_": "rlkit.algorithms.kl.NoKL"})
     """Penalty against the reference model (rlkit.algorithms.kl)."""
     entropy_coefficient: float = number(0.0)
     """Entropy bonus per token; 0 is off."""
@@ -297,9 +292,11 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    budget: Component = component("rlkit.budget.uniform.UniformBudget")
+    budget: Component = field(default_factory=lambda: {"_target_": "rlkit.budget.uniform.UniformBudget"})
     """How many samples each prompt gets (rlkit.budget)."""
-    old_policy: Component = component("rlkit.algorithms.old_policy.rollout.RolloutAnchor")
+    old_policy: Component = field(
+        default_factory=lambda: {"_target_": "rlkit.algorithms.old_policy.rollout.RolloutAnchor"}
+    )
     """Whose log-probs are the ratio's denominator (rlkit.algorithms.old_policy)."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)

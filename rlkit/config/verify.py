@@ -1,7 +1,6 @@
 """Checks of a whole configuration before anything starts.
 
-They read attributes of component classes (`minimum_group_size`, `exact_only_at_lag_zero`,
-`needs_fresh_samples`), never their names.
+They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from rewards.errors import RewardError
 from rewards.spec import build as build_rewards
-from rlkit.config.components import TARGET, build, import_target, validate
+from rlkit.config.components import TARGET, build, validate
 from rlkit.config.keys import Key, datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
 from rlkit.errors import ConfigError, nearest
@@ -35,6 +34,7 @@ def verify(config: Config) -> None:
 
 def problems(config: Config) -> Iterator[ConfigError]:
     """All problems: of single values, of components, then of what must go together."""
+    built: dict[str, Any] = {}
     for place, section in sections(config):
         for name, key in fields(section.__class__).items():
             path, value = f"{place}.{name}".lstrip("."), getattr(section, name)
@@ -43,11 +43,17 @@ def problems(config: Config) -> Iterator[ConfigError]:
                 # Sources are only checked: making one may look for files. The rest is cheap to construct,
                 # which checks the values of its settings too.
                 try:
-                    validate(value, path) if name == "source" else build(value, key=path)
+                    built[path] = validate(value, path) if name == "source" else build(value, key=path)
                 except ConfigError as error:
                     yield error
-    for check in (_check_names, _check_model_and_data, _check_rewards, _check_algorithm, _check_lengths):
-        yield from check(config)
+    try:
+        build_rewards(config.reward.rewards)
+    except RewardError as error:
+        yield _fault("reward.rewards", list(config.reward.rewards), str(error))
+    yield from _check_names(config)
+    yield from _check_model_and_data(config)
+    yield from _check_algorithm(config, built)
+    yield from _check_lengths(config)
 
 
 def _fault(key: str, value: object, problem: str, expected: str | None = None, fix: str | None = None) -> ConfigError:
@@ -102,42 +108,25 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
     if evaluation.temperature == 0 and evaluation.samples != 1:
         problem, expected = "greedy decoding gives the same completion every time", "1 with evaluation.temperature=0"
         yield _fault("evaluation.samples", evaluation.samples, problem, expected)
-    if evaluation.part is not None and evaluation.part not in rewards:
+    if (part := evaluation.part) is not None and part not in rewards:
         expected = f"one of {', '.join(rewards)}, or null for the weighted total"
-        yield _fault(
-            "evaluation.part", evaluation.part, f"no such reward.{nearest(evaluation.part, rewards)}", expected
-        )
+        yield _fault("evaluation.part", part, f"no such reward.{nearest(part, rewards)}", expected)
     if evaluation.every_steps > 0 and not config.data.eval:
         fix = "add data.eval.NAME, or set evaluation.every_steps=0"
         yield _fault("evaluation.every_steps", evaluation.every_steps, "there is no held-out set", fix=fix)
 
 
-def _check_rewards(config: Config) -> Iterator[ConfigError]:
-    try:
-        build_rewards(config.reward.rewards)
-    except RewardError as error:
-        yield _fault("reward.rewards", list(config.reward.rewards), str(error))
-
-
-def _attribute(component: Component, name: str, default: Any) -> Any:
-    """A class attribute of a component's target; the default where it has none, or there is no such target."""
-    try:
-        return getattr(import_target(component.get(TARGET), ""), name, default)
-    except ConfigError:
-        return default  # reported as a fault of the component
-
-
-def _check_algorithm(config: Config) -> Iterator[ConfigError]:
+def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigError]:
     pieces, updates = config.algorithm, config.learner.updates_per_step
-    size = _attribute(pieces.advantage, "minimum_group_size", 1)
+    size = getattr(built.get("algorithm.advantage"), "minimum_group_size", 1)
     if config.samples_per_prompt < size:
         problem = f"{pieces.advantage[TARGET]} compares the samples of a prompt"
         yield _fault("samples_per_prompt", config.samples_per_prompt, problem, f"{size} or more")
-    if config.max_staleness > 0 and _attribute(config.old_policy, "exact_only_at_lag_zero", False):
+    if config.max_staleness > 0 and getattr(built.get("old_policy"), "exact_only_at_lag_zero", False):
         problem = f"{config.old_policy[TARGET]} is exact only for tokens of the current weights"
         fix = "max_staleness=0, or old_policy=rollout"
         yield _fault("max_staleness", config.max_staleness, problem, "0 with this old_policy", fix)
-    if _attribute(pieces.loss, "needs_fresh_samples", False):
+    if getattr(built.get("algorithm.loss"), "needs_fresh_samples", False):
         for key, fresh in (("max_staleness", 0), ("learner.updates_per_step", 1)):
             if (value := attrgetter(key)(config)) > fresh:
                 problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
