@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.filesize import decimal
+from rich.padding import Padding
 from rich.table import Column, Table
 
 from rlkit.config.components import build
@@ -31,28 +32,25 @@ def main(config: Config, raw: dict[str, Any]) -> int:
     """
     print(OmegaConf.to_yaml(OmegaConf.create(raw)))
     console = Console(width=110, markup=False, highlight=False)
-    console.print(_table("Derived from it", [(name, f"{value:,}", how) for name, value, how in batch_table(config)]))
+    _print(console, "Derived from it", [(name, f"{value:,}", how) for name, value, how in batch_table(config)])
     try:
         parts = estimate(config)
+        parts.append(("together", sum(size for _, size, _ in parts), ""))
+        title = "Memory of one learner process, estimated"
+        _print(console, title, [(name, decimal(size), how) for name, size, how in parts])
     except ConfigError as error:
         if config.model.architecture is not None:
             raise
-        console.print(f"Memory: not known: {error}")
-    else:
-        parts.append(("together", sum(size for _, size, _ in parts), ""))
-        title = "Memory of one learner process, estimated"
-        console.print(_table(title, [(name, decimal(size), how) for name, size, how in parts]))
-    print("Nothing was started. The configuration is valid.")
+        console.print(f"Memory: not known: {error}\n")
+    console.print("Nothing was started. The configuration is valid.")
     return 0
 
 
-def _table(title: str, rows: list[tuple[str, str, str]]) -> Table:
-    table = Table(
-        "", Column(justify="right"), "", box=SIMPLE_HEAD, title=title, title_justify="left", show_header=False
-    )
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str, str]]) -> None:
+    table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
     for row in rows:
         table.add_row(*row)
-    return table
+    console.print(title, Padding(table, (0, 2, 1, 2)), sep="\n")
 
 
 def batch_table(config: Config) -> list[Row]:
@@ -79,7 +77,6 @@ def batch_table(config: Config) -> list[Row]:
         ("prompts of the run", steps * groups, "steps * prompts_per_step"),
         ("completions of the run", steps * sequences, "steps * sequences"),
         ("groups in flight, at most", (config.max_staleness + 1) * groups, "(max_staleness + 1) * prompts_per_step"),
-        ("age of a trained token, at most", config.max_staleness, "max_staleness, in policy versions"),
         ("leases per step, at least", -(-sequences // rollout.slice_samples), "sequences / rollout.slice_samples"),
         ("seconds of verifying per step, at most", verifying, "every sample timing out, on reward.workers"),
         ("checkpoints written, at least", checkpoints, "steps / checkpoint.every_steps, and one at the end"),
@@ -132,11 +129,7 @@ def estimate(config: Config) -> list[Row]:
         ("gradients", weights, "as the weights"),
         ("AdamW moments", 2 * weights, "two, as the weights"),
         ("activations of a micro-batch", tokens * saved * compute_bytes, f"{tokens:,} tokens"),
-        (
-            "log-prob chunk",
-            8 * chunk * text.vocab_size,
-            f"logits, gradient: {chunk:,} tokens, {text.vocab_size:,} words",
-        ),
+        ("log-prob chunk", 8 * chunk * text.vocab_size, f"logits and gradient, {chunk:,} x {text.vocab_size:,}"),
         ("key-value cache of the engine", cache * weight_bytes, f"{rows:,} sequences of {longest:,} tokens"),
     ]
     if autocast and weight_bytes == 4:

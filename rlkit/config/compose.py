@@ -7,7 +7,7 @@ key nobody reads is an error. Overrides of values are merged one by one afterwar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def _parsed(text: str) -> Override:
     )
 
 
-def _composed(recipe: str, choices: Iterable[str], library: Library) -> DictConfig:
+def _composed(recipe: str, choices: list[str], library: Library) -> DictConfig:
     """What Hydra makes of the defaults list, merged into the schema."""
     store = ConfigStore.instance()
     store.store(name=SCHEMA, node=Config, provider="rlkit")
@@ -80,7 +80,7 @@ def _composed(recipe: str, choices: Iterable[str], library: Library) -> DictConf
     store.store(name=PRIMARY, node=primary, provider="rlkit")
     try:
         with initialize_config_dir(str(library.folders[0]), version_base="1.3"):
-            composed = compose(PRIMARY, overrides=list(choices))
+            composed = compose(PRIMARY, overrides=choices)
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         file = re.match(r"In '([^']+)'", str(error))

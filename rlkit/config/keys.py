@@ -61,11 +61,12 @@ def fields(section: type) -> dict[str, Key]:
     """Keys of one section (a dataclass of the schema), by name, in file order."""
     hints = get_type_hints(section)
     # The documentation of a field is the string that stands under it.
-    body: Any = ast.parse(inspect.getsource(section)).body[0]
     docs = {}
-    for field, below in pairwise(body.body):
-        if type(field) is ast.AnnAssign and type(below) is ast.Expr:
-            docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
+    for kind in reversed(section.__mro__[:-1]):
+        tree: Any = ast.parse(inspect.getsource(kind)).body[0]
+        for field, below in pairwise(tree.body):
+            if type(field) is ast.AnnAssign and type(below) is ast.Expr:
+                docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
     out = {}
     for f in dataclasses.fields(section):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
@@ -79,11 +80,9 @@ def walk(section: type = Config, prefix: str = "") -> Iterator[Key]:
     for name, key in fields(section).items():
         yield dataclasses.replace(key, path=f"{prefix}{name}")
         inner = unwrap(key.annotation)
-        named = get_args(inner)[1] if get_origin(inner) is dict else None
-        if is_section(inner):
-            yield from walk(inner, f"{prefix}{name}.")
-        elif is_section(named):
-            yield from walk(named, f"{prefix}{name}.*.")
+        for kind, dot in [(inner, "."), *((argument, ".*.") for argument in get_args(inner))]:
+            if is_section(kind):
+                yield from walk(kind, f"{prefix}{name}{dot}")
 
 
 def sections(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,11 +17,10 @@ from rlkit.config.schema import Config
 INTRODUCTION = """\
 # Configuration reference
 
-Generated from `rlkit/config/schema.py`: `python -m rlkit.config.reference > docs/config.md`.
-Do not edit it by hand; a test compares the two.
+Generated from `rlkit/config/schema.py`: `python -m rlkit.config.reference > docs/config.md`. Do not edit it by hand.
 
-A recipe is a YAML file in `recipes/` (or in your own folder: `--config-dir FOLDER`) that chooses an
-option of every config group and sets what is particular to it. On the command line:
+A recipe is a YAML file in `recipes/` (or in your own folder: `--config-dir FOLDER`) that chooses an option of every
+config group and sets what is particular to it. On the command line:
 
 - `key.path=value` sets a value: `prompts_per_step=64 learner.learning_rate=1e-6`
 - `group=option` chooses another file of a group: `algorithm=dr_grpo algorithm/loss=clip_higher`
@@ -29,10 +28,9 @@ option of every config group and sets what is particular to it. On the command l
 - `'algorithm.loss={_target_: my_module.MyLoss, width: 3}'` puts your own component in place
 - `~algorithm.loss.dual_clip` deletes a component's setting; `sft=null` leaves a section out
 
-A **component** is a mapping with `_target_`, the import path of a dataclass, whose other keys are that
-dataclass's fields. Code in the working directory can be named. Unknown keys, groups, options and
-component settings are errors that name the nearest that exists. `rlkit check recipe=NAME` prints the
-resolved configuration, the derived batch table and a memory estimate, and starts nothing.
+A **component** is a mapping with `_target_`, the import path of a dataclass, whose other keys are that dataclass's
+fields. Code in the working directory can be named. Unknown keys, groups, options and component settings are errors that
+name the nearest that exists. `rlkit check recipe=NAME` shows what a configuration comes to and starts nothing.
 """
 
 
@@ -62,7 +60,7 @@ def _section(section: type, places: list[str]) -> str:
     rows = []
     for name, key in keys.fields(section).items():
         limits = key.limits.get("limits", "")
-        kind = keys.describe(key.annotation) + (f": {limits}" if limits not in ("", "finite") else "")
+        kind = keys.describe(key.annotation) + (f": {limits}" if limits else "")
         default = "" if is_dataclass(key.default) else f"`{json.dumps(key.default)}`"
         default = "**mandatory**" if key.default == MISSING else default
         rows.append((f"`{name}`", kind, default, " ".join(key.doc.split()).replace("<", "&lt;")))

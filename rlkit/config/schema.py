@@ -153,8 +153,8 @@ class BufferConfig:
 
 
 @dataclass
-class LearnerConfig:
-    """Optimisation."""
+class OptimizerConfig:
+    """What training and the warm start set alike."""
 
     learning_rate: float = number(1e-6, 0, 1)
     """Peak learning rate."""
@@ -164,16 +164,22 @@ class LearnerConfig:
     """Optimiser steps of linear warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW betas."""
-    epsilon: float = number(1e-8, 1e-30, 1)
-    """AdamW epsilon."""
     weight_decay: float = number(0.0, 0)
     """AdamW weight decay (matrices only)."""
     max_grad_norm: float = number(1.0, 0)
     """Gradient clipping by global norm; 0 is off."""
-    updates_per_step: int = number(1, 1)
-    """Optimiser steps on one batch; groups are split between them whole."""
     max_tokens_per_microbatch: int = number(16384, 1)
     """Padded tokens of one forward pass; sequences are bucketed by length."""
+
+
+@dataclass
+class LearnerConfig(OptimizerConfig):
+    """Optimisation."""
+
+    epsilon: float = number(1e-8, 1e-30, 1)
+    """AdamW epsilon."""
+    updates_per_step: int = number(1, 1)
+    """Optimiser steps on one batch; groups are split between them whole."""
     logprob_chunk_tokens: int = number(1024, 1)
     """Tokens whose logits exist at a time in the log-prob head."""
     mixed_precision: str = choice("auto", "no", "bf16")
@@ -219,7 +225,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class SftConfig:
+class SftConfig(OptimizerConfig):
     """Warm start by supervised fine-tuning; loss on completions only."""
 
     data: DatasetConfig = field(default_factory=DatasetConfig)
@@ -229,21 +235,10 @@ class SftConfig:
     batch_size: int = number(64, 1)
     """Sequences of a step."""
     learning_rate: float = number(1e-5, 0, 1)
-    """Peak learning rate."""
     schedule: str = choice("cosine", "linear", "constant")
-    """After warm-up, as learner.schedule."""
     warmup_steps: int = number(50, 0)
-    """Optimiser steps of linear warm-up."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW betas."""
-    weight_decay: float = number(0.0, 0)
-    """AdamW weight decay (matrices only)."""
-    max_grad_norm: float = number(1.0, 0)
-    """Gradient clipping by global norm."""
     max_completion_tokens: int = number(1024, 1)
     """Rows with longer completions are left out and counted."""
-    max_tokens_per_microbatch: int = number(16384, 1)
-    """Padded tokens of one forward pass."""
     seed: int = number(0, 0, 2**63 - 1)
     """Seed of initial weights and order: the warm start is the same for every run seed."""
     cache_dir: str = "outputs/cache"
