@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,13 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
 
 
 def _parsed(text: str) -> Override:
-    try:
+    with suppress(HydraException):  # the message below says more to a user than the grammar's
         override = OverridesParser.create().parse_override(text)
         if not override.is_sweep_override() and override.package is None:
             return override
-    except HydraException:
-        pass  # the message below says more to a user than the grammar's
-    raise ConfigError(
-        f"override {text!r} cannot be read",
-        expected="key=value, group=option or ~component.key; no sweeps (a=1,2), no packages (a@b)",
-        fix="quote values with special characters: 'key=\"a=b, c\"'; a list: 'key=[1,2]'",
-    )
+    expected = "key=value, group=option or ~component.key; no sweeps (a=1,2), no packages (a@b)"
+    fix = "quote values with special characters: 'key=\"a=b, c\"'; a list: 'key=[1,2]'"
+    raise ConfigError(f"override {text!r} cannot be read", expected=expected, fix=fix)
 
 
 def _composed(recipe: str, choices: list[str], library: Library) -> DictConfig:
@@ -73,10 +70,8 @@ def _composed(recipe: str, choices: list[str], library: Library) -> DictConfig:
     store = ConfigStore.instance()
     store.store(name=SCHEMA, node=Config, provider="rlkit")
     # The schema comes first in a primary config of our own: no recipe can forget or replace it.
-    primary = {
-        "defaults": [SCHEMA, f"/{recipe}@_global_", "_self_"],
-        "hydra": {"searchpath": [str(folder) for folder in library.folders[1:]]},
-    }
+    searchpath = [str(folder) for folder in library.folders[1:]]
+    primary = {"defaults": [SCHEMA, f"/{recipe}@_global_", "_self_"], "hydra": {"searchpath": searchpath}}
     store.store(name=PRIMARY, node=primary, provider="rlkit")
     try:
         with initialize_config_dir(str(library.folders[0]), version_base="1.3"):
@@ -123,13 +118,13 @@ def _finished(config: DictConfig) -> tuple[Config, dict[str, Any]]:
             ways = [re.sub(r"(.*)\.source$", r"\1.path=FILE or \1.source", key) + "=..." for key in missing]
             problem = f"mandatory keys have no value: {', '.join(missing)}"
             raise ConfigError(problem, fix=f"set {', '.join(ways)}; or choose an option of the group")
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key, reason = getattr(error, "full_key", None) or None, str(error).partition("\n")[0]
         raise ConfigError(f"interpolation cannot be resolved: {reason}", key=key) from error
-    assert isinstance(typed, Config) and isinstance(plain, dict)
-    return typed, {str(key): value for key, value in plain.items()}
+    assert isinstance(typed, Config)
+    return typed, plain
 
 
 def _refused(error: BaseException, where: str, path: str = "", value: object = None) -> ConfigError:

@@ -131,10 +131,6 @@ def _unknown(path: str, parent: str, known: list[str], value: object, where: str
     siblings = [f"{parent}.{name}".lstrip(".") for name in known]
     near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else ""
     near = near or nearest(path, siblings) or nearest(path, everywhere)
-    return ConfigError(
-        f"no such key{where}.{near}",
-        key=path,
-        value=value,
-        expected=f"one of {', '.join(known)}" + (f" (in {parent})" if parent else ""),
-        fix="python -m rlkit.config.reference lists all keys (docs/config.md)",
-    )
+    expected = f"one of {', '.join(known)}" + (f" (in {parent})" if parent else "")
+    fix = "python -m rlkit.config.reference lists all keys (docs/config.md)"
+    return ConfigError(f"no such key{where}.{near}", key=path, value=value, expected=expected, fix=fix)

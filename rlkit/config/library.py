@@ -52,30 +52,17 @@ class Library:
         paths = (folder / f"{name}.yaml" for folder in self.folders)
         return next((path for path in paths if path.is_file()), None)
 
-    def require(self, name: str, where: str = "") -> None:
-        """ConfigError unless there is this `group/option` or recipe; `where` says who asks."""
-        group, _, option = name.rpartition("/")
-        if group and group not in (names := self.groups()):
-            kind, key, wanted = "config group", group, group
-        elif option not in (names := self.options(group)):
-            kind, key, wanted = ("option" if group else "recipe"), group or "recipe", option.removesuffix(".yaml")
-        else:
-            return
-        problem = f"no such {kind}{where}.{nearest(wanted, names)}"
-        fix = None if group else "your own recipes: --config-dir FOLDER recipe=NAME (without .yaml)"
-        raise ConfigError(problem, key=key, value=option, expected=f"one of {', '.join(names)}", fix=fix)
-
     def check(self, name: str, asked: str = "", stack: tuple[str, ...] = ()) -> None:
         """Check that a file is there, its defaults list, and every file which that names.
 
         Raises ConfigError for an entry that names nothing, is malformed, or includes itself.
         """
-        self.require(name, asked)
+        path = self.find(name)
+        if path is None:
+            raise self._absent(name, asked)
         if name in stack:
             problem = f"recipe includes itself: {' -> '.join((*stack, name))}"
             raise ConfigError(problem, fix="give your file another name than the one it extends")
-        path = self.find(name)
-        assert path is not None
         try:
             content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -89,6 +76,17 @@ class Library:
             for target in _targets(entry, name.rpartition("/")[0], where):
                 self.check(target, where, (*stack, name))
 
+    def _absent(self, name: str, where: str) -> ConfigError:
+        group, _, option = name.rpartition("/")
+        names, kind, key, wanted = self.options(group), "option", group, option
+        if not group:
+            kind, key, wanted = "recipe", "recipe", option.removesuffix(".yaml")
+        elif group not in self.groups():
+            names, kind, wanted = self.groups(), "config group", group
+        fix = None if group else "your own recipes: --config-dir FOLDER recipe=NAME (without .yaml)"
+        problem = f"no such {kind}{where}.{nearest(wanted, names)}"
+        return ConfigError(problem, key=key, value=option, expected=f"one of {', '.join(names)}", fix=fix)
+
 
 def _targets(entry: Any, folder: str, where: str) -> Iterator[str]:
     """Names of the files that an entry of a defaults list in `folder` brings in."""
@@ -96,12 +94,11 @@ def _targets(entry: Any, folder: str, where: str) -> Iterator[str]:
         expected = "'- group: option', '- override group: option' or '- recipe'"
         raise ConfigError(f"malformed entry {entry!r}{where}", expected=expected)
     head, value = ("", entry) if isinstance(entry, str) else next(iter(entry.items()))
-    *words, group = str(head).split(" ")
+    *words, group = str(head).partition("@")[0].split(" ")
     for word in words:
         if word not in KEYWORDS:
             problem = f"unknown keyword {word!r}{where}.{nearest(word, KEYWORDS)}"
             raise ConfigError(problem, key=str(head), value=value, expected=" or ".join(KEYWORDS))
-    group = group.partition("@")[0]
     for option in value if isinstance(value, list) else [value]:
         if option in (None, "_self_", "???") or "${" in str(option):
             continue
