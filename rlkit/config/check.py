@@ -27,8 +27,7 @@ Row = tuple[str, int, str]  # name of a number, the number, where it comes from
 def main(config: Config, raw: dict[str, Any]) -> int:
     """Print configuration, batch table and memory estimate; start nothing.
 
-    A hub model whose config is out of reach only costs the memory estimate.
-    Raises ConfigError where the architecture cannot be made.
+    A hub model out of reach only costs the memory estimate; ConfigError where an architecture cannot be made.
     """
     print(OmegaConf.to_yaml(OmegaConf.create(raw)))
     console = Console(width=110, markup=False, highlight=False)
@@ -105,9 +104,9 @@ def estimate(config: Config) -> list[Row]:
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
 
     on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
-    weight_bytes = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and on_gpu) else 4
-    precision = config.learner.mixed_precision
-    autocast = precision == "bf16" or (precision == "auto" and on_gpu)
+    half = ("bfloat16", "bf16", "auto") if on_gpu else ("bfloat16", "bf16")
+    weight_bytes = 2 if config.model.dtype in half else 4
+    autocast = config.learner.mixed_precision in half
     compute_bytes = 2 if autocast else weight_bytes
 
     longest = max(d.max_prompt_tokens for d in datasets(config).values()) + config.rollout.max_completion_tokens

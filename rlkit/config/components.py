@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections import abc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -20,7 +19,7 @@ from rlkit.errors import ConfigError, nearest
 
 TARGET = "_target_"
 SCALARS = (bool, int, float, str, NoneType, Any, object, Ellipsis)
-CONTAINERS = (list, tuple, set, frozenset, dict, Mapping, abc.Sequence, Collection, abc.Iterable)
+CONTAINERS = (list, tuple, set, frozenset, dict, Mapping, Sequence, Collection, Iterable)
 
 
 def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
@@ -41,8 +40,8 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
 def validate(component: Any, key: str, supplied: Collection[str] = ()) -> dict[str, Any]:
     """Check a component without calling its target; return its settings, lists as tuples if asked.
 
-    `supplied` are parameters the caller will give. Raises ConfigError: not a mapping with `_target_`, target that
-    cannot be imported, unknown setting (with the nearest), missing setting, value of another type than annotated.
+    `supplied` are parameters the caller will give. Raises ConfigError: not a mapping with `_target_`, target not to be
+    had, setting unknown (with the nearest), missing or of another type; the same for components among the settings.
     """
     if not isinstance(component, Mapping) or TARGET not in component:
         near = nearest(TARGET, map(str, component)) if isinstance(component, Mapping) else ""
@@ -61,6 +60,9 @@ def validate(component: Any, key: str, supplied: Collection[str] = ()) -> dict[s
             fix = f"to replace the whole component choose an option of its group or give '{key}={{_target_: ..., ...}}'"
             problem = f"{path} has no setting {name!r}.{nearest(name, names)}"
             raise ConfigError(problem, key=place, value=value, expected=expected, fix=fix)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping) and TARGET in inner:
+                validate(inner, place)
     lacking = [name for name in names if known[name].default is inspect.Parameter.empty and name not in settings]
     if lacking:
         problem = f"{path} needs the setting{'s' * (len(lacking) > 1)} {', '.join(lacking)}"

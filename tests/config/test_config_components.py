@@ -28,6 +28,7 @@ PIECE = """
         rate: float = 0.5
         names: tuple[str, ...] = ()
         inner: dict | None = None
+        pieces: tuple = ()
         cache: dict = field(default_factory=dict, init=False)
 
         def __post_init__(self):
@@ -87,6 +88,8 @@ def test_functions_nested_classes_and_open_ended_callables(module: str, refused:
         ({"width": 1, "names": "ab"}, ("piece.names", "list of text")),
         ({"width": 1, "names": [1]}, ("piece.names", "list of text")),
         ({"width": 1, "rate": -1}, ("piece", "ValueError: rate < 0")),
+        ({"width": 1, "inner": {"_target_": "nowhere.X"}}, ("piece.inner._target_", "nowhere")),
+        ({"width": 1, "pieces": [{"_target_": "nowhere.X"}]}, ("piece.pieces._target_", "nowhere")),
     ],
 )
 def test_wrong_settings(module: str, settings: dict[str, Any], parts: tuple[str, ...], refused: Refused) -> None:
