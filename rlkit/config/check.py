@@ -2,54 +2,166 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from rich.console import Console
+from rich.filesize import decimal
+from rich.padding import Padding
+from rich.table import Column, Table
 
-from rlkit.config.derive import batch_table
-from rlkit.config.memory import estimate
-from rlkit.config.schema import Config
-from rlkit.config.verify import verify
-from rlkit.errors import ConfigError
+from rlkit.config.components import build
+from rlkit.config.keys import datasets
+from rlkit.config.schema import Config, ModelConfig
+from rlkit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPECIAL_TOKENS = 4  # of a character tokenizer: pad, bos, eos, unk
+Row = tuple[str, int, str]  # name of a number, the number, where it comes from
 
 
 def main(config: Config, raw: dict[str, Any]) -> int:
     """Print configuration, batch table and memory estimate; start nothing.
 
-    Raises ConfigError naming every problem (the command line exits with status 2). A hub model
-    whose config is out of reach only costs the memory estimate.
+    A hub model out of reach only costs the memory estimate; ConfigError where an architecture cannot be made.
     """
-    verify(config)
     print(OmegaConf.to_yaml(OmegaConf.create(raw)))
-    print("Derived from it")
-    for row in batch_table(config):
-        print(f"  {row.name:<44} {row.value:>14,}   {row.how}")
-    print("\nMemory of one learner process, estimated")
-    for line in memory_lines(config):
-        print(line)
-    print("\nNothing was started. The configuration is valid.")
-    return 0
-
-
-def memory_lines(config: Config) -> list[str]:
-    """The memory estimate as lines of a table."""
+    console = Console(width=110, markup=False, highlight=False)
+    _print(console, "Derived from it", [(name, f"{value:,}", how) for name, value, how in batch_table(config)])
     try:
         parts = estimate(config)
+        parts.append(("together", sum(size for _, size, _ in parts), ""))
+        title = "Memory of one learner process, estimated"
+        _print(console, title, [(name, decimal(size), how) for name, size, how in parts])
     except ConfigError as error:
         if config.model.architecture is not None:
             raise
-        return [f"  not known: {error}"]
-    lines = [f"  {part.name:<44} {size(part.bytes):>14}   {part.how}" for part in parts]
-    return [*lines, f"  {'together':<44} {size(sum(part.bytes for part in parts)):>14}"]
+        console.print(f"Memory: not known: {error}\n")
+    console.print("Nothing was started. The configuration is valid.")
+    return 0
 
 
-def size(count: int) -> str:
-    """Bytes for a reader: 512 B, 1.5 MB, 24.0 GB (powers of 1000)."""
-    if count < 1000:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 1000:
-            return f"{value:.1f} {unit}"
-    return f"{value / 1000:.1f} TB"
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str, str]]) -> None:
+    table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, Padding(table, (0, 2, 1, 2)), sep="\n")
+
+
+def batch_table(config: Config) -> list[Row]:
+    """What the user-level keys come to: sequences, tokens, micro-batches, updates, queue bound."""
+    groups, steps, rollout, evaluation = config.prompts_per_step, config.steps, config.rollout, config.evaluation
+    sequences = groups * config.samples_per_prompt
+    updates = config.learner.updates_per_step
+    longest = config.data.train.max_prompt_tokens + rollout.max_completion_tokens
+    rows_at_once = max(1, config.learner.max_tokens_per_microbatch // longest)
+    per_update = -(-groups // updates) * config.samples_per_prompt
+    microbatches = updates * -(-per_update // rows_at_once)
+    between = (steps - 1) // evaluation.every_steps if evaluation.every_steps else 0
+    evaluations = evaluation.at_start + between + 1 if config.data.eval else 0
+    verifying = math.ceil(-(-sequences // config.reward.workers) * config.reward.timeout_s)
+    checkpoints = -(-steps // config.checkpoint.every_steps)
+    table = [
+        ("sequences per step", sequences, "prompts_per_step * samples_per_prompt"),
+        ("sampled tokens per step, at most", sequences * rollout.max_completion_tokens, "all completions full length"),
+        ("trained tokens per step, at most", sequences * longest, "all prompts and completions at full length"),
+        ("sequences per update", per_update, "sequences / learner.updates_per_step"),
+        ("sequences per micro-batch", rows_at_once, "learner.max_tokens_per_microbatch / longest sequence"),
+        ("micro-batches per step, at most", microbatches, "all sequences at full length, one device"),
+        ("optimiser steps", steps * updates, "steps * learner.updates_per_step"),
+        ("prompts of the run", steps * groups, "steps * prompts_per_step"),
+        ("completions of the run", steps * sequences, "steps * sequences"),
+        ("groups in flight, at most", (config.max_staleness + 1) * groups, "(max_staleness + 1) * prompts_per_step"),
+        ("leases per step, at least", -(-sequences // rollout.slice_samples), "sequences / rollout.slice_samples"),
+        ("seconds of verifying per step, at most", verifying, "every sample timing out, on reward.workers"),
+        ("checkpoints written, at least", checkpoints, "steps / checkpoint.every_steps, and one at the end"),
+        ("evaluations", evaluations, f"of {len(config.data.eval)} held-out sets"),
+    ]
+    if config.sft is not None:
+        table.append(("warm-start sequences", config.sft.steps * config.sft.batch_size, "sft.steps * sft.batch_size"))
+    return table
+
+
+def estimate(config: Config) -> list[Row]:
+    """Peak memory of one learner process with the embedded engine, in bytes; allocates no weights.
+
+    Weights, gradients and optimiser state are exact; activations count the tensors a transformer block with a gated MLP
+    and fused attention keeps for its backward pass, and are good to about a factor of two. Framework overhead is not in
+    it. Raises ConfigError where the architecture is not to be had.
+    """
+    import torch
+
+    model = empty_model(config.model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    text = model.config.get_text_config()
+    layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    key_value_width = (getattr(text, "num_key_value_heads", None) or heads) * head_size
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+
+    on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
+    half = ("bfloat16", "bf16", "auto") if on_gpu else ("bfloat16", "bf16")
+    weight_bytes = 2 if config.model.dtype in half else 4
+    autocast = config.learner.mixed_precision in half
+    compute_bytes = 2 if autocast else weight_bytes
+
+    longest = max(d.max_prompt_tokens for d in datasets(config).values()) + config.rollout.max_completion_tokens
+    # Never more than the step has: tiny runs stay far below the limit.
+    sequences = config.prompts_per_step * config.samples_per_prompt
+    tokens = max(config.learner.max_tokens_per_microbatch, longest)
+    tokens = min(tokens, sequences // config.learner.updates_per_step * longest)
+    block = 8 * hidden + 2 * key_value_width + 4 * intermediate
+    saved = layers * hidden + block if config.model.gradient_checkpointing else layers * block
+    chunk = min(config.learner.logprob_chunk_tokens, tokens)
+    engine = build(config.rollout.engine, key="rollout.engine")
+    rows = max(sequences, config.evaluation.batch_samples if config.data.eval else 0)
+    rows = min(rows, getattr(engine, "max_batch_samples", sequences))
+    cache = 2 * layers * key_value_width * longest * rows
+
+    weights = count * weight_bytes
+    parts = [
+        ("weights", weights, f"{count:,} parameters"),
+        ("gradients", weights, "as the weights"),
+        ("AdamW moments", 2 * weights, "two, as the weights"),
+        ("activations of a micro-batch", tokens * saved * compute_bytes, f"{tokens:,} tokens"),
+        ("log-prob chunk", 8 * chunk * text.vocab_size, f"logits and gradient, {chunk:,} x {text.vocab_size:,}"),
+        ("key-value cache of the engine", cache * weight_bytes, f"{rows:,} sequences of {longest:,} tokens"),
+    ]
+    if autocast and weight_bytes == 4:
+        parts.append(("bfloat16 copy of the weights", 2 * count, "autocast's cache"))
+    if getattr(build(config.algorithm.kl, key="algorithm.kl"), "needs_reference", False):
+        parts.append(("reference model", weights, "algorithm.kl"))
+    return parts
+
+
+def empty_model(model: ModelConfig) -> PreTrainedModel:
+    """The policy's architecture on the meta device, where it takes no memory. Raises ConfigError."""
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    architecture = dict(model.architecture or {})
+    model_type = architecture.pop("model_type", None)
+    if model.path is None and model_type not in CONFIG_MAPPING:
+        problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
+        raise ConfigError(problem, key="model.architecture.model_type", value=model_type, expected="e.g. llama, qwen3")
+    try:
+        if model.path is not None:
+            settings = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        else:
+            words = SPECIAL_TOKENS + len(model.alphabet or "")
+            if model.tokenizer is not None:
+                words = len(AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False))
+            settings = AutoConfig.for_model(model_type, **architecture, vocab_size=words)
+        with init_empty_weights(include_buffers=True):
+            from_config: Any = AutoModelForCausalLM.from_config
+            made: PreTrainedModel = from_config(settings, attn_implementation=model.attention)
+    # Files may be out of reach; architectures check their settings by any kind of error, KeyError to RuntimeError.
+    except Exception as error:
+        key, value = ("model.architecture", model.architecture) if model.path is None else ("model.path", model.path)
+        problem = f"the model cannot be made: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ConfigError(problem, key=key, value=value) from error
+    return made

@@ -5,91 +5,99 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import types
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from rlkit.config.schema import Config
+from rlkit.config.schema import Component, Config, DatasetConfig
 from rlkit.errors import ConfigError, nearest
+
+WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
+WORDS |= {Component: "component (a mapping with _target_)"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
-    """One key of the schema: `learner.betas`, its annotation, default and documentation."""
+    """One key of the schema: `learner.betas`, its annotation, default, allowed values and documentation."""
 
     path: str
     annotation: Any
-    default: Any  # dataclasses.MISSING where a section stands
+    default: Any
+    limits: Mapping[str, Any]  # as `schema.number` and `schema.choice` set them
     doc: str
 
 
 def unwrap(annotation: Any) -> Any:
     """`X` of `X | None`; anything else as it is."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(annotation) if arg is not type(None)]
-        if len(inner) == 1:
-            return inner[0]
-    return annotation
+    inner = [arg for arg in get_args(annotation) if arg is not NoneType]
+    return inner[0] if len(inner) == 1 and NoneType in get_args(annotation) else annotation
+
+
+def is_section(annotation: Any) -> TypeGuard[type]:
+    """Whether this is a dataclass of the schema."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
 
 
 def describe(annotation: Any) -> str:
     """The type in words a recipe's author uses: "integer or null", "list of number", ..."""
-    names = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "anything"}
-    if annotation in names:
-        return names[annotation]
-    if annotation is type(None):
-        return "null"
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(arg) for arg in args)
-    if origin is typing.Literal:
-        return " or ".join(repr(arg) for arg in args)
-    if origin in (list, tuple) and args:
+    if annotation in WORDS:
+        return WORDS[annotation]
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(map(describe, args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin in (list, tuple):
         return f"list of {describe(args[0])}"
-    if is_component(annotation):
-        return "component: a mapping with _target_"
     if origin is dict:
-        value = args[1]
-        inner = "component" if is_component(value) else getattr(value, "__name__", "value")
-        return f"mapping of names to {inner}"
-    return str(getattr(annotation, "__name__", annotation))
-
-
-def is_component(annotation: Any) -> bool:
-    """True for open mappings, whose keys the schema does not know."""
-    return typing.get_origin(annotation) is dict and typing.get_args(annotation) == (str, Any)
+        return f"mapping of names to {describe(args[1])}"
+    return "section" if is_section(annotation) else str(getattr(annotation, "__name__", annotation))
 
 
 @cache
 def fields(section: type) -> dict[str, Key]:
     """Keys of one section (a dataclass of the schema), by name, in file order."""
-    hints = typing.get_type_hints(section)
-    docs = _attribute_docs(section)
+    hints = get_type_hints(section)
+    # The documentation of a field is the string that stands under it.
+    docs = {}
+    for kind in reversed(section.__mro__[:-1]):
+        tree: Any = ast.parse(inspect.getsource(kind)).body[0]
+        for field, below in pairwise(tree.body):
+            if type(field) is ast.AnnAssign and type(below) is ast.Expr:
+                docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
     out = {}
-    for item in dataclasses.fields(section):
-        default = item.default
-        if item.default_factory is not dataclasses.MISSING:
-            default = item.default_factory()
-        if dataclasses.is_dataclass(default):
-            default = dataclasses.MISSING
-        out[item.name] = Key(item.name, hints[item.name], default, docs.get(item.name, ""))
+    for f in dataclasses.fields(section):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        doc = docs.get(f.name) or inspect.getdoc(hints[f.name]) or ""
+        out[f.name] = Key(f.name, hints[f.name], default, f.metadata, doc)
     return out
 
 
 def walk(section: type = Config, prefix: str = "") -> Iterator[Key]:
     """Every key of the schema, depth first, with dotted paths; `*` stands for a name."""
     for name, key in fields(section).items():
-        path = f"{prefix}{name}"
-        yield dataclasses.replace(key, path=path)
+        yield dataclasses.replace(key, path=f"{prefix}{name}")
         inner = unwrap(key.annotation)
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-            yield from walk(inner, f"{path}.")
-        elif typing.get_origin(inner) is dict:
-            value = typing.get_args(inner)[1]
-            if dataclasses.is_dataclass(value) and isinstance(value, type):
-                yield from walk(value, f"{path}.*.")
+        for kind, dot in [(inner, "."), *((argument, ".*.") for argument in get_args(inner))]:
+            if is_section(kind):
+                yield from walk(kind, f"{prefix}{name}{dot}")
+
+
+def sections(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every section of a configuration with its dotted key ("" for the whole)."""
+    yield path, section
+    for name, value in vars(section).items():
+        named = value.items() if isinstance(value, dict) else [("", value)]
+        for key, inner in named:
+            if dataclasses.is_dataclass(inner):
+                yield from sections(inner, ".".join(filter(None, (path, name, key))))
+
+
+def datasets(config: Config) -> dict[str, DatasetConfig]:
+    """Every data set of a configuration by its key."""
+    return {path: section for path, section in sections(config) if isinstance(section, DatasetConfig)}
 
 
 def locate(path: str, *, value: object = None, where: str = "") -> Any:
@@ -98,61 +106,31 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
     Raises ConfigError when no such key exists; `where` ("in override 'x=1'") goes into the message.
     """
     annotation: Any = Config
-    done: list[str] = []
-    for part in path.replace("[", ".[").split("."):
+    parent = ""
+    for part in path.partition("[")[0].split("."):
         inner = unwrap(annotation)
-        if part.startswith("["):  # an element of a list
-            annotation = (*typing.get_args(inner), Any)[0]
-            continue
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-            known = fields(inner)
-            if part not in known:
-                raise _unknown(path, part, done, list(known), value, where)
-            annotation = known[part].annotation
-        elif is_component(inner) or inner is Any:
+        if inner in (Component, Any):
             return Any
-        elif typing.get_origin(inner) is dict:
-            annotation = typing.get_args(inner)[1]
+        if is_section(inner):
+            if part not in fields(inner):
+                raise _unknown(path, parent, list(fields(inner)), value, where)
+            annotation = fields(inner)[part].annotation
+        elif get_origin(inner) is dict:
+            annotation = get_args(inner)[1]
         else:
-            raise ConfigError(
-                f"no such key{where}: {'.'.join(done)} is {describe(annotation)}, not a section",
-                key=path,
-                value=value,
-                fix=f"set {'.'.join(done)} itself",
-            )
-        done.append(part)
+            problem = f"no such key{where}: {parent} is {describe(annotation)}, not a section"
+            raise ConfigError(problem, key=path, value=value, fix=f"set {parent} itself")
+        parent = f"{parent}.{part}".lstrip(".")
     return annotation
 
 
-def _unknown(path: str, part: str, done: list[str], known: list[str], value: object, where: str) -> ConfigError:
-    parent = ".".join(done)
+def _unknown(path: str, parent: str, known: list[str], value: object, where: str) -> ConfigError:
     # The right name in the wrong section comes before a similar name in this one.
-    same = [key.path for key in walk() if key.path.split(".")[-1] == path.split(".")[-1]]
-    near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else nearest(part, known)
-    if near and parent and not same:
-        near = near.replace(" '", f" '{parent}.")
-    near = near or nearest(path, [key.path for key in walk()])
-    return ConfigError(
-        f"no such key{where}.{near}",
-        key=path,
-        value=value,
-        expected=f"one of {', '.join(known)}" + (f" (in {parent})" if parent else ""),
-        fix="python -m rlkit.config.reference lists all keys (docs/config.md)",
-    )
-
-
-def _attribute_docs(section: type) -> dict[str, str]:
-    """The strings under the fields of a dataclass, by field name."""
-    body = ast.parse(inspect.getsource(section)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for before, after in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(before, ast.AnnAssign)
-            and isinstance(before.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-            and isinstance(after.value.value, str)
-        ):
-            docs[before.target.id] = inspect.cleandoc(after.value.value)
-    return docs
+    everywhere = [key.path for key in walk()]
+    same = [key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]]
+    siblings = [f"{parent}.{name}".lstrip(".") for name in known]
+    near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else ""
+    near = near or nearest(path, siblings) or nearest(path, everywhere)
+    expected = f"one of {', '.join(known)}" + (f" (in {parent})" if parent else "")
+    fix = "python -m rlkit.config.reference lists all keys (docs/config.md)"
+    return ConfigError(f"no such key{where}.{near}", key=path, value=value, expected=expected, fix=fix)

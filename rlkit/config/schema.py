@@ -1,20 +1,29 @@
 """The typed schema of a recipe: every key, its type, its default and what it means.
 
-Defaults are the vetted recipe. Components (algorithm pieces, engine, budget, rewards, data
-sources, teachers) are open: a mapping with `_target_`, an import path to a dataclass, whose other
-keys are that dataclass's fields. They are checked against those fields at config time, so a
-plug-in needs no entry here. The string under a field is its documentation; `docs/config.md` is
-generated from it.
+Components (algorithm pieces, engine, budget, rewards, data sources, teachers) are open: a mapping with `_target_`, an
+import path to a dataclass, whose other keys are that dataclass's fields, so a plug-in needs no entry here. The string
+under a field is its documentation; `docs/config.md` is generated from it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 Component = dict[str, Any]
+
+
+def number(default: float | None, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A finite number from `low` to `high`, or the default."""
+    return field(default=default, metadata={"low": low, "high": high, "limits": f"{low:g} to {high:g}"})
+
+
+def choice(default: str, *others: str) -> Any:
+    """One of a few words; the first is the default."""
+    return field(default=default, metadata={"choices": (default, *others), "limits": ", ".join((default, *others))})
 
 
 @dataclass
@@ -31,8 +40,8 @@ class ModelConfig:
     """Make a character tokenizer of these characters (tiny models only) instead of loading one."""
     chat_template: str | None = None
     """Jinja chat template that replaces the tokenizer's own."""
-    dtype: str = "auto"
-    """Weights' dtype: float32, bfloat16, or auto (bfloat16 on devices that have it fast, else float32)."""
+    dtype: str = choice("auto", "float32", "bfloat16")
+    """Weights' dtype; auto: bfloat16 on devices that have it fast, else float32."""
     attention: str = "sdpa"
     """transformers attention implementation."""
     gradient_checkpointing: bool = False
@@ -61,9 +70,9 @@ class DatasetConfig:
     """Render with the tokenizer's chat template and a generation prompt."""
     id_field: str | None = None
     """Field with a unique id; default: the row number."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = number(1024, 1)
     """Longer prompts are left out and counted."""
-    limit: int | None = None
+    limit: int | None = number(None, 1)
     """Use only the first rows."""
     shuffle: bool = True
     """Order rows by (seed, epoch); evaluation sets keep file order."""
@@ -85,13 +94,13 @@ class RewardConfig:
 
     rewards: dict[str, Component] = field(default_factory=dict)
     """name -> {_target_, weight, settings}; the score is the weighted sum."""
-    workers: int = 2
+    workers: int = number(2, 1, 1024)
     """Verifier processes."""
-    timeout_s: float = 5.0
+    timeout_s: float = number(5.0, 0.01)
     """Wall-clock limit for one sample; past it the sample is unscored, dropped and counted."""
-    sandbox: str = "strict"
+    sandbox: str = choice("strict", "limits")
     """strict (seccomp and limits) or limits (where seccomp is not available)."""
-    max_unscored_frac: float = 0.5
+    max_unscored_frac: float = number(0.5, 0, 1)
     """Stop when a step leaves more than this share of its samples unscored."""
 
 
@@ -107,7 +116,7 @@ class AlgorithmConfig:
     """Weight of each sequence's tokens in the step's loss (rlkit.algorithms.aggregation)."""
     kl: Component = field(default_factory=lambda: {"_target_": "rlkit.algorithms.kl.NoKL"})
     """Penalty against the reference model (rlkit.algorithms.kl)."""
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: float = number(0.0)
     """Entropy bonus per token; 0 is off."""
 
 
@@ -117,19 +126,19 @@ class RolloutConfig:
 
     engine: Component = MISSING
     """rlkit.rollout.transformers_engine.TransformersEngine."""
-    max_completion_tokens: int = 1024
+    max_completion_tokens: int = number(1024, 1)
     """Longest completion; a longer one ends with finish_reason "length"."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probs are taken at the same temperature everywhere."""
-    top_p: float = 1.0
+    temperature: float = number(1.0, 0.01)
+    """Sampling temperature, also of log-probs; greedy decoding is for evaluation only."""
+    top_p: float = number(1.0, 1, 1)
     """Must be 1: truncated sampling biases the ratio."""
-    top_k: int = 0
-    """Must be 0 (off), for the same reason."""
+    top_k: int = number(0, 0, 0)
+    """Must be 0 (off): truncated sampling biases the ratio."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion, besides the end-of-sequence token."""
-    slice_samples: int = 64
+    slice_samples: int = number(64, 1)
     """Samples of one lease: the unit of work a worker takes from the buffer."""
-    lease_timeout_s: float = 600.0
+    lease_timeout_s: float = number(600.0, 1)
     """A lease not renewed for this long is taken back."""
 
 
@@ -144,46 +153,52 @@ class BufferConfig:
 
 
 @dataclass
-class LearnerConfig:
-    """Optimisation."""
+class OptimizerConfig:
+    """What training and the warm start set alike."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = number(1e-6, 0, 1)
     """Peak learning rate."""
-    schedule: str = "constant"
-    """After warm-up: constant, linear or cosine (to 0 at the last optimiser step)."""
-    warmup_steps: int = 10
+    schedule: str = choice("constant", "linear", "cosine")
+    """After warm-up; linear and cosine go to 0 at the last optimiser step."""
+    warmup_steps: int = number(10, 0)
     """Optimiser steps of linear warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW betas."""
-    epsilon: float = 1e-8
-    """AdamW epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, 0)
     """AdamW weight decay (matrices only)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, 0)
     """Gradient clipping by global norm; 0 is off."""
-    updates_per_step: int = 1
-    """Optimiser steps on one batch; groups are split between them whole."""
-    max_tokens_per_microbatch: int = 16384
+    max_tokens_per_microbatch: int = number(16384, 1)
     """Padded tokens of one forward pass; sequences are bucketed by length."""
-    logprob_chunk_tokens: int = 1024
+
+
+@dataclass
+class LearnerConfig(OptimizerConfig):
+    """Optimisation."""
+
+    epsilon: float = number(1e-8, 1e-30, 1)
+    """AdamW epsilon."""
+    updates_per_step: int = number(1, 1)
+    """Optimiser steps on one batch; groups are split between them whole."""
+    logprob_chunk_tokens: int = number(1024, 1)
     """Tokens whose logits exist at a time in the log-prob head."""
-    mixed_precision: str = "auto"
-    """no, bf16, or auto (bf16 where the device has it fast)."""
+    mixed_precision: str = choice("auto", "no", "bf16")
+    """auto: bf16 where the device has it fast."""
     deterministic: bool = False
     """Deterministic kernels and fixed threads: bit-for-bit reproducible on one machine."""
-    num_threads: int | None = None
+    num_threads: int | None = number(None, 1, 4096)
     """CPU threads for torch; default: torch's choice."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: str = choice("auto", "cpu", "cuda")
+    """auto: cuda where there is one."""
 
 
 @dataclass
 class CheckpointConfig:
     """Checkpoints: the only commit point of a run."""
 
-    every_steps: int = 50
+    every_steps: int = number(50, 1)
     """Write one every so many learner steps, and always at the end or on interruption."""
-    keep: int = 2
+    keep: int = number(2, 1)
     """Keep the newest so many."""
 
 
@@ -191,55 +206,44 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Held-out evaluation with standard errors."""
 
-    samples: int = 4
+    samples: int = number(4, 1)
     """k of avg@k, pass@k and maj@k."""
-    every_steps: int = 0
+    every_steps: int = number(0, 0)
     """Evaluate every so many steps; 0: only before and after training."""
     at_start: bool = True
     """Evaluate before the first step."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, 0)
     """Sampling temperature of the evaluation; 0 is greedy (then samples must be 1)."""
-    seed: int = 1234
+    seed: int = number(1234, 0, 2**63 - 1)
     """Fixed, so that checkpoints and runs see the same draws."""
-    batch_samples: int = 1024
+    batch_samples: int = number(1024, 1)
     """Samples generated and scored at a time."""
     part: str | None = None
     """Named reward to report; null: the weighted total."""
-    correct_at: float = 1.0
+    correct_at: float = number(1.0)
     """A sample with at least this score counts as correct in pass@k."""
 
 
 @dataclass
-class SftConfig:
+class SftConfig(OptimizerConfig):
     """Warm start by supervised fine-tuning; loss on completions only."""
 
     data: DatasetConfig = field(default_factory=DatasetConfig)
     """Rows with a `completion` component."""
-    steps: int = 1000
+    steps: int = number(1000, 1)
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1)
     """Sequences of a step."""
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
-    schedule: str = "cosine"
-    """constant, linear or cosine."""
-    warmup_steps: int = 50
-    """Optimiser steps of linear warm-up."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW betas."""
-    weight_decay: float = 0.0
-    """AdamW weight decay (matrices only)."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping by global norm."""
-    max_completion_tokens: int = 1024
+    learning_rate: float = number(1e-5, 0, 1)
+    schedule: str = choice("cosine", "linear", "constant")
+    warmup_steps: int = number(50, 0)
+    max_completion_tokens: int = number(1024, 1)
     """Rows with longer completions are left out and counted."""
-    max_tokens_per_microbatch: int = 16384
-    """Padded tokens of one forward pass."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**63 - 1)
     """Seed of initial weights and order: the warm start is the same for every run seed."""
     cache_dir: str = "outputs/cache"
     """Finished warm starts by hash of what they depend on; later runs reuse them."""
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: int = number(500, 1)
     """An interrupted warm start goes on from here."""
 
 
@@ -249,8 +253,8 @@ class TelemetryConfig:
 
     console: bool = True
     """Progress bar and a line a step."""
-    wandb: str = "off"
-    """off, offline (no account needed) or online."""
+    wandb: str = choice("off", "offline", "online")
+    """offline needs no account."""
     wandb_project: str = "rlkit"
     """wandb project."""
     save_rollouts: bool = True
@@ -267,17 +271,17 @@ class Config:
     """Run folder: <output_dir>/<name>."""
     output_dir: str = "outputs"
     """Parent of run folders."""
-    seed: int = 0
+    seed: int = number(0, 0, 2**63 - 1)
     """Fixes prompt order and every sampled token."""
-    steps: int = 100
+    steps: int = number(100, 1)
     """Learner steps: batches taken from the buffer."""
-    prompts_per_step: int = 32
+    prompts_per_step: int = number(32, 1)
     """Groups in a learner step."""
-    samples_per_prompt: int = 8
+    samples_per_prompt: int = number(8, 1)
     """Completions per prompt, where the budget is uniform."""
-    max_staleness: int = 0
+    max_staleness: int = number(0, 0)
     """How many policy versions old a token may be when it is trained on; 0 is synchronous."""
-    resume: str = "auto"
+    resume: str = choice("auto", "never")
     """auto: go on from the newest checkpoint; never: move an existing run folder aside."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

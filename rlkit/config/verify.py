@@ -1,23 +1,25 @@
 """Checks of a whole configuration before anything starts.
 
-They read attributes of component classes (`minimum_group_size`, `exact_only_at_lag_zero`), never
-their names.
+They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+import re
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rlkit.config.components import TARGET, build, import_target, validate
-from rlkit.config.parts import attribute, components, datasets, get
-from rlkit.config.schema import Config
-from rlkit.config.values import check_names, check_values
+from rewards.errors import RewardError
+from rewards.spec import build as build_rewards
+from rlkit.config.components import TARGET, build, validate
+from rlkit.config.keys import Key, datasets, fields, sections, unwrap
+from rlkit.config.schema import Component, Config
 from rlkit.errors import ConfigError, nearest
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 def verify(config: Config) -> None:
@@ -31,239 +33,128 @@ def verify(config: Config) -> None:
 
 
 def problems(config: Config) -> Iterator[ConfigError]:
-    """All problems, in the order of the schema."""
-    for check in (
-        check_names,
-        check_values,
-        _check_model,
-        _check_components_and_data,
-        _check_rewards,
-        _check_algorithm,
-        _check_sampling,
-        _check_lengths,
-        _check_evaluation,
-    ):
-        yield from check(config)
-
-
-def _problem_of(action: Callable[[], object]) -> Iterator[ConfigError]:
+    """All problems: of single values, of components, then of what must go together."""
+    built: dict[str, Any] = {}
+    for place, section in sections(config):
+        for name, key in fields(section.__class__).items():
+            path, value = f"{place}.{name}".lstrip("."), getattr(section, name)
+            yield from _check_value(path, key, value)
+            if unwrap(key.annotation) == Component and value is not None and path != "model.architecture":
+                # Sources are only checked: making one may look for files. The rest is cheap to construct,
+                # which checks the values of its settings too.
+                try:
+                    built[path] = validate(value, path) if name == "source" else build(value, key=path)
+                except ConfigError as error:
+                    yield error
     try:
-        action()
-    except ConfigError as error:
-        yield error
+        build_rewards(config.reward.rewards)
+    except RewardError as error:
+        yield _fault("reward.rewards", list(config.reward.rewards), str(error))
+    yield from _check_names(config)
+    yield from _check_model_and_data(config)
+    yield from _check_algorithm(config, built)
+    yield from _check_lengths(config)
 
 
-def _check_model(config: Config) -> Iterator[ConfigError]:
+def _fault(key: str, value: object, problem: str, expected: str | None = None, fix: str | None = None) -> ConfigError:
+    return ConfigError(problem, key=key, value=value, expected=expected, fix=fix)
+
+
+def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
+    """The limits that stand beside the field in the schema."""
+    if value is None or not key.limits:
+        return
+    choices = key.limits.get("choices")
+    near = nearest(value, choices) if choices else ""
+    good = value in choices if choices else key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value)
+    if not good:
+        yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
+
+
+def _check_names(config: Config) -> Iterator[ConfigError]:
+    named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
+    for key, names in named.items():
+        for name in names:
+            if not _NAME.fullmatch(name):
+                yield _fault(key, name, "not usable as a folder's or metric's name", "letters, digits and _ . + -")
+
+
+def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
     model = config.model
     if (model.path is None) == (model.architecture is None):
-        yield ConfigError(
-            "both are given" if model.path else "neither is given",
-            key="model.path, model.architecture",
-            value=(model.path, model.architecture),
-            expected="exactly one of them",
-            fix="model.path=FOLDER loads a pretrained model; model.architecture={model_type: ...} "
-            "makes one; null takes one back",
-        )
+        problem = "both are given" if model.path else "neither is given"
+        fix = "model.path=FOLDER loads a pretrained model; model.architecture={model_type: ...} makes one"
+        given = (model.path, model.architecture)
+        yield _fault("model.path, model.architecture", given, problem, "exactly one of them, the other null", fix)
     if model.alphabet is not None and model.tokenizer is not None:
-        yield ConfigError(
-            "there is a tokenizer as well",
-            key="model.alphabet",
-            value=model.alphabet,
-            expected="one of model.alphabet and model.tokenizer",
-        )
-    if model.architecture is not None:
-        if "model_type" not in model.architecture:
-            yield ConfigError(
-                f"no model_type.{nearest('model_type', model.architecture)}",
-                key="model.architecture",
-                value=model.architecture,
-                expected="model_type: llama (or another of transformers) and its settings",
-            )
-        if model.alphabet is None and model.tokenizer is None:
-            yield ConfigError(
-                "a model made from scratch has no tokenizer of its own",
-                key="model.tokenizer",
-                value=None,
-                fix="set model.alphabet to the characters it should know, or model.tokenizer",
-            )
-    has_no_template = model.chat_template is None and model.alphabet is not None
-    for key, dataset in datasets(config).items():
-        if dataset.chat and has_no_template:
-            yield ConfigError(
-                "a character tokenizer has no chat template",
-                key=f"{key}.chat",
-                value=True,
-                fix=f"set model.chat_template, or {key}.chat=false",
-            )
-
-
-def _check_components_and_data(config: Config) -> Iterator[ConfigError]:
-    for key, component in components(config).items():
-        # Sources are only checked: making one may look for files. The rest is cheap to construct,
-        # which checks the values of its settings too.
-        check = partial(validate, component, key)
-        if not key.endswith(".source"):
-            check = partial(build, component, key=key)
-        yield from _problem_of(check)
+        expected = "one of model.alphabet and model.tokenizer"
+        yield _fault("model.alphabet", model.alphabet, "there is a tokenizer as well", expected)
+    if model.architecture is not None and model.alphabet is None and model.tokenizer is None:
+        fix = "set model.alphabet to the characters it should know, or model.tokenizer"
+        yield _fault("model.tokenizer", None, "a model made from scratch has no tokenizer of its own", fix=fix)
     for key, dataset in datasets(config).items():
         if dataset.path is not None and not Path(dataset.path).expanduser().is_file():
-            yield ConfigError(
-                f"no such file (relative paths start at {Path.cwd()})",
-                key=f"{key}.path",
-                value=dataset.path,
-                expected="a .jsonl, .json or .parquet file",
-            )
+            problem = f"no such file (relative paths start at {Path.cwd()})"
+            yield _fault(f"{key}.path", dataset.path, problem, "a .jsonl, .json or .parquet file")
         if dataset.system is not None and not dataset.chat:
-            yield ConfigError(
-                "a system message needs a chat template",
-                key=f"{key}.system",
-                value=dataset.system,
-                fix=f"set {key}.chat=true, or put the text into {key}.prompt",
-            )
+            fix = f"set {key}.chat=true, or put the text into {key}.prompt"
+            yield _fault(f"{key}.system", dataset.system, "a system message needs a chat template", fix=fix)
     if config.sft is not None and config.sft.data.completion is None:
-        yield ConfigError(
-            "a warm start needs target completions",
-            key="sft.data.completion",
-            value=None,
-            expected="a component of rlkit.data.teacher, e.g. Template",
-            fix="or start from the model as it is: sft=null",
-        )
+        expected, fix = "a component of rlkit.data.teacher", "or start from the model as it is: sft=null"
+        yield _fault("sft.data.completion", None, "a warm start needs target completions", expected, fix)
+    evaluation, rewards = config.evaluation, config.reward.rewards
+    if evaluation.temperature == 0 and evaluation.samples != 1:
+        problem, expected = "greedy decoding gives the same completion every time", "1 with evaluation.temperature=0"
+        yield _fault("evaluation.samples", evaluation.samples, problem, expected)
+    if (part := evaluation.part) is not None and part not in rewards:
+        expected = f"one of {', '.join(rewards)}, or null for the weighted total"
+        yield _fault("evaluation.part", part, f"no such reward.{nearest(part, rewards)}", expected)
+    if evaluation.every_steps > 0 and not config.data.eval:
+        fix = "add data.eval.NAME, or set evaluation.every_steps=0"
+        yield _fault("evaluation.every_steps", evaluation.every_steps, "there is no held-out set", fix=fix)
 
 
-def _check_rewards(config: Config) -> Iterator[ConfigError]:
-    if not config.reward.rewards:
-        yield ConfigError(
-            "no reward",
-            key="reward.rewards",
-            value={},
-            expected="name: {_target_: rewards.math_verify.MathVerify, weight: 1.0}",
-        )
-    weights = []
-    for name, component in config.reward.rewards.items():
-        key = f"reward.rewards.{name}"
-        weight = component.get("weight", 1.0)
-        weights.append(weight)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or (not math.isfinite(weight)):
-            yield ConfigError("not a weight", key=f"{key}.weight", value=weight, expected="a finite number")
-        yield from _problem_of(partial(_construct_reward, component, key))
-    if weights and all(weight == 0 for weight in weights):
-        yield ConfigError(
-            "every reward has weight 0: each score would be 0",
-            key="reward.rewards",
-            value=list(config.reward.rewards),
-            fix="give at least one reward another weight",
-        )
-
-
-def _construct_reward(component: dict[str, Any], key: str) -> None:
-    """Check a reward, and call its constructor if it is a class: that checks its settings' values."""
-    target = import_target(component.get(TARGET), key) if TARGET in component else None
-    if inspect.isfunction(target):
-        validate(component, key, supplied=[next(iter(inspect.signature(target).parameters), "")], ignored=("weight",))
-        return
-    build({name: value for name, value in component.items() if name != "weight"}, key=key)
-
-
-def _check_algorithm(config: Config) -> Iterator[ConfigError]:
-    size = attribute(config.algorithm.advantage, "algorithm.advantage", "minimum_group_size", 1)
+def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigError]:
+    pieces, updates = config.algorithm, config.learner.updates_per_step
+    size = getattr(built.get("algorithm.advantage"), "minimum_group_size", 1)
     if config.samples_per_prompt < size:
-        yield ConfigError(
-            f"{config.algorithm.advantage[TARGET]} compares the samples of a prompt",
-            key="samples_per_prompt",
-            value=config.samples_per_prompt,
-            expected=f"{size} or more",
-        )
-    exact_only = attribute(config.old_policy, "old_policy", "exact_only_at_lag_zero", False)
-    if config.max_staleness > 0 and exact_only:
-        yield ConfigError(
-            f"{config.old_policy[TARGET]} is exact only for tokens of the current weights",
-            key="max_staleness",
-            value=config.max_staleness,
-            expected="0 with this old_policy",
-            fix="max_staleness=0, or old_policy=rollout",
-        )
-    if config.prompts_per_step % config.learner.updates_per_step:
-        divisors = [n for n in range(1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
-        yield ConfigError(
-            "a step's groups cannot be split evenly between its updates",
-            key="learner.updates_per_step",
-            value=config.learner.updates_per_step,
-            expected=f"a divisor of prompts_per_step={config.prompts_per_step}: {', '.join(map(str, divisors))}",
-        )
-
-
-def _check_sampling(config: Config) -> Iterator[ConfigError]:
-    rollout = config.rollout
-    if rollout.top_p != 1.0:
-        yield ConfigError(
-            "truncated sampling biases the importance ratio", key="rollout.top_p", value=rollout.top_p, expected="1.0"
-        )
-    if rollout.top_k != 0:
-        yield ConfigError(
-            "truncated sampling biases the importance ratio",
-            key="rollout.top_k",
-            value=rollout.top_k,
-            expected="0 (off)",
-        )
-    if not 0 < rollout.temperature < math.inf:
-        yield ConfigError(
-            "training samples from the policy",
-            key="rollout.temperature",
-            value=rollout.temperature,
-            expected="more than 0",
-            fix="greedy decoding is for evaluation: evaluation.temperature=0",
-        )
-    if "" in rollout.stop:
-        yield ConfigError("an empty stop string", key="rollout.stop", value=rollout.stop)
+        problem = f"{pieces.advantage[TARGET]} compares the samples of a prompt"
+        yield _fault("samples_per_prompt", config.samples_per_prompt, problem, f"{size} or more")
+    if config.max_staleness > 0 and getattr(built.get("old_policy"), "exact_only_at_lag_zero", False):
+        problem = f"{config.old_policy[TARGET]} is exact only for tokens of the current weights"
+        fix = "max_staleness=0, or old_policy=rollout"
+        yield _fault("max_staleness", config.max_staleness, problem, "0 with this old_policy", fix)
+    if getattr(built.get("algorithm.loss"), "needs_fresh_samples", False):
+        for key, fresh in (("max_staleness", 0), ("learner.updates_per_step", 1)):
+            if (value := attrgetter(key)(config)) > fresh:
+                problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
+                fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
+                yield _fault(key, value, problem, f"{fresh} with this loss", fix)
+    if updates > 0 and config.prompts_per_step % updates:
+        divisors = [str(n) for n in range(1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
+        problem = "a step's groups cannot be split evenly between its updates"
+        expected = f"a divisor of prompts_per_step={config.prompts_per_step}: {', '.join(divisors)}"
+        yield _fault("learner.updates_per_step", updates, problem, expected)
+    for key in ("learner.betas", "sft.betas") if config.sft else ("learner.betas",):
+        betas = attrgetter(key)(config)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            yield _fault(key, betas, "not AdamW's betas", "two numbers in [0, 1)")
+    if "" in config.rollout.stop:
+        yield _fault("rollout.stop", config.rollout.stop, "an empty stop string")
 
 
 def _check_lengths(config: Config) -> Iterator[ConfigError]:
     window = (config.model.architecture or {}).get("max_position_embeddings")
     for key, dataset in datasets(config).items():
-        warm_start = config.sft is not None and dataset is config.sft.data
+        warm_start = key == "sft.data"
         completion_key = f"{'sft' if warm_start else 'rollout'}.max_completion_tokens"
-        completion = get(config, completion_key)
-        longest = dataset.max_prompt_tokens + completion
+        both = f"{key}.max_prompt_tokens + {completion_key}"
+        longest = dataset.max_prompt_tokens + attrgetter(completion_key)(config)
         if isinstance(window, int) and longest > window:
-            yield ConfigError(
-                f"prompt ({dataset.max_prompt_tokens}) and completion ({completion}) tokens "
-                "together do not fit the model",
-                key=f"{key}.max_prompt_tokens + {completion_key}",
-                value=longest,
-                expected=f"at most model.architecture.max_position_embeddings={window}",
-            )
-        if key.startswith("data.eval."):
-            continue
+            expected = f"at most model.architecture.max_position_embeddings={window}"
+            yield _fault(both, longest, "prompt and completion together do not fit the model", expected)
         limit_key = f"{'sft' if warm_start else 'learner'}.max_tokens_per_microbatch"
-        if longest > get(config, limit_key):
-            yield ConfigError(
-                "the longest sequence does not fit a micro-batch",
-                key=limit_key,
-                value=get(config, limit_key),
-                expected=f"at least {longest} = {key}.max_prompt_tokens + {completion_key}",
-            )
-
-
-def _check_evaluation(config: Config) -> Iterator[ConfigError]:
-    evaluation = config.evaluation
-    if evaluation.temperature == 0 and evaluation.samples != 1:
-        yield ConfigError(
-            "greedy decoding gives the same completion every time",
-            key="evaluation.samples",
-            value=evaluation.samples,
-            expected="1 with evaluation.temperature=0",
-        )
-    if evaluation.part is not None and evaluation.part not in config.reward.rewards:
-        yield ConfigError(
-            f"no such reward.{nearest(evaluation.part, config.reward.rewards)}",
-            key="evaluation.part",
-            value=evaluation.part,
-            expected=f"one of {', '.join(config.reward.rewards)}, or null for the weighted total",
-        )
-    if evaluation.every_steps > 0 and not config.data.eval:
-        yield ConfigError(
-            "there is no held-out set to evaluate on",
-            key="evaluation.every_steps",
-            value=evaluation.every_steps,
-            fix="add data.eval.NAME, or set evaluation.every_steps=0",
-        )
+        limit = attrgetter(limit_key)(config)
+        if longest > limit and not key.startswith("data.eval."):
+            problem = "the longest sequence does not fit a micro-batch"
+            yield _fault(limit_key, limit, problem, f"at least {longest} = {both}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit.config.components import build, fits, import_target, validate
+from rlkit.config.components import build, converted, import_target, validate
 from rlkit.errors import ConfigError
 
 Plugin = Callable[[str], str]
@@ -27,6 +28,7 @@ PIECE = """
         rate: float = 0.5
         names: tuple[str, ...] = ()
         inner: dict | None = None
+        pieces: tuple = ()
         cache: dict = field(default_factory=dict, init=False)
 
         def __post_init__(self):
@@ -68,11 +70,9 @@ def test_extra_arguments_are_the_callers(module: str, refused: Refused) -> None:
 def test_functions_nested_classes_and_open_ended_callables(module: str, refused: Refused) -> None:
     assert build({"_target_": f"{module}.Piece.Nested", "size": 4}, key="x").size == 4
     assert build({"_target_": f"{module}.anything", "a": 1}, key="x") == {"a": 1}
-    assert validate(
-        {"_target_": f"{module}.function", "power": 2, "weight": 1.0}, "x", supplied=["sample"], ignored=["weight"]
-    ) == {"power": 2}
+    assert validate({"_target_": f"{module}.function", "power": 2}, "x", ["sample"]) == {"power": 2}
     with refused("x.weight", "no setting"):
-        validate({"_target_": f"{module}.function", "weight": 1.0}, "x", supplied=["sample"])
+        validate({"_target_": f"{module}.function", "weight": 1.0}, "x", ["sample"])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,7 @@ def test_functions_nested_classes_and_open_ended_callables(module: str, refused:
         ({"width": 1, "names": [1]}, ("piece.names", "list of text")),
         ({"width": 1, "rate": -1}, ("piece", "ValueError: rate < 0")),
         ({"width": 1, "inner": {"_target_": "nowhere.X"}}, ("piece.inner._target_", "nowhere")),
+        ({"width": 1, "pieces": [{"_target_": "nowhere.X"}]}, ("piece.pieces._target_", "nowhere")),
     ],
 )
 def test_wrong_settings(module: str, settings: dict[str, Any], parts: tuple[str, ...], refused: Refused) -> None:
@@ -139,6 +140,14 @@ def test_plugin_that_refuses_is_named_with_its_key(plugin: Plugin, refused: Refu
         build({"_target_": f"{module}.piece", "rate": 2.0}, key="algorithm.loss")
 
 
+def fits(value: Any, annotation: Any) -> bool:
+    try:
+        converted(value, annotation, "key", "a.Target")
+    except ConfigError:
+        return False
+    return True
+
+
 SAMPLES: dict[Any, list[Any]] = {
     bool: [True, False],
     int: [0, -3],
@@ -176,6 +185,7 @@ def test_containers() -> None:
     assert not fits([1, "a", 2], tuple[int, str])
     assert not fits("on ", Literal["on"])
     assert fits(3, "an annotation nobody understands")
+    assert fits({"_target_": "a.B"}, Plugin) and fits("x", Path | None)
 
 
 def test_user_code_in_the_working_folder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from rlkit.config import keys
-from rlkit.config.compose import load, load_file
+from rlkit.config.compose import load
 from rlkit.config.schema import Config
 from rlkit.errors import ConfigError
 
@@ -131,7 +131,7 @@ def test_every_key_of_the_schema_resists_a_typo(path: str, data: st.DataObject) 
         ("learner.deterministic=perhaps", "true or false"),
         ("learner.betas=0.9", "list of number"),
         ("budget=null", "component"),
-        ("learner={betas: [a, b]}", "number"),
+        ("learner={betas: [a, b]}", "list of number"),
     ],
 )
 def test_wrong_type(smoke: Smoke, override: str, expected: str, refused: Refused) -> None:
@@ -149,7 +149,7 @@ def test_unknown_recipe_names_the_nearest_and_all(refused: Refused) -> None:
     with refused("Did you mean 'quickstart'?", "gsm8k_smoke"):
         load("quikstart")
     for path in ("../quickstart", "/etc/passwd", "quickstart.yaml"):
-        with refused("no such recipe"):
+        with refused("no such"):
             load(path)
 
 
@@ -252,13 +252,3 @@ def test_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "recipes" / "quickstart.yaml").write_text("stray: true\n")
     config, _ = load("quickstart", [f"data.train.path={os.path.relpath(rows)}"])
     assert Path(config.data.train.source["path"]).is_file()
-
-
-def test_a_resolved_configuration_reads_back(tmp_path: Path, rows: Path, refused: Refused) -> None:
-    config, plain = load("quickstart", [f"data.train.path={rows}"])
-    path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
-    assert load_file(path) == (config, plain)
-    path.write_text("stepz: 3\n")
-    with refused("'steps'", str(path)):
-        load_file(path)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rlkit.config.check import batch_table
 from rlkit.config.compose import load
-from rlkit.config.derive import batch_table
-from rlkit.config.library import Library, shipped
+from rlkit.config.library import SHIPPED, Library
 from rlkit.config.reference import markdown
 from rlkit.config.verify import verify
 
@@ -24,12 +24,12 @@ def local_data(recipe: str, rows: Path) -> list[str]:
     return [f"data.train.path={rows}"] if recipe == "gsm8k_smoke" else []
 
 
-@pytest.mark.parametrize("recipe", LIBRARY.recipes())
+@pytest.mark.parametrize("recipe", LIBRARY.options(""))
 def test_recipe(recipe: str, rows: Path) -> None:
     config, _ = load(recipe, local_data(recipe, rows))
     verify(config)
     assert config.name == recipe
-    assert all(row.value >= 0 for row in batch_table(config))
+    assert all(value >= 0 for _, value, _ in batch_table(config))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_every_option_is_reached(rows: Path) -> None:
     """No file that no recipe and no group choice can use."""
     groups = set(LIBRARY.groups())
     assert {"algorithm", "algorithm/loss", "model", "data", "reward"} <= groups
-    used = {path.relative_to(shipped()).parent.as_posix() for path in shipped().rglob("*.yaml")} - {"."}
+    used = {path.relative_to(SHIPPED).parent.as_posix() for path in SHIPPED.rglob("*.yaml")} - {"."}
     assert used == groups
 
 
