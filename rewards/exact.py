@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable
+from rewards.base import RewardError, Sample, Unscorable
 from rewards.extraction import check_extraction, extract
-
-__all__ = ["ExactMatch", "to_fraction"]
 
 # No exponents: Fraction("1e999999999") would build the number.
 _NUMERIC = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")

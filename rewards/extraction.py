@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.errors import RewardError, nearest
-
-__all__ = ["METHODS", "boxed", "check_extraction", "extract", "last_number"]
+from rewards.base import RewardError, nearest
 
 # method -> what `marker` means for it (None: it takes no marker)
 METHODS: dict[str, str | None] = {

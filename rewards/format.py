@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError
-
-__all__ = ["Format"]
+from rewards.base import RewardError, Sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,6 @@ import stat
 import sys
 from collections.abc import Iterable
 
-__all__ = ["abi", "create_ruleset", "default_read_paths", "restrict_self"]
-
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3

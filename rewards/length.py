@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError
-
-__all__ = ["OverlongPenalty"]
+from rewards.base import RewardError, Sample
 
 
 @dataclass(frozen=True, slots=True)

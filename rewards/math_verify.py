@@ -8,11 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable
+from rewards.base import RewardError, Sample, Unscorable
 from rewards.extraction import METHODS, check_extraction, extract
-
-__all__ = ["MathVerify"]
 
 _PERCENT = re.compile(r"\s*\\?%")
 _MAX_ANSWER_CHARS = 500

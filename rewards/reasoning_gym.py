@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable, nearest
+from rewards.base import RewardError, Sample, Unscorable, nearest
 from rewards.extraction import check_extraction, extract
-
-__all__ = ["ReasoningGym"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,15 +16,10 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from rewards import landlock
-from rewards.errors import RewardError
+from rewards.base import RewardError
 from rewards.seccomp import compile_filter, install
-
-__all__ = ["Limits", "Mode", "Sandbox", "adopt_orphans", "check_mode", "die_with"]
-
-Mode = Literal["strict", "limits"]
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 
@@ -41,14 +36,6 @@ class Limits:
     memory_mb: int = 1024
     file_mb: int = 16
     open_files: int = 64
-
-
-def check_mode(mode: str) -> Mode:
-    """`mode` itself if it is known, else RewardError."""
-    for known in get_args(Mode):
-        if mode == known:
-            return known  # type: ignore[no-any-return]
-    raise RewardError(f"sandbox={mode!r} is unknown; choose 'strict' or 'limits'")
 
 
 def process_control(option: int, value: int) -> None:
@@ -79,7 +66,7 @@ class Sandbox:
 
     __slots__ = ("_base_bytes", "_filter", "_limits", "_ruleset")
 
-    def __init__(self, mode: Mode, limits: Limits, read_paths: list[str]) -> None:
+    def __init__(self, mode: str, limits: Limits, read_paths: list[str]) -> None:
         """Raises RewardError if `strict` cannot be had here."""
         self._limits = limits
         self._filter: bytes | None = None
@@ -93,11 +80,6 @@ class Sandbox:
                     self._ruleset = landlock.create_ruleset(paths)
                 except OSError as error:
                     raise RewardError(f"sandbox 'strict': read_paths {paths}: {error}") from error
-
-    @property
-    def files_hidden(self) -> bool:
-        """Whether reading is confined to the Python installation and `read_paths`."""
-        return self._ruleset is not None
 
     def enter(self, cpu_seconds: int) -> None:
         """Confine this process for good. Call it single-threaded, in the forked child."""
@@ -137,28 +119,12 @@ class Sandbox:
 def violations() -> list[str]:
     """Try, in an entered child, what `strict` must refuse; return what was not refused."""
 
-    def write() -> None:
-        os.close(os.open("probe", os.O_WRONLY | os.O_CREAT, 0o600))
-
-    def fork() -> None:
-        if os.fork() == 0:
-            os._exit(0)
-
-    def connect() -> None:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
-
-    def execute() -> None:
-        os.execv("/nonexistent", ["nonexistent"])
-
-    def kill() -> None:
-        os.kill(os.getppid(), 0)
-
-    attempts: dict[str, Callable[[], None]] = {
-        "write a file": write,
-        "fork": fork,
-        "open a socket": connect,
-        "execute a program": execute,
-        "signal another process": kill,
+    attempts: dict[str, Callable[[], object]] = {
+        "write a file": lambda: os.open("probe", os.O_WRONLY | os.O_CREAT, 0o600),
+        "fork": lambda: os.fork() or os._exit(0),
+        "open a socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
+        "execute a program": lambda: os.execv("/nonexistent", ["nonexistent"]),
+        "signal another process": lambda: os.kill(os.getppid(), 0),
     }
     escaped = []
     for name, attempt in attempts.items():

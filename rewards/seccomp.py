@@ -16,8 +16,6 @@ import tempfile
 import termios
 from typing import Any
 
-__all__ = ["compile_filter", "install"]
-
 _ALLOWED = """
     mmap munmap mprotect mremap madvise brk mincore membarrier rseq
     read readv pread64 preadv preadv2 write writev close dup dup2 dup3 lseek fadvise64

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rewards.errors import RewardError
+from rewards import RewardError
 from rlkit import __version__
 from rlkit.errors import ConfigError, RlkitError
 
