@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,21 @@ import msgspec
 
 from rewards.base import RewardError
 from rewards.spec import Weight
-from rewards.wire import Command, Setup, decode, encode, receive, send
+from rewards.zygote import Command, Setup, decode, line
 
 GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
-LONGEST_BACK_OFF_S = 5.0
-_BACK_OFF_S = 0.1
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _EXIT_S = 2.0  # how long a zygote may take to end its children and itself
 _KILL_S = 10.0
-_REPLY_LIMIT_BYTES = 1 << 24
+_REPLY_LIMIT_BYTES = 1 << 20
 # What a zygote inherits of the environment: nothing that could be a secret.
 _KEPT_VARIABLES = (
     "PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ VIRTUAL_ENV LD_LIBRARY_PATH PYTHONHASHSEED PYTHONUTF8 PYTHONHOME"
 )
+# What an exchange raises: the other side is gone (or late: TimeoutError is an OSError), or it talks nonsense.
+GONE = (OSError, EOFError)
+MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
+BROKEN = (*GONE, *MALFORMED)
 
 
 class ZygoteDied(Exception):
@@ -37,24 +39,41 @@ class ZygoteDied(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Zygote:
-    """The process and the socket it takes commands on."""
+class Peer:
+    """The other end of a socket: one line is sent there, one comes back."""
 
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def ask(self, request: bytes, kind: Any, limit_s: float) -> Any:
+        """Send a line, if there is one, and decode the line that answers it. Raises BROKEN."""
+        async with asyncio.timeout(limit_s):
+            self.writer.write(request)
+            await self.writer.drain()
+            answer = await self.reader.readline()
+            if not answer.endswith(b"\n"):
+                raise EOFError("the socket was closed at the other end")
+            return decode(answer, type=kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Zygote:
     process: subprocess.Popen[bytes]
-    control: socket.socket
+    socket: socket.socket
+    peer: Peer
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A confined scoring child of a zygote: it answers samples on `socket`, one at a time."""
+    """A confined scoring child: it answers samples, one at a time."""
 
     pid: int
-    socket: socket.socket
     zygote: Zygote
+    peer: Peer
 
 
 class Keeper:
-    """Keeps one zygote alive. Any thread may use it; each must live until `close` has returned.
+    """Keeps one zygote alive. It belongs to one event loop, whose thread must live until `close` is done.
 
     The kernel ends a zygote with the thread that started it.
     """
@@ -69,126 +88,117 @@ class Keeper:
         self._stderr = Path(setup.work_dir, "zygote.stderr")
         self._deaths = 0  # in a row, without a child ended between
         self._last_death = ""
-        self._exchange = threading.Lock()  # one exchange with the zygote at a time, its start included
-        self._starting = threading.Lock()  # none is started once the pool is closing
-        self._closing = threading.Event()
+        self._exchange = asyncio.Lock()  # one exchange with the zygote at a time, its start included
+        self._closed = False
 
-    def start(self) -> None:
-        """Start a zygote unless one lives, again if it dies on the way. Raises RewardError."""
-        with self._exchange:
-            self._living()
-
-    def fork(self) -> Child:
+    async def fork(self) -> Child:
         """A fresh child, confined. Raises ZygoteDied, RewardError."""
         ours, theirs = socket.socketpair()
+        peer = await _connect(ours)
+        with theirs:
+            async with self._exchange:
+                zygote = await self._living()
+                child = Child(await self._ask(zygote, Command(), int, theirs), zygote, peer)
         try:
-            with theirs, self._exchange:
-                zygote = self._living()
-                child = Child(self._ask(zygote, Command(), int, theirs), ours, zygote)
-            try:
-                problem = receive(ours, _REPLY_LIMIT_BYTES, time.monotonic() + GRACE_S)
-            except (OSError, EOFError):
-                with self._exchange:
-                    raise self._bury(zygote, "did not confine a scoring child") from None
-            if problem:
-                raise RewardError(f"a scoring child could not be confined: {problem.decode(errors='replace')}")
-        except BaseException:
-            ours.close()
-            raise
+            problem = await peer.ask(b"", str, GRACE_S)
+        except BROKEN:
+            raise self._bury(zygote, "did not confine a scoring child") from None
+        if problem:
+            raise RewardError(f"a scoring child could not be confined: {problem}")
         return child
 
-    def end(self, child: Child, patience_s: float = 0.0) -> str:
+    async def end(self, child: Child, patience_s: float = 0.0) -> str:
         """End a child, unless it ends by itself within `patience_s`; how it ended. Raises ZygoteDied."""
-        child.socket.close()
-        with self._exchange:
-            ended: str = self._ask(child.zygote, Command(child.pid, patience_s), str)
-            self._deaths = 0
-            return ended
+        child.peer.writer.close()
+        async with self._exchange:
+            ended: str = await self._ask(child.zygote, Command(child.pid, patience_s), str)
+        self._deaths = 0
+        return ended
+
+    async def start(self) -> None:
+        """Start the first zygote. Raises RewardError."""
+        async with self._exchange:
+            await self._living()
 
     def close(self) -> None:
-        """End the zygote and all its children, and so wake every thread that waits for one of them."""
-        with self._starting:
-            self._closing.set()
-            zygote = self.zygote
-        if zygote is None:
-            return
-        with contextlib.suppress(OSError):  # it may be closed already
-            zygote.control.shutdown(socket.SHUT_RDWR)
-        _reap(zygote)
-        self.zygote = None
+        """End the zygote and all its children, and so whatever waits for one of them; start none again."""
+        self._closed = True
+        if self.zygote is not None:
+            self._bury(self.zygote)
 
-    def _living(self) -> Zygote:
+    async def _living(self) -> Zygote:
+        """The zygote that lives now, a new one if need be. Raises RewardError."""
         while self.zygote is None:
+            if self._closed:
+                raise RewardError("the verifier pool was closed; make a new one")
             if self._deaths > self._max_restarts:
                 words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip()
                 raise RewardError(
-                    f"the verifier's process died {self._deaths} times in a row ({self._last_death}); its last words:\n"
-                    f"{words or '(nothing on stderr)'}"
+                    f"the verifier's warm process died {self._deaths} times in a row ({self._last_death}); "
+                    f"its last words:\n{words or '(nothing on stderr)'}"
                 )
             if self._deaths:
-                self._closing.wait(min(_BACK_OFF_S * 2 ** (self._deaths - 1), LONGEST_BACK_OFF_S))
+                await asyncio.sleep(min(_BACK_OFF_S * 2 ** (self._deaths - 1), _LONGEST_BACK_OFF_S))
             with contextlib.suppress(ZygoteDied):
-                self._start()
+                await self._start()
         return self.zygote
 
-    def _start(self) -> None:
+    async def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        with self._starting, theirs, self._stderr.open("wb") as stderr:
-            if self._closing.is_set():
-                raise RewardError("the verifier pool was closed")
-            command = [sys.executable, "-m", "rewards.zygote", str(os.getpid())]
-            environment = _environment(self._setup.work_dir)
-            # A session of its own: Ctrl-C at the terminal is for the pool's process, which ends the zygote itself.
+        peer = await _connect(ours)
+        with theirs, self._stderr.open("wb") as stderr:
             process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=stderr, stderr=stderr, env=environment, start_new_session=True
+                [sys.executable, "-m", "rewards.zygote", str(os.getpid())],
+                stdin=theirs.fileno(),
+                stdout=stderr,
+                stderr=stderr,
+                env=_environment(self._setup.work_dir),
+                # Ctrl-C at the terminal is for the pool's process, which ends its zygote itself.
+                start_new_session=True,
             )
-            zygote = self.zygote = Zygote(process, ours)
-        deadline = time.monotonic() + self._start_timeout_s
+        zygote = self.zygote = Zygote(process, ours, peer)
         try:
-            send(ours, encode(self._setup), deadline)
-            ready = decode(receive(ours, _REPLY_LIMIT_BYTES, deadline), type=list[Weight] | str)
-        except (OSError, EOFError) as error:
-            death = self._bury(zygote)
-            if isinstance(error, TimeoutError):
-                raise RewardError(
-                    f"the rewards were not warm within start_timeout_s={self._start_timeout_s}; raise it, "
-                    "or look at what they import and warm up"
-                ) from error
-            raise death from error
+            ready = await peer.ask(line(self._setup), list[Weight] | str, self._start_timeout_s)
+        except TimeoutError:
+            self._bury(zygote)
+            raise RewardError(
+                f"the rewards were not warm within start_timeout_s={self._start_timeout_s}; raise it, "
+                "or look at what they import and warm up"
+            ) from None
+        except BROKEN as error:
+            raise self._bury(zygote) from error
         if isinstance(ready, str):
             raise RewardError(ready)
         self.weights = ready
 
-    def _ask(self, zygote: Zygote, command: Command, kind: type[Any], beside: socket.socket | None = None) -> Any:
-        deadline = time.monotonic() + GRACE_S
+    async def _ask(self, zygote: Zygote, command: Command, kind: Any, beside: socket.socket | None = None) -> Any:
         try:
-            zygote.control.settimeout(GRACE_S)
-            socket.send_fds(zygote.control, [encode(command)], [] if beside is None else [beside.fileno()])
-            return decode(receive(zygote.control, _REPLY_LIMIT_BYTES, deadline), type=kind)
-        except (OSError, EOFError, ValueError, msgspec.DecodeError) as error:
+            socket.send_fds(zygote.socket, [line(command)], [] if beside is None else [beside.fileno()])
+            return await zygote.peer.ask(b"", kind, GRACE_S)
+        except BROKEN as error:
             raise self._bury(zygote) from error
 
     def _bury(self, zygote: Zygote, why: str = "") -> ZygoteDied:
-        """See that the zygote is dead and reaped; the exception to raise."""
-        code = _reap(zygote)
-        zygote.control.close()
+        """See that the zygote and its children are dead and reaped; the exception to raise."""
+        with contextlib.suppress(OSError):  # it may be gone already
+            zygote.socket.shutdown(socket.SHUT_RDWR)  # upon that it ends its children and itself
+        zygote.peer.writer.close()
+        try:
+            code = zygote.process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(zygote.process.pid, signal.SIGKILL)
+            code = zygote.process.wait(_KILL_S)
         death = why or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
-        if self.zygote is zygote:  # else another thread was here before
+        if self.zygote is zygote:  # else it was buried before
             self.zygote = None
+            self.restarts += not self._closed
             self._deaths += 1
             self._last_death = death
-            self.restarts += 1
         return ZygoteDied(death)
 
 
-def _reap(zygote: Zygote) -> int:
-    """Exit code of a zygote that is expected to end; it is killed if it does not within moments."""
-    try:
-        return zygote.process.wait(_EXIT_S)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(zygote.process.pid, signal.SIGKILL)
-        return zygote.process.wait(_KILL_S)
+async def _connect(ours: socket.socket) -> Peer:
+    return Peer(*await asyncio.open_unix_connection(sock=ours, limit=_REPLY_LIMIT_BYTES))
 
 
 def _environment(work_dir: str) -> dict[str, str]:

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
-import queue
 import shutil
 import tempfile
 import threading
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import msgspec
-
 from rewards.base import RewardError, Sample, Score
-from rewards.keeper import GRACE_S, LONGEST_BACK_OFF_S, Child, Keeper, ZygoteDied
+from rewards.keeper import GONE, MALFORMED, Child, Keeper, ZygoteDied
 from rewards.sandbox import Limits
 from rewards.spec import Measurement, check_spec, total
-from rewards.wire import Setup, decode, encode, receive, send
+from rewards.zygote import Setup, line
 
 # How often a sample may be in hand when the zygote dies before it is given up.
 _ATTEMPTS = 2
 _REAP_S = 0.25  # how long a child that closed its socket may take to end by itself
-_RESULT_LIMIT_BYTES = 1 << 20
-_JOIN_S = 20.0
+_CLOSE_S = 20.0
 
 
 @dataclass(slots=True)
@@ -43,15 +38,6 @@ class PoolCounts:
     timeouts: int = 0
     crashes: int = 0
     restarts: int = 0
-
-
-@dataclass(slots=True)
-class _Task:
-    """One sample on its way, encoded, and where its score goes."""
-
-    sample: bytes
-    future: Future[Score] = field(default_factory=Future)
-    deaths: int = 0
 
 
 class VerifierPool:
@@ -110,48 +96,43 @@ class VerifierPool:
             )
         plain = check_spec(spec)
         try:
-            encode(plain)
+            line(plain)
         except (TypeError, UnicodeEncodeError) as error:
             raise RewardError(f"reward settings must be plain JSON values: {error}") from error
-        self._batch_size = 1 if isolated else batch_size
-        cpu_seconds = math.ceil(timeout_s * self._batch_size) + 2
-        setup = Setup(plain, cpu_seconds, sandbox, limits, paths, tempfile.mkdtemp(prefix="rewards-"))
-        self._scorers = _Scorers(setup, timeout_s, start_timeout_s, max_restarts, workers)
+        batch_size = 1 if isolated else batch_size
+        work_dir = tempfile.mkdtemp(prefix="rewards-")
+        setup = Setup(plain, math.ceil(timeout_s * batch_size) + 2, sandbox, limits, paths, work_dir)
+        self._scorer = _Scorer(Keeper(setup, start_timeout_s, max_restarts), timeout_s, batch_size, workers)
+        self._names = list(plain)
+        self._owner = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="verifier-pool", daemon=True)
+        thread.start()
         # Also at interpreter exit and when the pool is dropped unclosed.
-        self._finalizer = weakref.finalize(self, self._scorers.close)
+        self._finalizer = weakref.finalize(self, _close, self._owner, self._loop, thread, self._scorer, work_dir)
         try:
-            self._scorers.start()
+            asyncio.run_coroutine_threadsafe(self._scorer.keeper.start(), self._loop).result()
         except BaseException:
             self.close()
             raise
 
     async def score(self, samples: Sequence[Sample]) -> list[Score]:
         """Scores in the order of the samples. Raises RewardError, never for a single bad sample."""
-        futures, limit_s = self._submit(samples)
-        gathered = asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
-        try:
-            return list(await asyncio.wait_for(gathered, limit_s))
-        except TimeoutError:
-            raise self._overdue(futures, limit_s) from None
+        return await asyncio.wrap_future(self._submit(samples))
 
     def score_sync(self, samples: Sequence[Sample]) -> list[Score]:
         """`score` for callers without an event loop."""
-        futures, limit_s = self._submit(samples)
-        deadline = time.monotonic() + limit_s
-        try:
-            return [future.result(max(0.0, deadline - time.monotonic())) for future in futures]
-        except FutureTimeout:
-            raise self._overdue(futures, limit_s) from None
+        return self._submit(samples).result()
 
     @property
     def counts(self) -> PoolCounts:
         """A copy of the counters."""
-        return replace(self._scorers.counts, restarts=self._scorers.keeper.restarts)
+        return replace(self._scorer.counts, restarts=self._scorer.keeper.restarts)
 
     @property
     def warm_pid(self) -> int | None:
         """Process id of the warm process that forks the scoring children; None while there is none."""
-        zygote = self._scorers.keeper.zygote
+        zygote = self._scorer.keeper.zygote
         return None if zygote is None else zygote.process.pid
 
     def close(self) -> None:
@@ -170,166 +151,136 @@ class VerifierPool:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
-    def _submit(self, samples: Sequence[Sample]) -> tuple[list[Future[Score]], float]:
-        """The futures of the scores, and the seconds after which none can be pending."""
-        tasks, futures = [], []
-        for position, sample in enumerate(samples):
-            try:
-                tasks.append(_Task(encode(sample)))
-                futures.append(tasks[-1].future)
-            except UnicodeEncodeError as error:
-                # A lone surrogate is the model's or the data's doing; the others go on.
-                futures.append(Future())
-                futures[-1].set_result(self._scorers.unscored(f"text cannot be encoded as UTF-8: {error}"))
-            except TypeError as error:
-                raise RewardError(f"sample {position}: metadata must be plain JSON values: {error}") from error
-        return futures, self._scorers.submit(tasks, self._batch_size)
-
-    def _overdue(self, futures: Sequence[Future[Score]], limit_s: float) -> RewardError:
-        missing = sum(not future.done() for future in futures)
-        return RewardError(
-            f"verifier pool: {missing} of {len(futures)} samples without a score after {limit_s:.0f} s; {self.counts}"
-        )
-
-
-class _Scorers:
-    """The pool's threads, one a scoring child, and what they share. They do not keep the pool itself alive."""
-
-    def __init__(self, setup: Setup, timeout_s: float, start_timeout_s: float, max_restarts: int, workers: int) -> None:
-        self._setup = setup
-        self._timeout_s = timeout_s
-        self._owner = os.getpid()
-        self._batches: queue.SimpleQueue[list[_Task] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._waiting: set[Future[Score]] = set()
-        self._failure: RewardError | None = None
-        # No pool can wait longer for a warm process: it has its limit, each of its deaths a back-off.
-        self._start_limit_s = (max_restarts + 1) * (start_timeout_s + LONGEST_BACK_OFF_S) + GRACE_S
-        self._started: Future[None] = Future()
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"verifier-{index}", daemon=True) for index in range(workers)
-        ]
-        self.keeper = Keeper(setup, start_timeout_s, max_restarts)
-        self.counts = PoolCounts()
-
-    def start(self) -> None:
-        """Start the threads; return when the rewards are warm. Raises RewardError."""
-        for thread in self._threads:
-            thread.start()
-        self._started.result(self._start_limit_s)
-
-    def submit(self, tasks: Sequence[_Task], batch_size: int) -> float:
-        """Queue the tasks; return the seconds after which none of them can be pending. Raises RewardError."""
+    def _submit(self, samples: Sequence[Sample]) -> Future[list[Score]]:
         if os.getpid() != self._owner:
             raise RewardError("the verifier pool was made before this process was forked; make one in each")
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            self._waiting.update(task.future for task in tasks)
-            pending = len(self._waiting)
-        for task in tasks:
-            task.future.add_done_callback(self._forget)
-        # Small jobs spread over the threads too.
-        size = min(batch_size, -(-len(tasks) // len(self._threads)) or 1)
-        for start in range(0, len(tasks), size):
-            self._batches.put(list(tasks[start : start + size]))
-        return _ATTEMPTS * (pending + 1) * (self._timeout_s + GRACE_S) + self._start_limit_s
+        job = _Job([], [])
+        for position, sample in enumerate(samples):
+            encoded, score = b"", None
+            try:
+                encoded = line((position, sample))
+            except UnicodeEncodeError as error:  # a lone surrogate is the model's or the data's doing; the others go on
+                score = _unscored(self._names, f"text cannot be encoded as UTF-8: {error}")
+            except TypeError as error:
+                raise RewardError(f"sample {position}: metadata must be plain JSON values: {error}") from error
+            job.samples.append(encoded)
+            job.scores.append(score)
+        with self._scorer.submitting:
+            if not self._finalizer.alive:
+                raise RewardError("the verifier pool is closed; make a new one")
+            return asyncio.run_coroutine_threadsafe(self._scorer.score(job), self._loop)
 
-    def close(self) -> None:
-        if os.getpid() != self._owner:  # a fork of the owner has no processes to end
-            return
-        self._fail(RewardError("the verifier pool was closed; make a new one"))
+
+@dataclass(slots=True)
+class _Job:
+    """One call's samples, encoded, and their scores as they come; not `wanted` once the caller cancels it."""
+
+    samples: list[bytes]
+    scores: list[Score | None]
+    wanted: bool = True
+
+
+class _Scorer:
+    """What runs in the pool's own event loop. It does not keep the pool itself alive."""
+
+    def __init__(self, keeper: Keeper, timeout_s: float, batch_size: int, workers: int) -> None:
+        self.keeper = keeper
+        self.counts = PoolCounts()
+        self.submitting = threading.Lock()  # nothing is handed in behind `close`
+        self._timeout_s = timeout_s
+        self._batch_size = batch_size
+        self._workers = workers
+        self._free = asyncio.Semaphore(workers)
+
+    async def score(self, job: _Job) -> list[Score]:
+        """All scores of a job. Raises RewardError."""
+        positions = [position for position, score in enumerate(job.scores) if score is None]
+        # Small jobs spread over the workers too.
+        size = min(self._batch_size, -(-len(positions) // self._workers) or 1)
+        batches = [positions[start : start + size] for start in range(0, len(positions), size)]
+        try:
+            # Shielded: an exchange with the zygote that is given up halfway would leave it out of step.
+            await asyncio.shield(asyncio.gather(*(self._score_batch(job, batch) for batch in batches)))
+        except asyncio.CancelledError:
+            job.wanted = False
+            raise
+        return [score for score in job.scores if score is not None]
+
+    async def close(self) -> None:
+        """End the zygote; return when all jobs have failed of it."""
         self.keeper.close()
-        for _ in self._threads:
-            self._batches.put(None)
-        deadline = time.monotonic() + _JOIN_S
-        for thread in self._threads:
-            if thread.ident is not None and thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
-        shutil.rmtree(self._setup.work_dir, ignore_errors=True)
-        if alive := [thread.name for thread in self._threads if thread.is_alive()]:
-            raise RewardError(f"verifier pool: {', '.join(alive)} did not end within {_JOIN_S} s")
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=_CLOSE_S)
 
-    def unscored(self, reason: str, seconds: float = 0.0) -> Score:
-        return Score(None, dict.fromkeys(self._setup.spec), None, reason, seconds)
+    async def _score_batch(self, job: _Job, positions: Sequence[int]) -> None:
+        """Score some samples of a job, over as many children as it takes. Raises RewardError."""
+        deaths: Counter[int] = Counter()
+        async with self._free:
+            while job.wanted and (left := [position for position in positions if job.scores[position] is None]):
+                in_hand = None
+                try:
+                    child, alive = await self.keeper.fork(), True
+                    for position in left:
+                        if alive and job.wanted:
+                            in_hand = position
+                            score, alive = await self._score(child, job.samples[position], position)
+                            self._settle(job, position, score)
+                    in_hand = None
+                    if alive:
+                        await self.keeper.end(child)
+                except ZygoteDied as death:
+                    if in_hand is None:
+                        continue
+                    deaths[in_hand] += 1  # it may have killed the zygote: it gets one more try, then none
+                    if deaths[in_hand] >= _ATTEMPTS:
+                        self.counts.crashes += 1
+                        self._settle(job, in_hand, self._unscored(f"verifier worker died ({death})"))
 
-    def _serve(self) -> None:
-        """Body of a thread: batch after batch, each in a fresh child."""
-        try:
-            self.keeper.start()
-            with contextlib.suppress(InvalidStateError):  # another thread was first
-                self._started.set_result(None)
-            while (tasks := self._batches.get()) is not None:
-                while tasks := [task for task in tasks if not task.future.done()]:
-                    self._score_batch(tasks)
-        except BaseException as error:
-            failure = error if isinstance(error, RewardError) else RewardError(f"a verifier thread failed: {error!r}")
-            self._fail(failure)
-            with contextlib.suppress(InvalidStateError):
-                self._started.set_exception(failure)
-
-    def _score_batch(self, tasks: Sequence[_Task]) -> None:
-        """Score the tasks in one child, as far as it gets. Raises RewardError."""
-        in_hand: _Task | None = None
-        try:
-            child = self.keeper.fork()
-            for index, in_hand in enumerate(tasks):
-                if not in_hand.future.done() and not self._score(child, index, in_hand):
-                    return
-            in_hand = None
-            self.keeper.end(child)
-        except ZygoteDied as death:
-            if in_hand is not None:
-                in_hand.deaths += 1  # it may have killed the zygote: it gets one more try, then none
-                if in_hand.deaths >= _ATTEMPTS:
-                    self._give_up(in_hand, f"verifier worker died ({death})", 0.0)
-
-    def _score(self, child: Child, index: int, task: _Task) -> bool:
-        """Score one sample; False if that has ended the child. Raises ZygoteDied."""
+    async def _score(self, child: Child, sample: bytes, position: int) -> tuple[Score, bool]:
+        """The score of one sample, and whether the child has lived through it. Raises ZygoteDied."""
         started = time.monotonic()
-        patience_s = 0.0
+        fault, patience_s = "answered out of turn", 0.0
         try:
-            send(child.socket, b"[%d,%b]" % (index, task.sample), started + self._timeout_s)
-            reply = receive(child.socket, _RESULT_LIMIT_BYTES, started + self._timeout_s)
-            answered, measured = decode(reply, type=tuple[int, Measurement])
-            reason = None if answered == index else "answered out of turn"
+            answered, measured = await child.peer.ask(sample, tuple[int, Measurement], self._timeout_s)
+            if answered == position:
+                score, parts, reason = total(self.keeper.weights, measured)
+                return Score(score, parts, measured.answer, reason, time.monotonic() - started), True
         except TimeoutError:
-            reason = "timeout"
-        except (OSError, EOFError):
-            reason, patience_s = "", _REAP_S
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            reason = "sent a malformed result"
+            fault = "timeout"
+        except GONE:
+            fault, patience_s = "", _REAP_S
+        except MALFORMED:
+            fault = "sent a malformed result"
         seconds = time.monotonic() - started
-        if reason is None:
-            score, parts, why = total(self.keeper.weights, measured)
-            self._settle(task, Score(score, parts, measured.answer, why, seconds))
-            return True
-        ending = self.keeper.end(child, patience_s)
-        self._give_up(task, "timeout" if reason == "timeout" else f"verifier {reason or ending}", seconds)
-        return False
+        ending = await self.keeper.end(child, patience_s)
+        if fault == "timeout":
+            self.counts.timeouts += 1
+            return self._unscored("timeout", seconds), False
+        self.counts.crashes += 1
+        return self._unscored(f"verifier {fault or ending}", seconds), False
 
-    def _give_up(self, task: _Task, reason: str, seconds: float) -> None:
-        with self._lock:
-            self.counts.timeouts += reason == "timeout"
-            self.counts.crashes += reason != "timeout"
-        self._settle(task, self.unscored(reason, seconds))
+    def _settle(self, job: _Job, position: int, score: Score) -> None:
+        job.scores[position] = score
+        self.counts.scored += score.score is not None
+        self.counts.unscored += score.score is None
 
-    def _settle(self, task: _Task, score: Score) -> None:
-        with self._lock:
-            self.counts.scored += score.score is not None
-            self.counts.unscored += score.score is None
-        with contextlib.suppress(InvalidStateError):  # the caller has cancelled it, in this very moment perhaps
-            task.future.set_result(score)
+    def _unscored(self, reason: str, seconds: float = 0.0) -> Score:
+        return _unscored([weight.name for weight in self.keeper.weights], reason, seconds)
 
-    def _forget(self, future: Future[Score]) -> None:
-        with self._lock:
-            self._waiting.discard(future)
 
-    def _fail(self, error: RewardError) -> None:
-        """End all waiting samples with the error, and refuse new ones."""
-        with self._lock:
-            self._failure = self._failure or error
-            waiting, self._waiting = list(self._waiting), set()
-        for future in waiting:
-            with contextlib.suppress(InvalidStateError):
-                future.set_exception(error)
+def _unscored(names: Sequence[str], reason: str, seconds: float = 0.0) -> Score:
+    return Score(None, dict.fromkeys(names), None, reason, seconds)
+
+
+def _close(
+    owner: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread, scorer: _Scorer, work_dir: str
+) -> None:
+    if os.getpid() != owner:  # a fork of the owner has no processes to end
+        return
+    with scorer.submitting:
+        closing = asyncio.run_coroutine_threadsafe(scorer.close(), loop)
+    closing.result(2 * _CLOSE_S)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(_CLOSE_S)
+    loop.close()
+    shutil.rmtree(work_dir, ignore_errors=True)

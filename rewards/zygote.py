@@ -1,7 +1,8 @@
 """The zygote: imports the rewards once, then forks confined scoring children at the pool's command.
 
 Run as `python -m rewards.zygote <pid of the pool>`, its end of a Unix socket pair as stdin. It never evaluates
-model text: a child does, which serves samples on a socket of its own until the pool closes that.
+model text: a child does, which serves samples on a socket of its own until the pool closes that. All messages
+are JSON, one a line, decoded into typed records.
 """
 
 from __future__ import annotations
@@ -17,16 +18,47 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import msgspec
 
 from rewards.base import RewardError, Sample
-from rewards.sandbox import Sandbox, adopt_orphans, die_with, violations
+from rewards.sandbox import Limits, Sandbox, adopt_orphans, die_with, violations
 from rewards.spec import Measurement, RewardSet, build
-from rewards.wire import Command, Setup, decode, encode, receive, send
 
-_REQUEST_LIMIT_BYTES = 1 << 31
 _MAX_TEXT_CHARS = 10_000
 _PROBE_S = 10.0
+
+decode = msgspec.json.decode
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Pool to zygote, once; the answer is a list of `Weight`, or the text of a RewardError.
+
+    cpu_seconds: CPU time a scoring child may use.
+    """
+
+    spec: dict[str, dict[str, Any]]
+    cpu_seconds: int
+    sandbox: str
+    limits: Limits
+    read_paths: list[str]
+    work_dir: str
+
+
+class Command(msgspec.Struct, frozen=True):
+    """Pool to zygote: end the child `pid` after `patience_s`; the answer says in words how it ended.
+
+    Without a pid, and with a socket beside it: fork a child that serves the socket; the answer is its pid.
+    """
+
+    pid: int | None = None
+    patience_s: float = 0.0
+
+
+def line(message: object) -> bytes:
+    """One message as it is sent."""
+    return msgspec.json.encode(message) + b"\n"
 
 
 class Zygote:
@@ -43,17 +75,14 @@ class Zygote:
     def check_sandbox(self) -> None:
         """Have a confined child try what it must not be able to do. Raises RewardError."""
         ours, theirs = socket.socketpair()
-        pid = self._fork(theirs, lambda peer: send(peer, ", ".join(violations()).encode()))
-        deadline = time.monotonic() + _PROBE_S
-        try:
-            text = receive(ours, _MAX_TEXT_CHARS, deadline) or receive(ours, _MAX_TEXT_CHARS, deadline)
-        except (OSError, EOFError):
-            text = self._end(pid, patience_s=1.0).encode()
-        else:
-            self._end(pid)
+        ours.settimeout(_PROBE_S)
+        pid = self._fork(theirs, lambda peer: peer.sendall(", ".join(violations()).encode()))
+        with ours, ours.makefile("r", errors="replace") as answers:
+            text = decode(answers.readline() or '"it ended"', type=str) or answers.read()
+        self._end(pid)
         if text:
             raise RewardError(
-                f"sandbox 'strict' does not hold on this machine: {text.decode()}; "
+                f"sandbox 'strict' does not hold on this machine: {text}; "
                 "choose sandbox=limits (resource limits only, see docs/rewards.md)"
             )
 
@@ -66,14 +95,14 @@ class Zygote:
             command = decode(payload, type=Command)
             if command.pid is None:
                 peer = socket.socket(fileno=descriptors[0])
-                send(control, encode(self._fork(peer, partial(_score, rewards=self._rewards))))
+                control.sendall(line(self._fork(peer, partial(_score, rewards=self._rewards))))
             else:
-                send(control, encode(self._end(command.pid, command.patience_s)))
+                control.sendall(line(self._end(command.pid, command.patience_s)))
         for pid in list(self._folders):
             self._end(pid)
 
     def _fork(self, peer: socket.socket, work: Callable[[socket.socket], None]) -> int:
-        """Fork a child that confines itself, says so on `peer` (an empty message, or what failed), and works."""
+        """Fork a child that confines itself, says so on `peer` (an empty text, or what failed), and works."""
         folder = tempfile.mkdtemp(dir=self._setup.work_dir)
         pid = os.fork()
         if pid == 0:
@@ -94,7 +123,7 @@ class Zygote:
                 self._sandbox.enter(self._setup.cpu_seconds)
             except Exception as error:  # whatever it is, the pool must hear of it
                 problem = f"{type(error).__name__}: {error}"
-            send(peer, problem.encode())
+            peer.sendall(line(problem))
             if not problem:
                 work(peer)
         finally:
@@ -121,12 +150,12 @@ class Zygote:
 
 def _score(peer: socket.socket, rewards: RewardSet) -> None:
     """In a child: measure one sample after the other."""
-    while True:
-        index, sample = decode(receive(peer, _REQUEST_LIMIT_BYTES), type=tuple[int, Sample])
+    for request in peer.makefile("rb"):
+        index, sample = decode(request, type=tuple[int, Sample])
         found = rewards.measure(sample)
         reasons = {name: _plain(reason) for name, reason in found.reasons.items()}
         answer = None if found.answer is None else _plain(found.answer)
-        send(peer, encode((index, Measurement(found.parts, reasons, answer))))
+        peer.sendall(line((index, Measurement(found.parts, reasons, answer))))
 
 
 def _plain(text: str) -> str:
@@ -170,7 +199,8 @@ def main() -> None:
     control = socket.socket(fileno=os.dup(0))
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-    setup = decode(receive(control, _REQUEST_LIMIT_BYTES), type=Setup)
+    with control.makefile("rb") as first:
+        setup = decode(first.readline(), type=Setup)
     try:
         rewards = build(setup.spec)
         rewards.warm_up()
@@ -178,24 +208,24 @@ def main() -> None:
         if setup.sandbox == "strict":
             zygote.check_sandbox()
     except RewardError as error:
-        return send(control, encode(str(error)))
+        return control.sendall(line(str(error)))
     except Exception as error:
         text = "".join(traceback.format_exception(error))
-        return send(control, encode(f"a reward's warm_up raised:\n{text}"))
+        return control.sendall(line(f"a reward's warm_up raised:\n{text}"))
     gc.collect()
     gc.freeze()  # children touch fewer of the shared pages
-    send(control, encode(rewards.weights))
+    control.sendall(line(rewards.weights))
     zygote.serve(control)
 
 
 if __name__ == "__main__":
+    status = 0
     try:
         main()
-    except (EOFError, BrokenPipeError):
-        os._exit(0)  # the pool is gone
+    except BrokenPipeError:  # the pool is gone
+        pass
     except BaseException:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        status = 1
     sys.stderr.flush()
-    os._exit(0)  # a reward's own threads must not keep alive what the pool has let go
+    os._exit(status)  # a reward's own threads must not keep alive what the pool has let go

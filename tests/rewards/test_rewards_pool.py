@@ -60,7 +60,7 @@ def test_order_and_totals_are_kept(pool: VerifierPool, values: list[float]) -> N
         ("exit 0", "verifier exited (status 0)"),
         ("close-everything", "verifier closed its result pipe"),
         ("garbage", "verifier sent a malformed result"),
-        ("huge-frame", "verifier sent a malformed result"),
+        ("huge-line", "verifier sent a malformed result"),
         ("value nan", "NaN from reward 'told'"),
         ("raise", "reward 'told' raised ValueError: told to"),
         ("sys.exit", "reward 'told' raised SystemExit: 0"),
