@@ -20,11 +20,9 @@ _ALL_V1 = (1 << 13) - 1
 _REFER_V2, _TRUNCATE_V3, _IOCTL_V5 = 1 << 13, 1 << 14, 1 << 15
 
 
-class _RulesetAttr(ctypes.Structure):
-    _fields_ = [("handled_access_fs", ctypes.c_uint64)]
+class _PathBeneath(ctypes.Structure):
+    """struct landlock_path_beneath_attr of linux/landlock.h."""
 
-
-class _PathBeneathAttr(ctypes.Structure):
     _pack_ = 1
     _fields_ = [("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]
 
@@ -52,9 +50,8 @@ def abi() -> int:
 
 def default_read_paths() -> list[str]:
     """Where Python, its packages and the system's libraries and time zones lie."""
-    fixed = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/null",
-             "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo"]  # fmt: skip
-    places = [*fixed, sys.prefix, sys.base_prefix, *(path or os.getcwd() for path in sys.path)]
+    fixed = "/usr /lib /lib64 /etc/ld.so.cache /etc/localtime /dev/null /dev/urandom /proc/cpuinfo /proc/meminfo"
+    places = [*fixed.split(), sys.prefix, sys.base_prefix, *(path or os.getcwd() for path in sys.path)]
     return [path for path in dict.fromkeys(places) if os.path.exists(path)]
 
 
@@ -64,14 +61,14 @@ def create_ruleset(read_paths: Iterable[str]) -> int:
     handled = _ALL_V1
     for needed, right in ((2, _REFER_V2), (3, _TRUNCATE_V3), (5, _IOCTL_V5)):
         handled |= right if version >= needed else 0
-    attributes = _RulesetAttr(handled)
+    attributes = ctypes.c_uint64(handled)  # struct landlock_ruleset_attr
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     ruleset = _syscall(_CREATE, ctypes.byref(attributes), size, ctypes.c_uint32(0))
     for path in read_paths:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             folder = stat.S_ISDIR(os.fstat(fd).st_mode)
-            rule = _PathBeneathAttr(_READ_FILE | (_READ_DIR if folder else 0), fd)
+            rule = _PathBeneath(_READ_FILE | (_READ_DIR if folder else 0), fd)
             _syscall(_ADD, ctypes.c_int(ruleset), ctypes.c_int(_PATH_BENEATH), ctypes.byref(rule), ctypes.c_uint32(0))
         finally:
             os.close(fd)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rewards.base import RewardError, Sample, Unscorable
-from rewards.extraction import METHODS, check_extraction, extract
+from rewards.extraction import check_extraction, extract
 
 _PERCENT = re.compile(r"\s*\\?%")
 _MAX_ANSWER_CHARS = 500
@@ -39,14 +39,7 @@ class MathVerify:
     numeric_precision: int = 15
 
     def __post_init__(self) -> None:
-        if self.extract == "auto":
-            if self.marker:
-                raise RewardError(f"marker={self.marker!r} has no meaning with extract='auto'")
-        elif self.extract not in METHODS:
-            known = ", ".join(["auto", *METHODS])
-            raise RewardError(f"extract={self.extract!r} is unknown; valid: {known}")
-        else:
-            check_extraction(self.extract, self.marker)
+        check_extraction(self.extract, self.marker, more=("auto",))
         for name in ("float_rounding", "numeric_precision"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -54,9 +47,7 @@ class MathVerify:
 
     def warm_up(self) -> None:
         """Import sympy, build math-verify's expressions and its LaTeX parser's tables."""
-        text = r"\boxed{\frac{1}{2}} and \boxed{0.5}"
-        score = self._compare(_parse_alone(r"\frac{1}{2}"), _parse(text))
-        if score != 1.0:
+        if self._compare(_parse_alone(r"\frac{1}{2}"), _parse(r"\boxed{\frac{1}{2}} and \boxed{0.5}")) != 1.0:
             raise RewardError("math-verify does not find 0.5 equal to 1/2; is it installed whole?")
 
     def __call__(self, sample: Sample) -> float:
@@ -82,17 +73,11 @@ class MathVerify:
         from math_verify import verify
 
         raised: Exception | None = None
+        rounding, digits = self.float_rounding, self.numeric_precision
+        options: dict[str, Any] = {"float_rounding": rounding, "numeric_precision": digits, "strict": self.strict}
         for one, other in itertools.product(gold, target):
             try:
-                if verify(
-                    one,
-                    other,
-                    float_rounding=self.float_rounding,
-                    numeric_precision=self.numeric_precision,
-                    strict=self.strict,
-                    timeout_seconds=None,
-                    raise_on_error=True,
-                ):
+                if verify(one, other, timeout_seconds=None, raise_on_error=True, **options):
                     return 1.0
             except Exception as error:  # another pair may still be equal; if none is, it counts
                 raised = error

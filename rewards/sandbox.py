@@ -7,28 +7,27 @@ start processes.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from rewards import landlock
 from rewards.base import RewardError
-from rewards.seccomp import compile_filter, install
+from rewards.seccomp import compile_filter, install, process_control
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Resource limits of a scoring child.
 
-    memory_mb: address space in MiB beyond what the warm worker already maps.
+    memory_mb: address space in MiB beyond what the warm process already maps.
     file_mb: largest file it may write, in MiB (mode `limits`; `strict` lets it write none).
     open_files: most file descriptors.
     """
@@ -36,17 +35,6 @@ class Limits:
     memory_mb: int = 1024
     file_mb: int = 16
     open_files: int = 64
-
-
-def process_control(option: int, value: int) -> None:
-    """prctl(2). Raises OSError; does nothing where there is no prctl."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    zero = ctypes.c_ulong(0)
-    if libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
 
 
 def die_with(parent: int) -> None:
@@ -62,24 +50,20 @@ def adopt_orphans() -> None:
 
 
 class Sandbox:
-    """Prepared once in the warm worker, entered in each child."""
-
-    __slots__ = ("_base_bytes", "_filter", "_limits", "_ruleset")
+    """Prepared once in the warm process, entered in each child. Raises RewardError if `strict` cannot be had here."""
 
     def __init__(self, mode: str, limits: Limits, read_paths: list[str]) -> None:
-        """Raises RewardError if `strict` cannot be had here."""
         self._limits = limits
         self._filter: bytes | None = None
         self._ruleset: int | None = None
         self._base_bytes = _mapped_bytes()
         if mode == "strict":
             self._filter = _seccomp_filter()
-            if landlock.abi() > 0:
-                paths = [*landlock.default_read_paths(), *read_paths]
-                try:
-                    self._ruleset = landlock.create_ruleset(paths)
-                except OSError as error:
-                    raise RewardError(f"sandbox 'strict': read_paths {paths}: {error}") from error
+            paths = [*landlock.default_read_paths(), *read_paths]
+            try:
+                self._ruleset = landlock.create_ruleset(paths) if landlock.abi() > 0 else None
+            except OSError as error:
+                raise RewardError(f"sandbox 'strict': read_paths {paths}: {error}") from error
 
     def enter(self, cpu_seconds: int) -> None:
         """Confine this process for good. Call it single-threaded, in the forked child."""
@@ -97,29 +81,25 @@ class Sandbox:
         return set() if self._ruleset is None else {self._ruleset}
 
     def _set_limits(self, cpu_seconds: int) -> None:
-        limits = self._limits
-        mib = 1 << 20
         wanted = {
             resource.RLIMIT_CORE: (0, 0),
-            resource.RLIMIT_FSIZE: (limits.file_mb * mib,) * 2,
-            resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
+            resource.RLIMIT_FSIZE: (self._limits.file_mb * _MIB,) * 2,
+            resource.RLIMIT_NOFILE: (self._limits.open_files,) * 2,
             # SIGXCPU at the first, SIGKILL at the second.
             resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),
         }
         if self._base_bytes is not None:
-            wanted[resource.RLIMIT_AS] = (self._base_bytes + limits.memory_mb * mib,) * 2
+            wanted[resource.RLIMIT_AS] = (self._base_bytes + self._limits.memory_mb * _MIB,) * 2
         for kind, (soft, hard) in wanted.items():
             ceiling = resource.getrlimit(kind)[1]
             if ceiling != resource.RLIM_INFINITY:
-                resource.setrlimit(kind, (min(soft, ceiling), min(hard, ceiling)))
-            else:
-                resource.setrlimit(kind, (soft, hard))
+                soft, hard = min(soft, ceiling), min(hard, ceiling)
+            resource.setrlimit(kind, (soft, hard))
 
 
 def violations() -> list[str]:
     """Try, in an entered child, what `strict` must refuse; return what was not refused."""
-
-    attempts: dict[str, Callable[[], object]] = {
+    attempts = {
         "write a file": lambda: os.open("probe", os.O_WRONLY | os.O_CREAT, 0o600),
         "fork": lambda: os.fork() or os._exit(0),
         "open a socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM),
@@ -146,17 +126,14 @@ def _seccomp_filter() -> bytes:
     except ImportError as error:
         raise RewardError(f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp {mend}") from error
     except (RuntimeError, OSError) as error:
-        raise RewardError(
-            f"sandbox 'strict' needs the libseccomp library ({error}); install it "
-            f"(Debian: libseccomp2, Fedora: libseccomp) {mend}"
-        ) from error
+        how = "install it (Debian: libseccomp2, Fedora: libseccomp)"
+        raise RewardError(f"sandbox 'strict' needs the libseccomp library ({error}); {how} {mend}") from error
 
 
 def _mapped_bytes() -> int | None:
     """Address space this process maps now; None where /proc does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[0])
+            return int(file.read().split()[0]) * resource.getpagesize()
     except FileNotFoundError:
         return None
-    return pages * resource.getpagesize()

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 import tempfile
 import termios
 from typing import Any
@@ -42,11 +43,12 @@ _CLONE_THREAD = 0x10000
 _TMPFILE = getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY
 _WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND | _TMPFILE
 # F_SETOWN and F_SETSIG would send any signal to any process.
-_FCNTL = (
-    fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL
-)  # fmt: skip
+_FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL)
 _IOCTL = (termios.TCGETS, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX, termios.FIONREAD)
 _SOCKET_TYPE_MASK = 0xF
+
+
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 2, 8
 
 
 class _Program(ctypes.Structure):
@@ -55,24 +57,26 @@ class _Program(ctypes.Structure):
     _fields_ = [("count", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
-_INSTRUCTION_BYTES = 8
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+def process_control(option: int, value: int, argument: Any = None) -> None:
+    """prctl(2). Raises OSError; does nothing where there is no prctl."""
+    if sys.platform != "linux":
+        return
+    zero = ctypes.c_ulong(0)
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), argument or zero, zero, zero) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
 
 
 def install(program: bytes) -> None:
     """Apply a compiled filter to this thread, for good. Needs no_new_privs. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
     wanted = _Program(len(program) // _INSTRUCTION_BYTES, program)
-    if libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(wanted)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"seccomp: {os.strerror(code)}")
+    process_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(wanted))
 
 
 def compile_filter() -> bytes:
     """The whitelist as a BPF program: compiled once, since that takes longer than a fork.
 
-    Raises ImportError if pyseccomp is not installed, RuntimeError or OSError if libseccomp cannot
-    be had.
+    Raises ImportError without pyseccomp, RuntimeError or OSError without libseccomp.
     """
     import pyseccomp as seccomp
 
@@ -94,12 +98,8 @@ def compile_filter() -> bytes:
     # Reading a limit, not setting one.
     add(seccomp.ALLOW, "prlimit64", seccomp.Arg(2, seccomp.EQ, 0))
     # asyncio wakes itself through a socket pair. Streams only: a datagram can be sent elsewhere.
-    add(
-        seccomp.ALLOW,
-        "socketpair",
-        seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX),
-        seccomp.Arg(1, seccomp.MASKED_EQ, _SOCKET_TYPE_MASK, socket.SOCK_STREAM),
-    )
+    stream = seccomp.Arg(1, seccomp.MASKED_EQ, _SOCKET_TYPE_MASK, socket.SOCK_STREAM)
+    add(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX), stream)
     for command in _FCNTL:
         add(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
     for request in _IOCTL:
