@@ -34,7 +34,7 @@ MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
 BROKEN = (*GONE, *MALFORMED)
 
 
-class ZygoteDied(Exception):
+class ZygoteDied(RewardError):
     """The zygote ended or stopped answering, and all its children with it; the message says how."""
 
 
@@ -92,7 +92,12 @@ class Keeper:
         self._closed = False
 
     async def fork(self) -> Child:
-        """A fresh child, confined. Raises ZygoteDied, RewardError."""
+        """A fresh child, confined. Raises RewardError."""
+        while True:
+            with contextlib.suppress(ZygoteDied):  # another is started, until it has died too often
+                return await self._fork()
+
+    async def _fork(self) -> Child:
         ours, theirs = socket.socketpair()
         peer = await _connect(ours)
         with theirs:
@@ -115,11 +120,6 @@ class Keeper:
         self._deaths = 0
         return ended
 
-    async def start(self) -> None:
-        """Start the first zygote. Raises RewardError."""
-        async with self._exchange:
-            await self._living()
-
     def close(self) -> None:
         """End the zygote and all its children, and so whatever waits for one of them; start none again."""
         self._closed = True
@@ -127,8 +127,8 @@ class Keeper:
             self._bury(self.zygote)
 
     async def _living(self) -> Zygote:
-        """The zygote that lives now, a new one if need be. Raises RewardError."""
-        while self.zygote is None:
+        """The zygote that lives now, or a new one. Raises ZygoteDied, RewardError."""
+        if self.zygote is None:
             if self._closed:
                 raise RewardError("the verifier pool was closed; make a new one")
             if self._deaths > self._max_restarts:
@@ -139,11 +139,10 @@ class Keeper:
                 )
             if self._deaths:
                 await asyncio.sleep(min(_BACK_OFF_S * 2 ** (self._deaths - 1), _LONGEST_BACK_OFF_S))
-            with contextlib.suppress(ZygoteDied):
-                await self._start()
+            return await self._start()
         return self.zygote
 
-    async def _start(self) -> None:
+    async def _start(self) -> Zygote:
         ours, theirs = socket.socketpair()
         peer = await _connect(ours)
         with theirs, self._stderr.open("wb") as stderr:
@@ -170,6 +169,7 @@ class Keeper:
         if isinstance(ready, str):
             raise RewardError(ready)
         self.weights = ready
+        return zygote
 
     async def _ask(self, zygote: Zygote, command: Command, kind: Any, beside: socket.socket | None = None) -> Any:
         try:

@@ -21,6 +21,7 @@ from rewards.seccomp import compile_filter, install, process_control
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _MIB = 1 << 20
+_MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ class Sandbox:
                 raise RewardError(f"sandbox 'strict': read_paths {paths}: {error}") from error
 
     def enter(self, cpu_seconds: int) -> None:
-        """Confine this process for good. Call it single-threaded, in the forked child."""
+        """Confine this process for good. Call it single-threaded, in the forked child.
+
+        Raises OSError, and RewardError if something is not refused that `strict` must refuse.
+        """
         self._set_limits(cpu_seconds)
         if self._filter is None:
             return
@@ -75,6 +79,8 @@ class Sandbox:
             landlock.restrict_self(self._ruleset)
             os.close(self._ruleset)
         install(self._filter)
+        if escaped := _violations():
+            raise RewardError(f"sandbox 'strict' does not hold on this machine: {', '.join(escaped)}; {_MEND}")
 
     def kept_fds(self) -> set[int]:
         """Descriptors the child must still hold when it enters."""
@@ -97,8 +103,8 @@ class Sandbox:
             resource.setrlimit(kind, (soft, hard))
 
 
-def violations() -> list[str]:
-    """Try, in an entered child, what `strict` must refuse; return what was not refused."""
+def _violations() -> list[str]:
+    """Try what `strict` must refuse (that costs microseconds); return what was not refused."""
     attempts = {
         "write a file": lambda: os.open("probe", os.O_WRONLY | os.O_CREAT, 0o600),
         "fork": lambda: os.fork() or os._exit(0),
@@ -118,16 +124,15 @@ def violations() -> list[str]:
 
 
 def _seccomp_filter() -> bytes:
-    mend = "or choose sandbox=limits (resource limits only, see docs/rewards.md)"
     if sys.platform != "linux":
-        raise RewardError(f"sandbox 'strict' needs Linux (this is {sys.platform}); move there {mend}")
+        raise RewardError(f"sandbox 'strict' needs Linux (this is {sys.platform}); move there or {_MEND}")
     try:
         return compile_filter()
     except ImportError as error:
-        raise RewardError(f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp {mend}") from error
+        raise RewardError(f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp or {_MEND}") from error
     except (RuntimeError, OSError) as error:
         how = "install it (Debian: libseccomp2, Fedora: libseccomp)"
-        raise RewardError(f"sandbox 'strict' needs the libseccomp library ({error}); {how} {mend}") from error
+        raise RewardError(f"sandbox 'strict' needs the libseccomp library ({error}); {how} or {_MEND}") from error
 
 
 def _mapped_bytes() -> int | None:

@@ -16,18 +16,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
 
 from rewards.base import RewardError, Sample
-from rewards.sandbox import Limits, Sandbox, adopt_orphans, die_with, violations
+from rewards.sandbox import Limits, Sandbox, adopt_orphans, die_with
 from rewards.spec import Measurement, RewardSet, build
 
 _MAX_TEXT_CHARS = 10_000
-_PROBE_S = 10.0
 
 decode = msgspec.json.decode
 
@@ -64,56 +61,42 @@ def line(message: object) -> bytes:
 class Zygote:
     """Warm rewards, the sandbox of their children, and the children that live now."""
 
-    def __init__(self, setup: Setup, rewards: RewardSet) -> None:
+    def __init__(self, setup: Setup) -> None:
+        """Import the rewards and warm them up. Raises RewardError."""
         self._setup = setup
-        self._rewards = rewards
+        self._rewards = build(setup.spec)
+        self._rewards.warm_up()
         self._sandbox = Sandbox(setup.sandbox, setup.limits, setup.read_paths)
         self._kept = _children()  # what the rewards started themselves
         self._folders: dict[int, str] = {}  # a scoring child's pid: its working directory
         self._pid = os.getpid()
 
-    def check_sandbox(self) -> None:
-        """Have a confined child try what it must not be able to do. Raises RewardError."""
-        ours, theirs = socket.socketpair()
-        ours.settimeout(_PROBE_S)
-        pid = self._fork(theirs, lambda peer: peer.sendall(", ".join(violations()).encode()))
-        with ours, ours.makefile("r", errors="replace") as answers:
-            text = decode(answers.readline() or '"it ended"', type=str) or answers.read()
-        self._end(pid)
-        if text:
-            raise RewardError(
-                f"sandbox 'strict' does not hold on this machine: {text}; "
-                "choose sandbox=limits (resource limits only, see docs/rewards.md)"
-            )
-
     def serve(self, control: socket.socket) -> None:
         """Obey until the pool closes the control socket; then end all children."""
-        while True:
-            payload, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
-            if not payload:
-                break
-            command = decode(payload, type=Command)
+        control.sendall(line(self._rewards.weights))
+        while (message := socket.recv_fds(control, 4096, 1))[0]:
+            command = decode(message[0], type=Command)
             if command.pid is None:
-                peer = socket.socket(fileno=descriptors[0])
-                control.sendall(line(self._fork(peer, partial(_score, rewards=self._rewards))))
+                control.sendall(line(self._fork(socket.socket(fileno=message[1][0]))))
             else:
                 control.sendall(line(self._end(command.pid, command.patience_s)))
         for pid in list(self._folders):
             self._end(pid)
 
-    def _fork(self, peer: socket.socket, work: Callable[[socket.socket], None]) -> int:
-        """Fork a child that confines itself, says so on `peer` (an empty text, or what failed), and works."""
+    def _fork(self, peer: socket.socket) -> int:
         folder = tempfile.mkdtemp(dir=self._setup.work_dir)
         pid = os.fork()
         if pid == 0:
-            self._live(peer, folder, work)
+            self._live(peer, folder)
         peer.close()
         self._folders[pid] = folder
         return pid
 
-    def _live(self, peer: socket.socket, folder: str, work: Callable[[socket.socket], None]) -> NoReturn:
-        """A child's life. It leaves by os._exit: none of the zygote's own exit handlers may run here."""
-        problem = ""
+    def _live(self, peer: socket.socket, folder: str) -> NoReturn:
+        """A child's life: it confines itself, says so (an empty text, or what failed), and scores.
+
+        It leaves by os._exit: none of the zygote's own exit handlers may run here.
+        """
         try:
             try:
                 os.setsid()
@@ -122,10 +105,10 @@ class Zygote:
                 os.chdir(folder)
                 self._sandbox.enter(self._setup.cpu_seconds)
             except Exception as error:  # whatever it is, the pool must hear of it
-                problem = f"{type(error).__name__}: {error}"
-            peer.sendall(line(problem))
-            if not problem:
-                work(peer)
+                peer.sendall(line(f"{type(error).__name__}: {error}"))
+            else:
+                peer.sendall(line(""))
+                _score(peer, self._rewards)
         finally:
             os._exit(1)
 
@@ -140,9 +123,9 @@ class Zygote:
         while orphans := _children() - self._kept - set(self._folders):  # mode `limits` lets it fork
             for orphan in orphans:
                 _kill(orphan)
+        code = os.waitstatus_to_exitcode(ended[1])
         if not ended[0]:
             return "closed its result pipe"
-        code = os.waitstatus_to_exitcode(ended[1])
         if code == -signal.SIGXCPU:
             return "used up its CPU time"
         return f"crashed (signal {-code})" if code < 0 else f"exited (status {code})"
@@ -169,10 +152,9 @@ def _drop_descriptors(keep: set[int]) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     low = 3
-    for fd in sorted(keep):
+    for fd in [*sorted(keep), os.sysconf("SC_OPEN_MAX")]:
         os.closerange(low, fd)
         low = fd + 1
-    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
 
 def _children() -> set[int]:
@@ -193,28 +175,21 @@ def _kill(pid: int) -> None:
 
 
 def main() -> None:
-    """Warm up, say so, obey."""
+    """Warm up and obey, or tell the pool why the rewards cannot be had."""
     die_with(int(sys.argv[1]))
     adopt_orphans()
     control = socket.socket(fileno=os.dup(0))
-    with open(os.devnull, "rb") as null:
+    with open(os.devnull, "rb") as null, control.makefile("rb") as first:
         os.dup2(null.fileno(), 0)
-    with control.makefile("rb") as first:
         setup = decode(first.readline(), type=Setup)
     try:
-        rewards = build(setup.spec)
-        rewards.warm_up()
-        zygote = Zygote(setup, rewards)
-        if setup.sandbox == "strict":
-            zygote.check_sandbox()
+        zygote = Zygote(setup)
     except RewardError as error:
         return control.sendall(line(str(error)))
-    except Exception as error:
-        text = "".join(traceback.format_exception(error))
-        return control.sendall(line(f"a reward's warm_up raised:\n{text}"))
+    except Exception:
+        return control.sendall(line(f"a reward's warm_up raised:\n{traceback.format_exc()}"))
     gc.collect()
     gc.freeze()  # children touch fewer of the shared pages
-    control.sendall(line(rewards.weights))
     zygote.serve(control)
 
 

@@ -144,11 +144,8 @@ def test_pool_made_off_the_main_thread(sample: Make) -> None:
     found: list[Any] = []
 
     def work() -> None:
-        async def score() -> list[Score]:
-            async with VerifierPool(SPEC, workers=1) as pool:
-                return await pool.score([sample("value 4")])
-
-        found.extend(asyncio.run(score()))
+        with VerifierPool(SPEC, workers=1) as pool:
+            found.extend(asyncio.run(pool.score([sample("value 4")])))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -286,14 +286,14 @@ def test_read_paths_open_a_file(sample: Make, tmp_path: Path) -> None:
         assert pool.score_sync([sample()])[0].score == 1.0
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-def test_reach_within_a_batch(isolated: bool, sample: Make) -> None:
-    """Known and documented: evaluated text can forge its batch, unless each sample is isolated."""
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_reach_within_a_batch(batch_size: int, sample: Make) -> None:
+    """Known and documented: evaluated text can forge its batch, unless each sample has a process of its own."""
     forge = "evaluate setattr(__import__('user_rewards'), 'float', lambda text: 99.0) or True"
     spec = {"told": {"_target_": "user_rewards.Misbehave"}}
-    with VerifierPool(spec, workers=1, isolated=isolated) as pool:
+    with VerifierPool(spec, workers=1, batch_size=batch_size) as pool:
         scores = pool.score_sync([sample(forge), sample("value 1")])
-        assert scores[1].score == (1.0 if isolated else 99.0)
+        assert scores[1].score == (1.0 if batch_size == 1 else 99.0)
         # The next batch has a child of its own, whatever happened before.
         assert pool.score_sync([sample("value 1")])[0].score == 1.0
 
