@@ -15,8 +15,8 @@ class RewardError(Exception):
 class Unscorable(Exception):
     """Raised by a reward for a sample it cannot judge; the sample's part becomes None.
 
-    Use it where the fault is not the model's (a reference that does not parse, missing metadata).
-    A wrong or missing answer is a verdict, usually 0.0, and not this.
+    Use it where the fault is not the model's (a reference that does not parse, missing metadata). A wrong or missing
+    answer is a verdict, usually 0.0, and not this.
     """
 
 
@@ -24,9 +24,9 @@ class Unscorable(Exception):
 class Sample:
     """One completion to judge.
 
-    prompt: text of the prompt as rendered; completion: decoded, special tokens removed;
-    reference: the gold answer, if there is one; metadata: JSON-able values of the data set row;
-    finish_reason: "stop" or "length"; completion_tokens: length of the completion in tokens.
+    prompt: its text as rendered; completion: decoded, special tokens removed; reference: the gold answer, if there is
+    one; metadata: JSON-able values of the data set row; finish_reason: "stop" or "length"; completion_tokens: length
+    of the completion in tokens.
     """
 
     prompt: str
@@ -44,8 +44,8 @@ class Score:
     score: weighted sum of the parts; None = could not be scored (drop and count it; it is never 0).
     parts: one value a named reward, None where that reward gave none.
     answer: extracted answer for majority voting, in canonical form where the reward knows one.
-    reason: why a part is None ("timeout", "verifier crashed (signal 11)", "NaN from reward 'x'").
-        It may be set beside a score when the missing part has weight 0.
+    reason: why a part is None ("timeout", "verifier crashed (signal 11)", "NaN from reward 'x'"); beside a score if
+        the missing part has weight 0.
     seconds: wall-clock time spent on the sample, measured outside the sandbox.
     """
 

@@ -19,7 +19,11 @@ from rewards.base import RewardError
 from rewards.spec import Weight
 from rewards.zygote import Command, Setup, decode, line
 
-GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
+# What an exchange raises: the other side is gone (or late: TimeoutError is an OSError), or it talks nonsense.
+GONE = (OSError, EOFError)
+MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
+
+_GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _EXIT_S = 2.0  # how long a zygote may take to end its children and itself
 _KILL_S = 10.0
@@ -28,25 +32,26 @@ _REPLY_LIMIT_BYTES = 1 << 20
 _KEPT_VARIABLES = (
     "PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ VIRTUAL_ENV LD_LIBRARY_PATH PYTHONHASHSEED PYTHONUTF8 PYTHONHOME"
 )
-# What an exchange raises: the other side is gone (or late: TimeoutError is an OSError), or it talks nonsense.
-GONE = (OSError, EOFError)
-MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
-BROKEN = (*GONE, *MALFORMED)
 
 
 class ZygoteDied(RewardError):
     """The zygote ended or stopped answering, and all its children with it; the message says how."""
 
 
-@dataclass(frozen=True, slots=True)
 class Peer:
     """The other end of a socket: one line is sent there, one comes back."""
 
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+    def __init__(self, ours: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.socket = ours
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def connect(cls, ours: socket.socket) -> Peer:
+        return cls(ours, *await asyncio.open_unix_connection(sock=ours, limit=_REPLY_LIMIT_BYTES))
 
     async def ask(self, request: bytes, kind: Any, limit_s: float) -> Any:
-        """Send a line, if there is one, and decode the line that answers it. Raises BROKEN."""
+        """Send a line, if there is one, and decode the line that answers it. Raises GONE, MALFORMED."""
         async with asyncio.timeout(limit_s):
             self.writer.write(request)
             await self.writer.drain()
@@ -59,13 +64,12 @@ class Peer:
 @dataclass(frozen=True, slots=True)
 class Zygote:
     process: subprocess.Popen[bytes]
-    socket: socket.socket
     peer: Peer
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A confined scoring child: it answers samples, one at a time."""
+    """A confined scoring child of a zygote: it answers samples."""
 
     pid: int
     zygote: Zygote
@@ -86,8 +90,7 @@ class Keeper:
         self._start_timeout_s = start_timeout_s
         self._max_restarts = max_restarts
         self._stderr = Path(setup.work_dir, "zygote.stderr")
-        self._deaths = 0  # in a row, without a child ended between
-        self._last_death = ""
+        self._deaths: list[str] = []  # in a row, without a child ended between
         self._exchange = asyncio.Lock()  # one exchange with the zygote at a time, its start included
         self._closed = False
 
@@ -99,17 +102,19 @@ class Keeper:
 
     async def _fork(self) -> Child:
         ours, theirs = socket.socketpair()
-        peer = await _connect(ours)
-        with theirs:
+        peer = await Peer.connect(ours)
+        with theirs, contextlib.ExitStack() as on_failure:
+            on_failure.callback(peer.writer.close)
             async with self._exchange:
-                zygote = await self._living()
-                child = Child(await self._ask(zygote, Command(), int, theirs), zygote, peer)
-        try:
-            problem = await peer.ask(b"", str, GRACE_S)
-        except BROKEN:
-            raise self._bury(zygote, "did not confine a scoring child") from None
-        if problem:
-            raise RewardError(f"a scoring child could not be confined: {problem}")
+                zygote = self.zygote or await self._start()
+                child = Child(await self._ask(zygote, Command(), int, theirs.fileno()), zygote, peer)
+            try:
+                problem = await peer.ask(b"", str, _GRACE_S)
+            except (*GONE, *MALFORMED):
+                raise self._bury(zygote, "did not confine a scoring child") from None
+            if problem:
+                raise RewardError(f"a scoring child could not be confined: {problem}")
+            on_failure.pop_all()
         return child
 
     async def end(self, child: Child, patience_s: float = 0.0) -> str:
@@ -117,7 +122,7 @@ class Keeper:
         child.peer.writer.close()
         async with self._exchange:
             ended: str = await self._ask(child.zygote, Command(child.pid, patience_s), str)
-        self._deaths = 0
+        self._deaths.clear()
         return ended
 
     def close(self) -> None:
@@ -126,25 +131,19 @@ class Keeper:
         if self.zygote is not None:
             self._bury(self.zygote)
 
-    async def _living(self) -> Zygote:
-        """The zygote that lives now, or a new one. Raises ZygoteDied, RewardError."""
-        if self.zygote is None:
-            if self._closed:
-                raise RewardError("the verifier pool was closed; make a new one")
-            if self._deaths > self._max_restarts:
-                words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip()
-                raise RewardError(
-                    f"the verifier's warm process died {self._deaths} times in a row ({self._last_death}); "
-                    f"its last words:\n{words or '(nothing on stderr)'}"
-                )
-            if self._deaths:
-                await asyncio.sleep(min(_BACK_OFF_S * 2 ** (self._deaths - 1), _LONGEST_BACK_OFF_S))
-            return await self._start()
-        return self.zygote
-
     async def _start(self) -> Zygote:
+        """Start a zygote, after a pause if it has died before. Raises ZygoteDied, RewardError."""
+        deaths = len(self._deaths)
+        if deaths > self._max_restarts:
+            words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip() or "(nothing on stderr)"
+            how = f"died {deaths} times in a row ({self._deaths[-1]})"
+            raise RewardError(f"the verifier's warm process {how}; its last words:\n{words}")
+        if deaths:
+            await asyncio.sleep(min(_BACK_OFF_S * 2 ** (deaths - 1), _LONGEST_BACK_OFF_S))
+        if self._closed:
+            raise RewardError("the verifier pool was closed; make a new one")
         ours, theirs = socket.socketpair()
-        peer = await _connect(ours)
+        peer = await Peer.connect(ours)
         with theirs, self._stderr.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rewards.zygote", str(os.getpid())],
@@ -155,33 +154,31 @@ class Keeper:
                 # Ctrl-C at the terminal is for the pool's process, which ends its zygote itself.
                 start_new_session=True,
             )
-        zygote = self.zygote = Zygote(process, ours, peer)
+        zygote = self.zygote = Zygote(process, peer)
         try:
             ready = await peer.ask(line(self._setup), list[Weight] | str, self._start_timeout_s)
         except TimeoutError:
             self._bury(zygote)
-            raise RewardError(
-                f"the rewards were not warm within start_timeout_s={self._start_timeout_s}; raise it, "
-                "or look at what they import and warm up"
-            ) from None
-        except BROKEN as error:
+            limit = f"start_timeout_s={self._start_timeout_s}"
+            raise RewardError(f"no warm rewards within {limit}; raise it, or see what they do at start") from None
+        except (*GONE, *MALFORMED) as error:
             raise self._bury(zygote) from error
         if isinstance(ready, str):
             raise RewardError(ready)
         self.weights = ready
         return zygote
 
-    async def _ask(self, zygote: Zygote, command: Command, kind: Any, beside: socket.socket | None = None) -> Any:
+    async def _ask(self, zygote: Zygote, command: Command, kind: Any, *descriptors: int) -> Any:
         try:
-            socket.send_fds(zygote.socket, [line(command)], [] if beside is None else [beside.fileno()])
-            return await zygote.peer.ask(b"", kind, GRACE_S)
-        except BROKEN as error:
+            socket.send_fds(zygote.peer.socket, [line(command)], descriptors)
+            return await zygote.peer.ask(b"", kind, _GRACE_S)
+        except (*GONE, *MALFORMED) as error:
             raise self._bury(zygote) from error
 
     def _bury(self, zygote: Zygote, why: str = "") -> ZygoteDied:
         """See that the zygote and its children are dead and reaped; the exception to raise."""
         with contextlib.suppress(OSError):  # it may be gone already
-            zygote.socket.shutdown(socket.SHUT_RDWR)  # upon that it ends its children and itself
+            zygote.peer.socket.shutdown(socket.SHUT_RDWR)  # upon that it ends its children and itself
         zygote.peer.writer.close()
         try:
             code = zygote.process.wait(_EXIT_S)
@@ -192,13 +189,8 @@ class Keeper:
         if self.zygote is zygote:  # else it was buried before
             self.zygote = None
             self.restarts += not self._closed
-            self._deaths += 1
-            self._last_death = death
+            self._deaths.append(death)
         return ZygoteDied(death)
-
-
-async def _connect(ours: socket.socket) -> Peer:
-    return Peer(*await asyncio.open_unix_connection(sock=ours, limit=_REPLY_LIMIT_BYTES))
 
 
 def _environment(work_dir: str) -> dict[str, str]:

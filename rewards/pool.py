@@ -120,7 +120,7 @@ class VerifierPool:
     def warm_pid(self) -> int | None:
         """Process id of the warm process that forks the scoring children; None while there is none."""
         zygote = self._scorer.keeper.zygote
-        return None if zygote is None else zygote.process.pid
+        return zygote and zygote.process.pid
 
     def close(self) -> None:
         """End all processes; samples still waiting fail with RewardError."""

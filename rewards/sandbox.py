@@ -1,8 +1,7 @@
 """What a scoring child may do, applied in the child before it touches model text.
 
 strict: resource limits, seccomp whitelist, and Landlock where the kernel has it.
-limits: resource limits only; model text that is evaluated can then write files, open sockets and
-start processes.
+limits: resource limits only; model text that is evaluated can then write files, open sockets and start processes.
 """
 
 from __future__ import annotations

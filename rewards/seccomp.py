@@ -1,8 +1,7 @@
 """The system calls a scoring child may make (Linux, libseccomp through pyseccomp).
 
-Everything not named here fails with EPERM. Absent on purpose: execve, fork and vfork (clone only
-with CLONE_THREAD), socket and connect, kill and its kin, ptrace, prctl, setrlimit, mount, and every
-call that changes the file system.
+Everything not named here fails with EPERM. Absent on purpose: execve, fork and vfork (clone only with CLONE_THREAD),
+socket and connect, kill and its kin, ptrace, prctl, setrlimit, mount, and every call that changes the file system.
 """
 
 from __future__ import annotations
@@ -20,19 +19,15 @@ from typing import Any
 _ALLOWED = """
     mmap munmap mprotect mremap madvise brk mincore membarrier rseq
     read readv pread64 preadv preadv2 write writev close dup dup2 dup3 lseek fadvise64
-    fstat stat lstat newfstatat statx statfs fstatfs access faccessat faccessat2
-    readlink readlinkat getdents getdents64 getcwd pipe pipe2 eventfd2
-    epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-    poll ppoll select pselect6 recvfrom recvmsg sendto sendmsg shutdown
-    getsockname getpeername getsockopt
+    fstat stat lstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getdents getdents64
+    getcwd pipe pipe2 eventfd2 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
+    poll ppoll select pselect6 recvfrom recvmsg sendto sendmsg shutdown getsockname getpeername getsockopt
     futex futex_waitv set_robust_list get_robust_list set_tid_address gettid arch_prctl
     rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait sigaltstack
-    alarm setitimer getitimer restart_syscall
-    getpid getppid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid
-    getsid uname sysinfo getrusage getrlimit times getcpu sched_getaffinity sched_yield
-    sched_getparam sched_getscheduler
+    alarm setitimer getitimer restart_syscall wait4 waitid exit exit_group
+    getpid getppid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid
+    uname sysinfo getrusage getrlimit times getcpu sched_getaffinity sched_yield sched_getparam sched_getscheduler
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time getrandom
-    wait4 waitid exit exit_group
 """.split()  # noqa: SIM905 - a list literal would hide the groups
 
 # glibc tries these first and falls back to the older call on ENOSYS only.
@@ -46,8 +41,6 @@ _WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | os.O_APPEND | _TMPFILE
 _FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL)
 _IOCTL = (termios.TCGETS, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX, termios.FIONREAD)
 _SOCKET_TYPE_MASK = 0xF
-
-
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 2, 8
 
 
@@ -57,14 +50,21 @@ class _Program(ctypes.Structure):
     _fields_ = [("count", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
-def process_control(option: int, value: int, argument: Any = None) -> None:
-    """prctl(2). Raises OSError; does nothing where there is no prctl."""
-    if sys.platform != "linux":
-        return
-    zero = ctypes.c_ulong(0)
-    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), argument or zero, zero, zero) != 0:
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def checked(result: int, what: str) -> int:
+    """The result of a C call, or OSError if it is negative."""
+    if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def process_control(option: int, value: int, argument: Any = ctypes.c_ulong(0)) -> None:  # noqa: B008
+    """prctl(2). Raises OSError; does nothing where there is no prctl."""
+    if sys.platform == "linux":
+        checked(libc.prctl(option, ctypes.c_ulong(value), argument, *[ctypes.c_ulong(0)] * 2), f"prctl({option})")
 
 
 def install(program: bytes) -> None:

@@ -53,19 +53,17 @@ class RewardSet:
         reasons: dict[str, str] = {}
         answer: str | None = None
         for weight, function in zip(self.weights, self.functions, strict=True):
-            name = weight.name
-            parts[name] = None
+            name, extract = weight.name, getattr(function, "answer", None)
             try:
                 parts[name], reason = _checked(function(sample), weight)
-                if reason is not None:
-                    reasons[name] = reason
-                extract = getattr(function, "answer", None)
-                if answer is None and extract is not None and (found := extract(sample)) is not None:
+                if extract is not None and answer is None and (found := extract(sample)) is not None:
                     answer = str(found)
             except Unscorable as error:
-                parts[name], reasons[name] = None, f"{error} (reward {name!r})"
+                parts[name], reason = None, f"{error} (reward {name!r})"
             except BaseException as error:  # model text that is evaluated can raise SystemExit
-                parts[name], reasons[name] = None, f"reward {name!r} raised {_describe(error)}"
+                parts[name], reason = None, f"reward {name!r} raised {_describe(error)}"
+            if reason is not None:
+                reasons[name] = reason
         return Measurement(parts, reasons, answer)
 
 
@@ -74,22 +72,20 @@ def total(weights: Sequence[Weight], measured: Measurement) -> tuple[float | Non
 
     The score is None if a part with weight other than 0 is None, or the sum is not finite.
     """
-    score: float | None = 0.0
     parts: dict[str, float | None] = {}
     reasons: list[str] = []
+    score, complete = 0.0, True
     for weight in weights:
         part, reason = _checked(measured.parts.get(weight.name), weight)
         parts[weight.name] = part
-        if part is None:
-            reasons.append(measured.reasons.get(weight.name) or reason or "not scored")
-            if weight.value != 0:
-                score = None
-        elif score is not None:
+        if part is not None:
             score += weight.value * part
-    if score is not None and not math.isfinite(score):
+        else:
+            reasons.append(measured.reasons.get(weight.name) or reason or "not scored")
+            complete = complete and weight.value == 0
+    if not math.isfinite(score):
         reasons.append(f"the weighted sum of the parts is {score}")
-        score = None
-    return score, parts, "; ".join(reasons) or None
+    return score if complete and math.isfinite(score) else None, parts, "; ".join(reasons) or None
 
 
 def _checked(value: Any, weight: Weight) -> tuple[float | None, str | None]:
