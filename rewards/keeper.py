@@ -17,7 +17,7 @@ import msgspec
 
 from rewards.base import RewardError
 from rewards.spec import Weight
-from rewards.zygote import Command, Setup, decode, line
+from rewards.zygote import Setup, decode, line
 
 # What an exchange raises: the other side is gone (or late: TimeoutError is an OSError), or it talks nonsense.
 GONE = (OSError, EOFError)
@@ -82,13 +82,11 @@ class Keeper:
     The kernel ends a zygote with the thread that started it.
     """
 
-    def __init__(self, setup: Setup, start_timeout_s: float, max_restarts: int) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.zygote: Zygote | None = None
         self.restarts = 0
         self.weights: list[Weight] = []
         self._setup = setup
-        self._start_timeout_s = start_timeout_s
-        self._max_restarts = max_restarts
         self._stderr = Path(setup.work_dir, "zygote.stderr")
         self._deaths: list[str] = []  # in a row, without a child ended between
         self._exchange = asyncio.Lock()  # one exchange with the zygote at a time, its start included
@@ -107,7 +105,7 @@ class Keeper:
             on_failure.callback(peer.writer.close)
             async with self._exchange:
                 zygote = self.zygote or await self._start()
-                child = Child(await self._ask(zygote, Command(), int, theirs.fileno()), zygote, peer)
+                child = Child(await self._ask(zygote, (0, 0.0), int, theirs.fileno()), zygote, peer)
             try:
                 problem = await peer.ask(b"", str, _GRACE_S)
             except (*GONE, *MALFORMED):
@@ -121,7 +119,7 @@ class Keeper:
         """End a child, unless it ends by itself within `patience_s`; how it ended. Raises ZygoteDied."""
         child.peer.writer.close()
         async with self._exchange:
-            ended: str = await self._ask(child.zygote, Command(child.pid, patience_s), str)
+            ended: str = await self._ask(child.zygote, (child.pid, patience_s), str)
         self._deaths.clear()
         return ended
 
@@ -134,7 +132,7 @@ class Keeper:
     async def _start(self) -> Zygote:
         """Start a zygote, after a pause if it has died before. Raises ZygoteDied, RewardError."""
         deaths = len(self._deaths)
-        if deaths > self._max_restarts:
+        if deaths > self._setup.max_restarts:
             words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip() or "(nothing on stderr)"
             how = f"died {deaths} times in a row ({self._deaths[-1]})"
             raise RewardError(f"the verifier's warm process {how}; its last words:\n{words}")
@@ -156,10 +154,10 @@ class Keeper:
             )
         zygote = self.zygote = Zygote(process, peer)
         try:
-            ready = await peer.ask(line(self._setup), list[Weight] | str, self._start_timeout_s)
+            ready = await peer.ask(line(self._setup), list[Weight] | str, self._setup.start_timeout_s)
         except TimeoutError:
             self._bury(zygote)
-            limit = f"start_timeout_s={self._start_timeout_s}"
+            limit = f"start_timeout_s={self._setup.start_timeout_s}"
             raise RewardError(f"no warm rewards within {limit}; raise it, or see what they do at start") from None
         except (*GONE, *MALFORMED) as error:
             raise self._bury(zygote) from error
@@ -168,7 +166,7 @@ class Keeper:
         self.weights = ready
         return zygote
 
-    async def _ask(self, zygote: Zygote, command: Command, kind: Any, *descriptors: int) -> Any:
+    async def _ask(self, zygote: Zygote, command: tuple[int, float], kind: Any, *descriptors: int) -> Any:
         try:
             socket.send_fds(zygote.peer.socket, [line(command)], descriptors)
             return await zygote.peer.ask(b"", kind, _GRACE_S)

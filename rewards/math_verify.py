@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -100,6 +101,7 @@ def _parse_alone(text: str) -> list[Any]:
     return found
 
 
+@functools.lru_cache(maxsize=8)  # score and answer of a sample need the same parse
 def _parse(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 

@@ -71,7 +71,9 @@ class VerifierPool:
         start_timeout_s: float = 60.0,
         max_restarts: int = 5,
     ) -> None:
-        limits = limits or Limits()
+        plain, limits = check_spec(spec), limits or Limits()
+        paths = [os.path.abspath(path) for path in read_paths]
+        settings = (plain, workers, batch_size, timeout_s, start_timeout_s, max_restarts, sandbox, limits, paths)
         counts = {"workers": workers, "batch_size": batch_size, "max_restarts": max_restarts, **asdict(limits)}
         for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -79,7 +81,6 @@ class VerifierPool:
         for name, seconds in {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}.items():
             if not 0 < seconds < math.inf:
                 raise RewardError(f"{name}={seconds!r} must be a finite number of seconds above 0")
-        paths = [os.path.abspath(path) for path in read_paths]
         if missing := [path for path in paths if not os.path.exists(path)]:
             raise RewardError(f"read_paths: {missing[0]!r} does not exist")
         if sandbox not in ("strict", "limits"):
@@ -87,16 +88,14 @@ class VerifierPool:
         if sandbox == "limits":
             danger = "model output that a scorer evaluates can write files, open sockets and start processes"
             warnings.warn(f"sandbox=limits: {danger}; sandbox=strict prevents it", RuntimeWarning, stacklevel=2)
-        plain = check_spec(spec)
         try:
             line(plain)
         except (TypeError, UnicodeEncodeError) as error:
             raise RewardError(f"reward settings must be plain JSON values: {error}") from error
         work_dir = tempfile.mkdtemp(prefix="rewards-")
-        setup = Setup(plain, math.ceil(timeout_s * batch_size) + 2, sandbox, limits, paths, work_dir)
-        self._scorer = _Scorer(Keeper(setup, start_timeout_s, max_restarts), timeout_s, batch_size, workers)
+        self._scorer = _Scorer(Setup(*settings, work_dir))
         # Also at interpreter exit and when the pool is dropped unclosed.
-        self._finalizer = weakref.finalize(self, self._scorer.close, work_dir)
+        self._finalizer = weakref.finalize(self, self._scorer.close)
         try:
             self._scorer.submit(self._scorer.start()).result()
         except BaseException:
@@ -120,7 +119,7 @@ class VerifierPool:
     def warm_pid(self) -> int | None:
         """Process id of the warm process that forks the scoring children; None while there is none."""
         zygote = self._scorer.keeper.zygote
-        return zygote and zygote.process.pid
+        return None if zygote is None else zygote.process.pid
 
     def close(self) -> None:
         """End all processes; samples still waiting fail with RewardError."""
@@ -144,13 +143,11 @@ class _Job:
 class _Scorer:
     """The pool's thread and event loop, and what runs there. It does not keep the pool itself alive."""
 
-    def __init__(self, keeper: Keeper, timeout_s: float, batch_size: int, workers: int) -> None:
-        self.keeper = keeper
+    def __init__(self, setup: Setup) -> None:
+        self.keeper = Keeper(setup)
         self.counts = PoolCounts()
-        self._timeout_s = timeout_s
-        self._batch_size = batch_size
-        self._workers = workers
-        self._free = asyncio.Semaphore(workers)
+        self._setup = setup
+        self._free = asyncio.Semaphore(setup.workers)
         self._owner = os.getpid()
         self._closed = False
         self._submitting = threading.Lock()  # nothing is handed in behind `close`
@@ -168,7 +165,7 @@ class _Scorer:
             raise RewardError("the verifier pool is closed; make a new one")
         raise RewardError("the verifier pool was made before this process was forked; make one in each")
 
-    def close(self, work_dir: str) -> None:
+    def close(self) -> None:
         """End all processes and the thread."""
         if os.getpid() != self._owner:  # a fork of the owner has no processes to end
             return
@@ -179,7 +176,7 @@ class _Scorer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_S)
         self._loop.close()
-        shutil.rmtree(work_dir, ignore_errors=True)
+        shutil.rmtree(self._setup.work_dir, ignore_errors=True)
 
     async def _end(self) -> None:
         """End the zygote; return when all work has failed of it."""
@@ -202,7 +199,9 @@ class _Scorer:
             except TypeError as error:
                 raise RewardError(f"sample {position}: metadata must be plain JSON values: {error}") from error
         order = list(job.pending)
-        size = min(self._batch_size, -(-len(order) // self._workers) or 1)  # small jobs spread over the workers too
+        size = min(
+            self._setup.batch_size, -(-len(order) // self._setup.workers) or 1
+        )  # small jobs spread over the workers too
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         try:
             # Shielded: an exchange with the zygote that is given up halfway would leave it out of step.
@@ -237,7 +236,9 @@ class _Scorer:
         started = time.monotonic()
         fault, patience_s = "answered out of turn", 0.0
         try:
-            answered, measured = await child.peer.ask(job.pending[position], tuple[int, Measurement], self._timeout_s)
+            answered, measured = await child.peer.ask(
+                job.pending[position], tuple[int, Measurement], self._setup.timeout_s
+            )
             if answered == position:
                 value, parts, reason = total(self.keeper.weights, measured)
                 seconds = time.monotonic() - started

@@ -20,8 +20,8 @@ class ReasoningGym:
     extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
 
     The entry is rebuilt from the sample: answer = reference, metadata = metadata, question = metadata["question"] or
-    else the prompt. No answer found is a verdict, 0.0: the fault is the model's. An exception out of the scorer is none:
-    it handles malformed answers itself, so what escapes is a defect of scorer or entry, or an attack.
+    else the prompt. No answer found is a verdict, 0.0: the fault is the model's. An exception out of the scorer is no
+    verdict: it handles malformed answers itself, so what escapes is a defect of scorer or entry, or an attack.
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -50,9 +50,8 @@ class ReasoningGym:
         dataset, tuples = self._task(self._name(sample))
         question = sample.metadata.get("question", sample.prompt)
         metadata = _tuples(sample.metadata) if tuples else dict(sample.metadata)
-        return float(
-            dataset.score_answer(found, {"question": question, "answer": sample.reference, "metadata": metadata})
-        )
+        entry = {"question": question, "answer": sample.reference, "metadata": metadata}
+        return float(dataset.score_answer(found, entry))
 
     def answer(self, sample: Sample) -> str | None:
         """The extracted answer, as the model wrote it."""

@@ -14,9 +14,9 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from rewards import landlock
+from rewards import kernel
 from rewards.base import RewardError
-from rewards.seccomp import compile_filter, install, process_control
+from rewards.kernel import compile_filter, process_control
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
 _MIB = 1 << 20
@@ -59,9 +59,9 @@ class Sandbox:
         self._base_bytes = _mapped_bytes()
         if mode == "strict":
             self._filter = _seccomp_filter()
-            paths = [*landlock.default_read_paths(), *read_paths]
+            paths = [*kernel.default_read_paths(), *read_paths]
             try:
-                self._ruleset = landlock.create_ruleset(paths) if landlock.abi() > 0 else None
+                self._ruleset = kernel.landlock_ruleset(paths) if kernel.landlock_abi() > 0 else None
             except OSError as error:
                 raise RewardError(f"sandbox 'strict': read_paths {paths}: {error}") from error
 
@@ -75,9 +75,9 @@ class Sandbox:
             return
         process_control(_PR_SET_NO_NEW_PRIVS, 1)
         if self._ruleset is not None:
-            landlock.restrict_self(self._ruleset)
+            kernel.restrict_files(self._ruleset)
             os.close(self._ruleset)
-        install(self._filter)
+        kernel.restrict_calls(self._filter)
         if escaped := _violations():
             raise RewardError(f"sandbox 'strict' does not hold on this machine: {', '.join(escaped)}; {_MEND}")
 

@@ -8,12 +8,11 @@ are JSON, one a line, decoded into typed records.
 from __future__ import annotations
 
 import gc
+import math
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from typing import Any, NoReturn
@@ -30,27 +29,22 @@ decode = msgspec.json.decode
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """Pool to zygote, once; the answer is a list of `Weight`, or the text of a RewardError.
+    """Settings of a pool, see `VerifierPool`. Sent once; the answer is a list of `Weight`, or a RewardError's text.
 
-    cpu_seconds: CPU time a scoring child may use.
+    After that the pool sends pairs (pid, patience_s): end that child; the answer says in words how it ended. Or, with
+    pid 0 and a socket beside it: fork a child that serves the socket; the answer is its pid.
     """
 
     spec: dict[str, dict[str, Any]]
-    cpu_seconds: int
+    workers: int
+    batch_size: int
+    timeout_s: float
+    start_timeout_s: float
+    max_restarts: int
     sandbox: str
     limits: Limits
     read_paths: list[str]
     work_dir: str
-
-
-class Command(msgspec.Struct, frozen=True):
-    """Pool to zygote: end the child `pid` after `patience_s`; the answer says in words how it ended.
-
-    Without a pid, and with a socket beside it: fork a child that serves the socket; the answer is its pid.
-    """
-
-    pid: int | None = None
-    patience_s: float = 0.0
 
 
 def line(message: object) -> bytes:
@@ -68,31 +62,30 @@ class Zygote:
         self._rewards.warm_up()
         self._sandbox = Sandbox(setup.sandbox, setup.limits, setup.read_paths)
         self._kept = _children()  # what the rewards started themselves
-        self._folders: dict[int, str] = {}  # a scoring child's pid: its working directory
+        self._living: set[int] = set()  # pids of scoring children
         self._pid = os.getpid()
 
     def serve(self, control: socket.socket) -> None:
         """Obey until the pool closes the control socket; then end all children."""
         control.sendall(line(self._rewards.weights))
         while (message := socket.recv_fds(control, 4096, 1))[0]:
-            command = decode(message[0], type=Command)
-            if command.pid is None:
+            pid, patience_s = decode(message[0], type=tuple[int, float])
+            if pid == 0:
                 control.sendall(line(self._fork(socket.socket(fileno=message[1][0]))))
             else:
-                control.sendall(line(self._end(command.pid, command.patience_s)))
-        for pid in list(self._folders):
+                control.sendall(line(self._end(pid, patience_s)))
+        for pid in list(self._living):
             self._end(pid)
 
     def _fork(self, peer: socket.socket) -> int:
-        folder = tempfile.mkdtemp(dir=self._setup.work_dir)
         pid = os.fork()
         if pid == 0:
-            self._live(peer, folder)
+            self._live(peer)
         peer.close()
-        self._folders[pid] = folder
+        self._living.add(pid)
         return pid
 
-    def _live(self, peer: socket.socket, folder: str) -> NoReturn:
+    def _live(self, peer: socket.socket) -> NoReturn:
         """A child's life: it confines itself, says so (an empty text, or what failed), and scores.
 
         It leaves by os._exit: none of the zygote's own exit handlers may run here.
@@ -102,8 +95,8 @@ class Zygote:
                 os.setsid()
                 die_with(self._pid)
                 _drop_descriptors({peer.fileno(), *self._sandbox.kept_fds()})
-                os.chdir(folder)
-                self._sandbox.enter(self._setup.cpu_seconds)
+                os.chdir(self._setup.work_dir)
+                self._sandbox.enter(math.ceil(self._setup.timeout_s * self._setup.batch_size) + 2)
             except Exception as error:  # whatever it is, the pool must hear of it
                 peer.sendall(line(f"{type(error).__name__}: {error}"))
             else:
@@ -119,8 +112,8 @@ class Zygote:
             time.sleep(0.001)
         if not ended[0]:
             _kill(pid)
-        shutil.rmtree(self._folders.pop(pid), ignore_errors=True)
-        while orphans := _children() - self._kept - set(self._folders):  # mode `limits` lets it fork
+        self._living.remove(pid)
+        while orphans := _children() - self._kept - self._living:  # mode `limits` lets it fork
             for orphan in orphans:
                 _kill(orphan)
         code = os.waitstatus_to_exitcode(ended[1])

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from rewards import Limits, RewardError, Sample, VerifierPool
-from rewards import landlock as landlock_module
+from rewards.kernel import landlock_abi
 from rewards.sandbox import Sandbox
 
 Make = Callable[..., Sample]
@@ -271,7 +271,7 @@ def test_secrets_of_the_pool_are_out_of_reach(sample: Make, tmp_path: Path, monk
         ]
         scores = pool.score_sync([sample(text) for text in texts])
     assert scores[0].score == 1.0
-    if landlock_module.abi() == 0:
+    if landlock_abi() == 0:
         assert scores[1].score == scores[2].score == 1.0
         pytest.skip("no Landlock here: files can be read, see docs/rewards.md")
     for score in scores[1:]:
