@@ -1,7 +1,6 @@
 """Verifiable rewards: named, weighted reward functions, scored in confined, killable processes."""
 
-from rewards.base import Reward, Sample, Score
-from rewards.errors import RewardError, Unscorable
+from rewards.base import Reward, RewardError, Sample, Score, Unscorable, nearest
 from rewards.pool import PoolCounts, VerifierPool
 from rewards.sandbox import Limits
 from rewards.spec import RewardSet, build, check_spec
@@ -18,4 +17,5 @@ __all__ = [
     "VerifierPool",
     "build",
     "check_spec",
+    "nearest",
 ]

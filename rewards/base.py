@@ -1,21 +1,32 @@
-"""What a reward sees and what comes back."""
+"""What a reward sees, what comes back, and what may go wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Reward", "Sample", "Score"]
+
+class RewardError(Exception):
+    """A reward, a specification or the verifier pool cannot be used as asked; says what to mend."""
+
+
+class Unscorable(Exception):
+    """Raised by a reward for a sample it cannot judge; the sample's part becomes None.
+
+    Use it where the fault is not the model's (a reference that does not parse, missing metadata). A wrong or missing
+    answer is a verdict, usually 0.0, and not this.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One completion to judge.
 
-    prompt: text of the prompt as rendered; completion: decoded, special tokens removed;
-    reference: the gold answer, if there is one; metadata: JSON-able values of the data set row;
-    finish_reason: "stop" or "length"; completion_tokens: length of the completion in tokens.
+    prompt: its text as rendered; completion: decoded, special tokens removed; reference: the gold answer, if there is
+    one; metadata: JSON-able values of the data set row; finish_reason: "stop" or "length"; completion_tokens: length
+    of the completion in tokens.
     """
 
     prompt: str
@@ -33,8 +44,8 @@ class Score:
     score: weighted sum of the parts; None = could not be scored (drop and count it; it is never 0).
     parts: one value a named reward, None where that reward gave none.
     answer: extracted answer for majority voting, in canonical form where the reward knows one.
-    reason: why a part is None ("timeout", "verifier crashed (signal 11)", "NaN from reward 'x'").
-        It may be set beside a score when the missing part has weight 0.
+    reason: why a part is None ("timeout", "verifier crashed (signal 11)", "NaN from reward 'x'"); beside a score if
+        the missing part has weight 0.
     seconds: wall-clock time spent on the sample, measured outside the sandbox.
     """
 
@@ -47,7 +58,7 @@ class Score:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A callable object built from keyword settings.
+    """A callable object built from keyword settings. Raises `Unscorable`, or gives None, for what it cannot judge.
 
     Optional members, used when present:
       answer(sample) -> str | None     extracted answer, for majority voting
@@ -55,6 +66,12 @@ class Reward(Protocol):
       bounds: tuple[float, float]      values outside become None: a forged score stays bounded
     """
 
-    def __call__(self, sample: Sample) -> float | None:
-        """Score of the sample; None or `Unscorable` when it cannot be judged."""
-        ...
+    def __call__(self, sample: Sample) -> float | None: ...
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`did you mean 'x'?` with the closest valid name, or the whole list if none is close."""
+    names = sorted(valid)
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+        return f"did you mean {close[0]!r}?"
+    return "valid: " + (", ".join(names) or "none")

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable
+from rewards.base import RewardError, Sample, Unscorable
 from rewards.extraction import check_extraction, extract
-
-__all__ = ["ExactMatch", "to_fraction"]
 
 # No exponents: Fraction("1e999999999") would build the number.
 _NUMERIC = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
@@ -22,9 +19,8 @@ class ExactMatch:
     """1.0 if the extracted answer equals the reference, else 0.0; no answer found is 0.0.
 
     extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
-    numeric: compare as numbers ("$1,234.50" equals "1234.5"); a reference that is no number
-        is unscorable, an answer that is none is 0.0.
-    tolerance: largest absolute difference that still counts, for numeric.
+    numeric: compare as numbers ("$1,234.50" equals "1234.5"); a reference that is no number is unscorable, an answer
+        that is none is 0.0. tolerance: largest absolute difference that still counts, for numeric.
     ignore_case: for text.
     """
 
@@ -50,19 +46,17 @@ class ExactMatch:
             gold = to_fraction(sample.reference)
             if gold is None:
                 raise Unscorable(f"reference {sample.reference!r} is not a number")
-            value = None if found is None else to_fraction(found)
+            value = to_fraction(found or "")
             return float(value is not None and abs(value - gold) <= Fraction(self.tolerance))
-        if found is None:
-            return 0.0
-        return float(self._text(found) == self._text(sample.reference))
+        return float(found is not None and self._text(found) == self._text(sample.reference))
 
     def answer(self, sample: Sample) -> str | None:
         """The extracted answer; a number in lowest terms when `numeric`."""
         found = extract(sample.completion, self.extract, self.marker)
-        if found is None:
-            return None
-        value = to_fraction(found) if self.numeric else None
-        return self._text(found) if value is None else str(value)
+        value = to_fraction(found or "") if self.numeric else None
+        if value is not None:
+            return str(value)
+        return None if found is None else self._text(found)
 
     def _text(self, text: str) -> str:
         text = " ".join(text.split())

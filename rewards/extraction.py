@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rewards.errors import RewardError, nearest
-
-__all__ = ["METHODS", "boxed", "check_extraction", "extract", "last_number"]
+from rewards.base import RewardError, nearest
 
 # method -> what `marker` means for it (None: it takes no marker)
 METHODS: dict[str, str | None] = {
@@ -19,25 +17,29 @@ METHODS: dict[str, str | None] = {
 }
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 
 
-def check_extraction(method: str, marker: str) -> None:
-    """Raise RewardError unless `method` is known and `marker` fits it."""
-    if method not in METHODS:
-        raise RewardError(f"extract={method!r} is unknown; {nearest(str(method), METHODS)}")
-    meaning = METHODS[method]
-    if meaning is None:
-        if marker:
-            raise RewardError(f"marker={marker!r} has no meaning with extract={method!r}; remove it")
-        return
-    if not marker and method != "tag":
+def check_extraction(method: str, marker: str, more: tuple[str, ...] = ()) -> None:
+    """Raise RewardError unless `method` is known, here or as one of `more` without a marker, and `marker` fits it."""
+    if method not in METHODS and method not in more:
+        raise RewardError(f"extract={method!r} is unknown; {nearest(str(method), [*METHODS, *more])}")
+    meaning = METHODS.get(method)
+    if meaning is None and marker:
+        raise RewardError(f"marker={marker!r} has no meaning with extract={method!r}; remove it")
+    if meaning is not None and not marker and method != "tag":
         raise RewardError(f"extract={method!r} needs marker: {meaning}")
     if method == "regex":
-        try:
-            re.compile(marker)
-        except re.error as error:
-            raise RewardError(f"marker={marker!r} is not a regular expression: {error}") from error
+        check_pattern("marker", marker)
+
+
+def check_pattern(key: str, pattern: str) -> None:
+    """Raise RewardError unless `pattern`, the value of setting `key`, is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise RewardError(f"{key}={pattern!r} is not a regular expression: {error}") from error
 
 
 def extract(text: str, method: str, marker: str = "") -> str | None:
@@ -45,42 +47,33 @@ def extract(text: str, method: str, marker: str = "") -> str | None:
 
     Time is linear in the text, except for `regex`, which costs what its expression costs.
     """
-    found: str | None
-    if method == "boxed":
-        found = boxed(text)
-    elif method == "last_number":
-        found = last_number(text)
-    elif method == "whole":
-        found = text
-    elif method == "tag":
-        found = _last_tag(text, marker or "answer")
-    elif method == "delimiter":
-        _, hit, after = text.rpartition(marker)
-        found = after.strip().split("\n", 1)[0] if hit else None
-    else:
-        matches = list(re.finditer(marker, text, re.DOTALL))
-        found = matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
-    if found is None:
-        return None
-    return found.strip() or None
+    found: str | None = None
+    match method:
+        case "boxed":
+            found = boxed(text)
+        case "last_number":
+            found = last_number(text)
+        case "whole":
+            found = text
+        case "tag":
+            found = _last_tag(text, marker or "answer")
+        case "delimiter":
+            _, hit, after = text.rpartition(marker)
+            found = after.strip().split("\n", 1)[0] if hit else None
+        case "regex":
+            for match in re.finditer(marker, text, re.DOTALL):
+                found = match.group(1 if match.re.groups else 0)
+    return (found or "").strip() or None
 
 
 def boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...} (or \fbox) whose braces balance; None if there is none."""
     for match in reversed(list(_BOX.finditer(text))):
-        depth, escaped = 1, False
-        for position in range(match.end(), len(text)):
-            char = text[position]
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == "{":
-                depth += 1
-            elif char == "}":
-                depth -= 1
-                if depth == 0:
-                    return text[match.end() : position]
+        depth = 1
+        for token in _BRACE.finditer(text, match.end()):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if depth == 0:
+                return text[match.end() : token.start()]
         # The box before can only close ahead of this one, so that the whole search stays linear.
         text = text[: match.start()]
     return None

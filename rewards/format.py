@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError
-
-__all__ = ["Format"]
+from rewards.base import RewardError, Sample
+from rewards.extraction import check_pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +30,7 @@ class Format:
             raise RewardError("give pattern (a regular expression) or tags (a list of tag names)")
         if isinstance(self.tags, str) or not all(isinstance(tag, str) for tag in self.tags):
             raise RewardError(f"tags={self.tags!r} must be a list of tag names")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise RewardError(f"pattern={self.pattern!r} is not a regular expression: {error}") from error
+        check_pattern("pattern", self.pattern)
 
     def __call__(self, sample: Sample) -> float:
         text = sample.completion

@@ -1,208 +1,206 @@
-"""One thread a worker: keeps it alive, feeds it batches, settles their scores."""
+"""The pool's hold on its zygote: keeps one alive, and has it fork and end scoring children."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import queue
-import threading
-import time
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rewards.base import Score
-from rewards.errors import RewardError
-from rewards.frames import HungUp
-from rewards.process import WorkerDied, WorkerProcess
-from rewards.wire import Setup
+import msgspec
 
-__all__ = ["ATTEMPTS", "GRACE_S", "LONGEST_BACK_OFF_S", "PoolCounts", "Shared", "Task", "serve"]
+from rewards.base import RewardError
+from rewards.spec import Weight
+from rewards.zygote import Setup, decode, line
 
-# Beyond a sample's own limit: fork, confinement, kill and reaping on a busy machine.
-GRACE_S = 15.0
-# How often a sample may be in hand when a worker dies before it is given up.
-ATTEMPTS = 2
-LONGEST_BACK_OFF_S = 5.0
-_BACK_OFF_S = 0.1
+# What an exchange raises: the other side is gone (or late: TimeoutError is an OSError), or it talks nonsense.
+GONE = (OSError, EOFError)
+MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
 
-
-@dataclass(slots=True)
-class PoolCounts:
-    """What went wrong since the pool was started, in samples (restarts: in processes)."""
-
-    scored: int = 0
-    unscored: int = 0
-    timeouts: int = 0
-    crashes: int = 0
-    restarts: int = 0
+_GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
+_EXIT_S = 2.0  # how long a zygote may take to end its children and itself
+_KILL_S = 10.0
+_REPLY_LIMIT_BYTES = 1 << 20
+# What a zygote inherits of the environment: nothing that could be a secret.
+_KEPT_VARIABLES = (
+    "PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ VIRTUAL_ENV LD_LIBRARY_PATH PYTHONHASHSEED PYTHONUTF8 PYTHONHOME"
+)
 
 
-@dataclass(slots=True)
-class Task:
-    """One sample on its way: the frame's part it becomes and where its score goes."""
-
-    encoded: bytes
-    future: Future[Score]
-    deaths: int = 0
+class ZygoteDied(RewardError):
+    """The zygote ended or stopped answering, and all its children with it; the message says how."""
 
 
-@dataclass(slots=True)
-class Shared:
-    """What the pool and its threads share; it does not keep the pool itself alive."""
+class Peer:
+    """The other end of a socket: one line is sent there, one comes back."""
 
-    setup: Setup
-    start_timeout_s: float
-    max_restarts: int
-    owner: int
-    watch: int  # a pipe's two ends: a byte into the second wakes every thread out of its wait
-    hang_up: int
-    batches: queue.SimpleQueue[list[Task] | None] = field(default_factory=queue.SimpleQueue)
-    closing: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    counts: PoolCounts = field(default_factory=PoolCounts)
-    pids: dict[int, int] = field(default_factory=dict)
-    waiting: set[Future[Score]] = field(default_factory=set)
-    failure: RewardError | None = None
+    def __init__(self, ours: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.socket = ours
+        self.reader = reader
+        self.writer = writer
 
-    def fail(self, error: RewardError) -> None:
-        """End all waiting samples with the error, and refuse new ones."""
-        with self.lock:
-            self.failure = self.failure or error
-            waiting, self.waiting = list(self.waiting), set()
-        for future in waiting:
-            _settle(future, error)
+    @classmethod
+    async def connect(cls, ours: socket.socket) -> Peer:
+        return cls(ours, *await asyncio.open_unix_connection(sock=ours, limit=_REPLY_LIMIT_BYTES))
 
-    def forget(self, future: Future[Score]) -> None:
-        """The future is settled or cancelled: nobody waits for it any more."""
-        with self.lock:
-            self.waiting.discard(future)
-
-    def finish(self, task: Task, score: Score, outcome: str) -> None:
-        with self.lock:
-            counts = self.counts
-            counts.scored += score.score is not None
-            counts.unscored += score.score is None
-            counts.timeouts += outcome == "timeout"
-            counts.crashes += outcome == "crashed"
-        _settle(task.future, score)
+    async def ask(self, request: bytes, kind: Any, limit_s: float) -> Any:
+        """Send a line, if there is one, and decode the line that answers it. Raises GONE, MALFORMED."""
+        async with asyncio.timeout(limit_s):
+            self.writer.write(request)
+            await self.writer.drain()
+            answer = await self.reader.readline()
+            if not answer.endswith(b"\n"):
+                raise EOFError("the socket was closed at the other end")
+            return decode(answer, type=kind)
 
 
-def serve(shared: Shared, index: int, ready: Future[None]) -> None:
-    """Body of a pool thread: keep one worker alive and feed it."""
-    keeper = _Keeper(shared, index)
-    try:
-        keeper.start()
-        ready.set_result(None)
-        while (tasks := shared.batches.get()) is not None:
-            keeper.run(tasks)
-    except HungUp:
-        if not ready.done():
-            ready.set_exception(RewardError("the verifier pool was closed"))
-    except BaseException as error:
-        known = error if isinstance(error, RewardError) else None
-        failure = known or RewardError(f"verifier thread {index} failed: {error!r}")
-        failure.__cause__ = failure.__cause__ or (None if known else error)
-        shared.fail(failure)
-        if not ready.done():
-            ready.set_exception(failure)
-    finally:
-        keeper.end()
+@dataclass(frozen=True, slots=True)
+class Zygote:
+    process: subprocess.Popen[bytes]
+    peer: Peer
 
 
-class _Keeper:
-    """Keeps one worker process alive for its thread."""
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A confined scoring child of a zygote: it answers samples."""
 
-    __slots__ = ("_deaths", "_index", "_process", "_shared")
+    pid: int
+    zygote: Zygote
+    peer: Peer
 
-    def __init__(self, shared: Shared, index: int) -> None:
-        self._shared = shared
-        self._index = index
-        self._deaths = 0  # in a row, without a score between
-        self._process: WorkerProcess | None = None
 
-    def start(self) -> WorkerProcess:
-        """Start a worker, again if it dies on the way. Raises RewardError."""
-        shared = self._shared
-        while self._process is None:
-            path = Path(shared.setup.work_dir, f"worker-{self._index}.stderr")
+class Keeper:
+    """Keeps one zygote alive. It belongs to one event loop, whose thread must live until `close` is done.
+
+    The kernel ends a zygote with the thread that started it.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.zygote: Zygote | None = None
+        self.restarts = 0
+        self.weights: list[Weight] = []
+        self._setup = setup
+        self._stderr = Path(setup.work_dir, "zygote.stderr")
+        self._deaths: list[str] = []  # in a row, without a child ended between
+        self._exchange = asyncio.Lock()  # one exchange with the zygote at a time, its start included
+        self._closed = False
+
+    async def fork(self) -> Child:
+        """A fresh child, confined. Raises RewardError."""
+        while True:
+            with contextlib.suppress(ZygoteDied):  # another is started, until it has died too often
+                return await self._fork()
+
+    async def _fork(self) -> Child:
+        ours, theirs = socket.socketpair()
+        peer = await Peer.connect(ours)
+        with theirs, contextlib.ExitStack() as on_failure:
+            on_failure.callback(peer.writer.close)
+            async with self._exchange:
+                zygote = self.zygote or await self._start()
+                child = Child(await self._ask(zygote, (0, 0.0), int, theirs.fileno()), zygote, peer)
             try:
-                self._process = WorkerProcess(shared.setup, path, shared.start_timeout_s, shared.watch)
-            except WorkerDied as death:
-                self._bury(death, path.read_text(errors="replace")[-4096:].strip())
-                continue
-            with shared.lock:
-                shared.pids[self._index] = self._process.pid
-        return self._process
+                problem = await peer.ask(b"", str, _GRACE_S)
+            except (*GONE, *MALFORMED):
+                raise self._bury(zygote, "did not confine a scoring child") from None
+            if problem:
+                raise RewardError(f"a scoring child could not be confined: {problem}")
+            on_failure.pop_all()
+        return child
 
-    def run(self, tasks: list[Task]) -> None:
-        """Score the tasks, over as many workers as it takes. Raises RewardError."""
-        while tasks := [task for task in tasks if not task.future.done()]:
-            if self._shared.closing.is_set():
-                return
-            process = self.start()
-            try:
-                self._exchange(process, tasks)
-            except WorkerDied as death:
-                self._give_up_or_retry(tasks, death)
-                self._bury(death, process.stderr_tail())
+    async def end(self, child: Child, patience_s: float = 0.0) -> str:
+        """End a child, unless it ends by itself within `patience_s`; how it ended. Raises ZygoteDied."""
+        child.peer.writer.close()
+        async with self._exchange:
+            ended: str = await self._ask(child.zygote, (child.pid, patience_s), str)
+        self._deaths.clear()
+        return ended
 
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._forget()
+    def close(self) -> None:
+        """End the zygote and all its children, and so whatever waits for one of them; start none again."""
+        self._closed = True
+        if self.zygote is not None:
+            self._bury(self.zygote)
 
-    def _exchange(self, process: WorkerProcess, tasks: list[Task]) -> None:
-        shared = self._shared
-        each = shared.setup.timeout_s + GRACE_S
-        payload = b'{"samples":[' + b",".join(task.encoded for task in tasks) + b"]}"
-        process.send(payload, time.monotonic() + each)
-        for expected, task in enumerate(tasks):
-            reply = process.receive(time.monotonic() + each)
-            if reply.index != expected:
-                raise WorkerDied(f"it answered sample {reply.index}, not {expected}")
-            self._deaths = 0
-            shared.finish(task, reply.score, reply.outcome)
-            if shared.closing.is_set():
-                return
-
-    def _give_up_or_retry(self, tasks: list[Task], death: WorkerDied) -> None:
-        """The sample in hand may have killed the worker: it gets one more try, then none."""
-        suspect = next((task for task in tasks if not task.future.done()), None)
-        if suspect is None:
-            return
-        suspect.deaths += 1
-        if suspect.deaths >= ATTEMPTS:
-            parts: dict[str, float | None] = dict.fromkeys(self._shared.setup.spec)
-            reason = f"verifier worker died ({death})"
-            self._shared.finish(suspect, Score(None, parts, None, reason, 0.0), "crashed")
-
-    def _bury(self, death: WorkerDied, stderr: str) -> None:
-        """Reap the dead worker; wait before the next, or fail in a crash loop."""
-        shared = self._shared
-        if self._process is not None:
-            self._process.end(graceful=False)
-            self._forget()
-        self._deaths += 1
-        with shared.lock:
-            shared.counts.restarts += 1
-        if self._deaths > shared.max_restarts:
-            raise RewardError(
-                f"verifier worker {self._index} died {self._deaths} times in a row ({death}); its "
-                f"last words:\n{stderr or '(nothing on stderr)'}"
+    async def _start(self) -> Zygote:
+        """Start a zygote, after a pause if it has died before. Raises ZygoteDied, RewardError."""
+        deaths = len(self._deaths)
+        if deaths > self._setup.max_restarts:
+            words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip() or "(nothing on stderr)"
+            how = f"died {deaths} times in a row ({self._deaths[-1]})"
+            raise RewardError(f"the verifier's warm process {how}; its last words:\n{words}")
+        if deaths:
+            await asyncio.sleep(min(_BACK_OFF_S * 2 ** (deaths - 1), _LONGEST_BACK_OFF_S))
+        if self._closed:
+            raise RewardError("the verifier pool was closed; make a new one")
+        ours, theirs = socket.socketpair()
+        peer = await Peer.connect(ours)
+        with theirs, self._stderr.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rewards.zygote", str(os.getpid())],
+                stdin=theirs.fileno(),
+                stdout=stderr,
+                stderr=stderr,
+                env=_environment(self._setup.work_dir),
+                # Ctrl-C at the terminal is for the pool's process, which ends its zygote itself.
+                start_new_session=True,
             )
-        if shared.closing.wait(min(_BACK_OFF_S * 2 ** (self._deaths - 1), LONGEST_BACK_OFF_S)):
-            raise HungUp
+        zygote = self.zygote = Zygote(process, peer)
+        try:
+            ready = await peer.ask(line(self._setup), list[Weight] | str, self._setup.start_timeout_s)
+        except TimeoutError:
+            self._bury(zygote)
+            limit = f"start_timeout_s={self._setup.start_timeout_s}"
+            raise RewardError(f"no warm rewards within {limit}; raise it, or see what they do at start") from None
+        except (*GONE, *MALFORMED) as error:
+            raise self._bury(zygote) from error
+        if isinstance(ready, str):
+            raise RewardError(ready)
+        self.weights = ready
+        return zygote
 
-    def _forget(self) -> None:
-        self._process = None
-        with self._shared.lock:
-            self._shared.pids.pop(self._index, None)
+    async def _ask(self, zygote: Zygote, command: tuple[int, float], kind: Any, *descriptors: int) -> Any:
+        try:
+            socket.send_fds(zygote.peer.socket, [line(command)], descriptors)
+            return await zygote.peer.ask(b"", kind, _GRACE_S)
+        except (*GONE, *MALFORMED) as error:
+            raise self._bury(zygote) from error
+
+    def _bury(self, zygote: Zygote, why: str = "") -> ZygoteDied:
+        """See that the zygote and its children are dead and reaped; the exception to raise."""
+        with contextlib.suppress(OSError):  # it may be gone already
+            zygote.peer.socket.shutdown(socket.SHUT_RDWR)  # upon that it ends its children and itself
+        zygote.peer.writer.close()
+        try:
+            code = zygote.process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(zygote.process.pid, signal.SIGKILL)
+            code = zygote.process.wait(_KILL_S)
+        death = why or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
+        if self.zygote is zygote:  # else it was buried before
+            self.zygote = None
+            self.restarts += not self._closed
+            self._deaths.append(death)
+        return ZygoteDied(death)
 
 
-def _settle(future: Future[Score], result: Score | RewardError) -> None:
-    # The caller may have cancelled it, in this very moment too.
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(result, RewardError):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+def _environment(work_dir: str) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES.split() if name in os.environ}
+    package_root = str(Path(__file__).resolve().parent.parent)
+    return kept | {
+        # The zygote finds the modules its parent finds, and not one more.
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*(path or os.getcwd() for path in sys.path), package_root])),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": work_dir,
+        "TMPDIR": work_dir,
+        # A thread pool does not survive a fork, and each child is meant to use one core.
+        **dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1"),
+    }

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError
-
-__all__ = ["OverlongPenalty"]
+from rewards.base import RewardError, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +24,8 @@ class OverlongPenalty:
 
     def __post_init__(self) -> None:
         if not 0 < self.cache_tokens <= self.max_tokens:
-            raise RewardError(
-                f"cache_tokens={self.cache_tokens!r} and max_tokens={self.max_tokens!r} "
-                "must satisfy 0 < cache_tokens <= max_tokens"
-            )
+            given = f"cache_tokens={self.cache_tokens!r} and max_tokens={self.max_tokens!r}"
+            raise RewardError(f"{given} must satisfy 0 < cache_tokens <= max_tokens")
 
     def __call__(self, sample: Sample) -> float:
         over = sample.completion_tokens - (self.max_tokens - self.cache_tokens)

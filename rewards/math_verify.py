@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable
-from rewards.extraction import METHODS, check_extraction, extract
-
-__all__ = ["MathVerify"]
+from rewards.base import RewardError, Sample, Unscorable
+from rewards.extraction import check_extraction, extract
 
 _PERCENT = re.compile(r"\s*\\?%")
 _MAX_ANSWER_CHARS = 500
@@ -22,16 +20,14 @@ _MAX_ANSWER_CHARS = 500
 class MathVerify:
     """1.0 if the answer equals the reference as mathematics, else 0.0; no answer found is 0.0.
 
-    extract, marker: where the answer stands, see `rewards.extraction.METHODS`; "auto" leaves the
-        search to math-verify (a box first, then the last LaTeX or plain expression).
+    extract, marker: where the answer stands, see `rewards.extraction.METHODS`; "auto" leaves the search to math-verify
+        (a box first, then the last LaTeX or plain expression).
     strict: variables must carry the same names, and a set is not a tuple.
     float_rounding: decimals two floats must share. numeric_precision: digits of evaluation.
 
-    The reference is a plain number or LaTeX, with or without dollar signs or a box. One that does
-    not parse makes the sample unscorable, and so does an exception raised in the comparison.
-
-    math-verify's own time limits work by SIGALRM, which exists on the main thread only and does
-    not interrupt C code. They are off: call this through `VerifierPool`, which keeps the time.
+    The reference is a plain number or LaTeX, with or without dollar signs or a box. One that does not parse makes the
+    sample unscorable, and so does an exception raised in the comparison. math-verify's own time limits work by SIGALRM,
+    which does not interrupt C code. They are off: call this through `VerifierPool`, which keeps the time.
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -42,14 +38,7 @@ class MathVerify:
     numeric_precision: int = 15
 
     def __post_init__(self) -> None:
-        if self.extract == "auto":
-            if self.marker:
-                raise RewardError(f"marker={self.marker!r} has no meaning with extract='auto'")
-        elif self.extract not in METHODS:
-            known = ", ".join(["auto", *METHODS])
-            raise RewardError(f"extract={self.extract!r} is unknown; valid: {known}")
-        else:
-            check_extraction(self.extract, self.marker)
+        check_extraction(self.extract, self.marker, more=("auto",))
         for name in ("float_rounding", "numeric_precision"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -57,9 +46,7 @@ class MathVerify:
 
     def warm_up(self) -> None:
         """Import sympy, build math-verify's expressions and its LaTeX parser's tables."""
-        text = r"\boxed{\frac{1}{2}} and \boxed{0.5}"
-        score = self._compare(_parse_alone(r"\frac{1}{2}"), _parse(text))
-        if score != 1.0:
+        if self._compare(_parse_alone(r"\frac{1}{2}"), _parse(r"\boxed{\frac{1}{2}} and \boxed{0.5}")) != 1.0:
             raise RewardError("math-verify does not find 0.5 equal to 1/2; is it installed whole?")
 
     def __call__(self, sample: Sample) -> float:
@@ -85,17 +72,11 @@ class MathVerify:
         from math_verify import verify
 
         raised: Exception | None = None
+        rounding, digits = self.float_rounding, self.numeric_precision
+        options: dict[str, Any] = {"float_rounding": rounding, "numeric_precision": digits, "strict": self.strict}
         for one, other in itertools.product(gold, target):
             try:
-                if verify(
-                    one,
-                    other,
-                    float_rounding=self.float_rounding,
-                    numeric_precision=self.numeric_precision,
-                    strict=self.strict,
-                    timeout_seconds=None,
-                    raise_on_error=True,
-                ):
+                if verify(one, other, timeout_seconds=None, raise_on_error=True, **options):
                     return 1.0
             except Exception as error:  # another pair may still be equal; if none is, it counts
                 raised = error
@@ -120,6 +101,7 @@ def _parse_alone(text: str) -> list[Any]:
     return found
 
 
+@functools.lru_cache(maxsize=8)  # score and answer of a sample need the same parse
 def _parse(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 

@@ -7,40 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable, nearest
+from rewards.base import RewardError, Sample, Unscorable, nearest
 from rewards.extraction import check_extraction, extract
-
-__all__ = ["ReasoningGym"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    dataset: Any
-    tuples: bool  # JSON has turned its tuples into lists, and the scorer minds
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningGym:
     """The score in [0, 1] that the task's data set gives the extracted answer.
 
-    task: name of a task, a list of names, or a mapping of names to the data set's settings. With
-        several, `metadata["source_dataset"]` of the sample says which one it is.
+    task: name of a task, a list of names, or a mapping of names to the data set's settings. With several,
+        `metadata["source_dataset"]` of the sample says which one it is.
     extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
 
-    The entry is rebuilt from the sample: answer = reference, metadata = metadata, question =
-    metadata["question"] or else the prompt.
-
-    No answer found is a verdict, 0.0: the fault is the model's. An exception out of the scorer is
-    no verdict: the scorer handles malformed answers itself, so what still escapes is a defect of
-    scorer or entry (or an attack), and the sample becomes None with the exception as its reason.
+    The entry is rebuilt from the sample: answer = reference, metadata = metadata, question = metadata["question"] or
+    else the prompt. No answer found is a verdict, 0.0: the fault is the model's. An exception out of the scorer is no
+    verdict: it handles malformed answers itself, so what escapes is a defect of scorer or entry, or an attack.
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
     task: str | Sequence[str] | Mapping[str, Mapping[str, Any]]
     extract: str = "tag"
     marker: str = ""
-    _loaded: dict[str, _Task] = field(default_factory=dict, init=False, repr=False, compare=False, hash=False)
+    # Each task's data set, and whether its tuples, which JSON turned into lists, must be restored for its scorer.
+    _loaded: dict[str, tuple[Any, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_extraction(self.extract, self.marker)
@@ -58,14 +47,11 @@ class ReasoningGym:
             return 0.0
         if sample.reference is None:
             raise Unscorable("no reference")
-        task = self._task(self._name(sample))
-        metadata = dict(sample.metadata)
-        entry = {
-            "question": metadata.get("question", sample.prompt),
-            "answer": sample.reference,
-            "metadata": _tuples(metadata) if task.tuples else metadata,
-        }
-        return float(task.dataset.score_answer(found, entry))
+        dataset, tuples = self._task(self._name(sample))
+        question = sample.metadata.get("question", sample.prompt)
+        metadata = _tuples(sample.metadata) if tuples else dict(sample.metadata)
+        entry = {"question": question, "answer": sample.reference, "metadata": metadata}
+        return float(dataset.score_answer(found, entry))
 
     def answer(self, sample: Sample) -> str | None:
         """The extracted answer, as the model wrote it."""
@@ -87,13 +73,13 @@ class ReasoningGym:
             raise Unscorable(f"metadata['source_dataset'] is {name!r}, expected one of: {', '.join(tasks)}")
         return str(name)
 
-    def _task(self, name: str) -> _Task:
+    def _task(self, name: str) -> tuple[Any, bool]:
         if name not in self._loaded:
             self._loaded[name] = _load(name, self._settings()[name])
         return self._loaded[name]
 
 
-def _load(name: str, settings: Mapping[str, Any]) -> _Task:
+def _load(name: str, settings: Mapping[str, Any]) -> tuple[Any, bool]:
     """Build the data set; see whether its scorer takes an entry that went through JSON."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -110,16 +96,13 @@ def _load(name: str, settings: Mapping[str, Any]) -> _Task:
     returned = json.loads(json.dumps(entry, default=str))
     problem = "its score differs"
     for tuples in (False, True):
-        metadata = returned["metadata"]
-        candidate = {**returned, "metadata": _tuples(metadata) if tuples else metadata}
+        candidate = {**returned, "metadata": _tuples(returned["metadata"])} if tuples else returned
         try:
             if dataset.score_answer(entry["answer"], candidate) == expected:
-                return _Task(dataset, tuples)
+                return dataset, tuples
         except Exception as error:  # this reading of the entry is not the scorer's
             problem = f"{type(error).__name__}: {error}"
-    raise RewardError(
-        f"task={name!r}: its scorer does not accept an entry that was stored as JSON ({problem}); choose another task"
-    )
+    raise RewardError(f"task={name!r}: its scorer takes no entry stored as JSON ({problem}); choose another task")
 
 
 def _tuples(value: Any) -> Any:

@@ -6,25 +6,24 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.base import Sample
-from rewards.errors import RewardError, Unscorable, nearest
+from rewards.base import RewardError, Sample, Unscorable, nearest
 
-__all__ = ["Measurement", "NamedReward", "RewardSet", "build", "check_spec"]
-
-_RESERVED = ("_target_", "weight")
+Function = Callable[[Sample], float | None]
+_LARGEST = sys.float_info.max  # no part is beyond it, and JSON carries no infinity
 
 
 @dataclass(frozen=True, slots=True)
-class NamedReward:
-    """A reward, the name its part is logged under, and its weight in the total."""
+class Weight:
+    """How the part of one named reward counts: its factor in the total, and the bounds it must keep."""
 
     name: str
-    weight: float
-    reward: Callable[[Sample], float | None]
+    value: float
+    bounds: tuple[float, float] = (-_LARGEST, _LARGEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,80 +37,69 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class RewardSet:
-    """The rewards of one specification; total = sum of weight * part."""
+    """The rewards of one specification, aligned with their weights."""
 
-    rewards: tuple[NamedReward, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(item.name for item in self.rewards)
+    weights: tuple[Weight, ...]
+    functions: tuple[Function, ...]
 
     def warm_up(self) -> None:
         """Run each reward's `warm_up`, if it has one."""
-        for item in self.rewards:
-            hook = getattr(item.reward, "warm_up", None)
-            if hook is not None:
-                hook()
+        for function in self.functions:
+            getattr(function, "warm_up", lambda: None)()
 
     def measure(self, sample: Sample) -> Measurement:
         """Call every reward. Never raises: what goes wrong is that reward's reason."""
         parts: dict[str, float | None] = {}
         reasons: dict[str, str] = {}
         answer: str | None = None
-        for item in self.rewards:
+        for weight, function in zip(self.weights, self.functions, strict=True):
+            name, extract = weight.name, getattr(function, "answer", None)
             try:
-                parts[item.name], reason = _checked(item.reward(sample), item)
-                if reason is not None:
-                    reasons[item.name] = reason
-                extract = getattr(item.reward, "answer", None)
-                if answer is None and extract is not None:
-                    found = extract(sample)
-                    answer = None if found is None else str(found)
+                parts[name], reason = _checked(function(sample), weight)
+                if extract is not None and answer is None and (found := extract(sample)) is not None:
+                    answer = str(found)
             except Unscorable as error:
-                parts[item.name], reasons[item.name] = None, f"{error} (reward {item.name!r})"
-            # BaseException: model text that is evaluated can raise SystemExit.
-            except BaseException as error:
-                parts[item.name] = None
-                reasons[item.name] = f"reward {item.name!r} raised {_describe(error)}"
+                parts[name], reason = None, f"{error} (reward {name!r})"
+            except BaseException as error:  # model text that is evaluated can raise SystemExit
+                parts[name], reason = None, f"reward {name!r} raised {_describe(error)}"
+            if reason is not None:
+                reasons[name] = reason
         return Measurement(parts, reasons, answer)
 
-    def total(self, measured: Measurement) -> tuple[float | None, str | None]:
-        """(score, reason) of a measurement, each part checked again (it may come from a child).
 
-        The score is None if a part with weight other than 0 is None, or the sum is not finite.
-        """
-        total: float | None = 0.0
-        reasons: list[str] = []
-        for item in self.rewards:
-            part, reason = _checked(measured.parts.get(item.name), item)
-            measured.parts[item.name] = part
-            if part is None:
-                reasons.append(measured.reasons.get(item.name) or reason or "not scored")
-                if item.weight != 0:
-                    total = None
-            elif total is not None:
-                total += item.weight * part
-        if total is not None and not math.isfinite(total):
-            reasons.append(f"the weighted sum of the parts is {total}")
-            total = None
-        return total, "; ".join(reasons) or None
+def total(weights: Sequence[Weight], measured: Measurement) -> tuple[float | None, dict[str, float | None], str | None]:
+    """(score = sum of weight * part, parts, reason), each part checked again: it may come from a child.
+
+    The score is None if a part with weight other than 0 is None, or the sum is not finite.
+    """
+    parts: dict[str, float | None] = {}
+    reasons: list[str] = []
+    score, complete = 0.0, True
+    for weight in weights:
+        part, reason = _checked(measured.parts.get(weight.name), weight)
+        parts[weight.name] = part
+        if part is not None:
+            score += weight.value * part
+        else:
+            reasons.append(measured.reasons.get(weight.name) or reason or "not scored")
+            complete = complete and weight.value == 0
+    if not math.isfinite(score):
+        reasons.append(f"the weighted sum of the parts is {score}")
+    return score if complete and math.isfinite(score) else None, parts, "; ".join(reasons) or None
 
 
-def _checked(value: Any, item: NamedReward) -> tuple[float | None, str | None]:
+def _checked(value: Any, weight: Weight) -> tuple[float | None, str | None]:
+    name = weight.name
     if value is None:
-        return None, f"reward {item.name!r} returned None"
+        return None, f"reward {name!r} returned None"
     try:
         number = float(value)
     except (TypeError, ValueError):
-        kind = type(value).__name__
-        return None, f"reward {item.name!r} returned {kind}, expected a number or None"
-    if math.isnan(number):
-        return None, f"NaN from reward {item.name!r}"
-    if math.isinf(number):
-        return None, f"{number} from reward {item.name!r}"
-    bounds = getattr(item.reward, "bounds", None)
-    if bounds is not None and not bounds[0] <= number <= bounds[1]:
-        return None, f"{number} from reward {item.name!r} lies outside its bounds {tuple(bounds)}"
+        return None, f"reward {name!r} returned {type(value).__name__}, expected a number or None"
+    if not math.isfinite(number):
+        return None, f"{'NaN' if math.isnan(number) else number} from reward {name!r}"
+    if not weight.bounds[0] <= number <= weight.bounds[1]:
+        return None, f"{number} from reward {name!r} lies outside its bounds {weight.bounds}"
     return number, None
 
 
@@ -126,102 +114,76 @@ def _describe(error: BaseException) -> str:
 def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Check the shape of a specification without importing a target; return it as plain dicts.
 
-    A specification maps names to `{"_target_": "module.Class", "weight": 1.0, **settings}`.
-    Raises RewardError.
+    A specification maps names to `{"_target_": "module.Class", "weight": 1.0, **settings}`. Raises RewardError.
     """
-    if not isinstance(spec, Mapping):
-        raise RewardError(f"reward specification is {type(spec).__name__}, expected a mapping of names to rewards")
-    if not spec:
-        raise RewardError("reward specification is empty; name at least one reward")
-    plain: dict[str, dict[str, Any]] = {}
-    for name, entry in spec.items():
-        if not isinstance(name, str) or not name:
-            raise RewardError(f"reward name {name!r} must be a non-empty string")
-        if not isinstance(entry, Mapping):
-            raise RewardError(f"reward {name!r} is {entry!r}, expected a mapping with _target_")
-        target = entry.get("_target_")
-        if target is None:
-            hint = [key for key in entry if str(key).strip("_") == "target"]
-            more = f"; {hint[0]!r} should read '_target_'" if hint else ""
-            raise RewardError(
-                f"reward {name!r} has no _target_; give the import path of a reward, "
-                f"e.g. rewards.math_verify.MathVerify{more}"
-            )
-        if not isinstance(target, str) or "." not in target:
-            raise RewardError(f"reward {name!r}: _target_={target!r} must be an import path 'module.Class'")
-        weight = entry.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise RewardError(f"reward {name!r}: weight={weight!r} must be a number")
-        if not math.isfinite(weight):
-            raise RewardError(f"reward {name!r}: weight={weight!r} must be finite")
-        plain[name] = {str(key): value for key, value in entry.items()}
-    if all(entry.get("weight", 1.0) == 0 for entry in plain.values()):
+    if not isinstance(spec, Mapping) or not spec:
         raise RewardError(
-            f"every reward has weight 0 ({', '.join(plain)}): each total would be 0; give at least one a weight"
+            f"reward specification {spec!r} is empty or no mapping; expected a mapping of names to rewards"
         )
-    return plain
+    for name, entry in spec.items():
+        if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
+            raise RewardError(f"reward {name!r} is {entry!r}, expected a name and a mapping with _target_")
+        target, weight = entry.get("_target_"), entry.get("weight", 1.0)
+        if not isinstance(target, str) or "." not in target:
+            raise RewardError(
+                f"reward {name!r} with the keys {list(entry)}: _target_={target!r} must be an import path, "
+                "e.g. rewards.math_verify.MathVerify"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise RewardError(f"reward {name!r}: weight={weight!r} must be a finite number")
+    if all(entry.get("weight", 1.0) == 0 for entry in spec.values()):
+        raise RewardError(f"every reward has weight 0 ({', '.join(spec)}), so each total is 0; give one another weight")
+    return {name: {str(key): value for key, value in entry.items()} for name, entry in spec.items()}
 
 
 def build(spec: Mapping[str, Any]) -> RewardSet:
     """Import and construct the rewards of a specification. Raises RewardError."""
-    items = []
+    weights, functions = [], []
     for name, entry in check_spec(spec).items():
-        settings = {key: value for key, value in entry.items() if key not in _RESERVED}
-        reward = _construct(name, entry["_target_"], settings)
-        items.append(NamedReward(name, float(entry.get("weight", 1.0)), reward))
-    return RewardSet(tuple(items))
+        target, weight = entry.pop("_target_"), float(entry.pop("weight", 1.0))
+        try:
+            function = _construct(target, entry)
+        except RewardError as error:
+            raise RewardError(f"reward {name!r}: {error}") from error
+        low, high = getattr(function, "bounds", (-_LARGEST, _LARGEST))
+        weights.append(Weight(name, weight, (max(float(low), -_LARGEST), min(float(high), _LARGEST))))
+        functions.append(function)
+    return RewardSet(tuple(weights), tuple(functions))
 
 
-def _construct(name: str, target: str, settings: dict[str, Any]) -> Callable[[Sample], float | None]:
-    factory = _locate(name, target)
-    # A plain function takes the sample first and its settings by keyword.
-    plain = inspect.isfunction(factory)
-    parameters = list(inspect.signature(factory).parameters.values())[1 if plain else 0 :]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        known = [parameter.name for parameter in parameters]
-        for key, value in settings.items():
-            if key not in known:
-                raise RewardError(
-                    f"reward {name!r}: {target} has no setting {key!r} (value {value!r}); {nearest(key, known)}"
-                )
-    for parameter in parameters:
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if required and parameter.name not in settings:
-            raise RewardError(f"reward {name!r}: {target} needs the setting {parameter.name!r}")
+def _construct(target: str, settings: dict[str, Any]) -> Function:
+    factory = _locate(target)
+    plain = inspect.isfunction(factory)  # a function takes the sample first and its settings by keyword
+    try:
+        inspect.signature(factory).bind(*[None] * plain, **settings)
+    except TypeError as error:
+        known = list(inspect.signature(factory).parameters)[plain:]
+        wrong = next((f"; {key!r} is not one, {nearest(key, known)}" for key in settings if key not in known), "")
+        raise RewardError(f"{target}: {error}; its settings are {', '.join(known) or 'none'}{wrong}") from error
     if plain:
         return functools.partial(factory, **settings)
     try:
         reward = factory(**settings)
-    except RewardError as error:
-        raise RewardError(f"reward {name!r}: {error}") from error
+    except RewardError:
+        raise
     except Exception as error:
-        raise RewardError(f"reward {name!r}: {target}({settings}) raised {_describe(error)}") from error
+        raise RewardError(f"{target}({settings}) raised {_describe(error)}") from error
     if not callable(reward):
-        raise RewardError(
-            f"reward {name!r}: {target} builds a {type(reward).__name__}, which is not callable; "
-            "give it __call__(self, sample)"
-        )
+        raise RewardError(f"{target} builds a {type(reward).__name__}, not callable; give it __call__(self, sample)")
     return reward  # type: ignore[no-any-return]
 
 
-def _locate(name: str, target: str) -> Callable[..., Any]:
+def _locate(target: str) -> Callable[..., Any]:
     module_name, _, attribute = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise RewardError(
-            f"reward {name!r}: _target_={target!r}: importing {module_name!r} raised "
-            f"{_describe(error)}; is it on the Python path?"
-        ) from error
+        problem = f"importing {module_name!r} raised {_describe(error)}; is it on the Python path?"
+        raise RewardError(f"_target_={target!r}: {problem}") from error
     found = getattr(module, attribute, None)
-    if found is None:
+    if not callable(found):
         members = [key for key, value in vars(module).items() if callable(value)]
         raise RewardError(
-            f"reward {name!r}: module {module_name!r} has no {attribute!r}; {nearest(attribute, members)}"
+            f"_target_={target!r}: {module_name!r} has no callable {attribute!r}; {nearest(attribute, members)}"
         )
-    if not callable(found):
-        raise RewardError(f"reward {name!r}: {target} is {found!r}, which cannot be called")
     return found  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from rewards import Limits, RewardError, Sample, VerifierPool
-from rewards import landlock as landlock_module
+from rewards.kernel import landlock_abi
 from rewards.sandbox import Sandbox
 
 Make = Callable[..., Sample]
@@ -107,13 +107,13 @@ def test_attack_through_a_scorer_has_no_effect(
     attack: str, task: str, scene: Scene, gym: VerifierPool, entries: dict[str, dict[str, Any]]
 ) -> None:
     entry = entries[task]
-    pids = gym.worker_pids
+    pid = gym.warm_pid
     right = _gym_sample(entry, str(entry["answer"] or "1"))
     attacked, neighbour = gym.score_sync([_gym_sample(entry, scene.answer(task, attack)), right])
     assert scene.traces() == []
     assert attacked.score != 1.0
     assert neighbour.parts.keys() == {"gym"} and neighbour.score is not None
-    assert gym.worker_pids == pids and gym.counts.restarts == 0
+    assert gym.warm_pid == pid and gym.counts.restarts == 0
 
 
 _CONTROL = """
@@ -235,11 +235,11 @@ def test_huge_allocation_through_a_scorer(task: str, gym: VerifierPool, entries:
     entry = entries[task]
     right = _gym_sample(entry, str(entry["answer"]))
     bomb = _gym_sample(entry, "['x' * len(bytearray(10**10))]")
-    peak = psutil.Process(gym.worker_pids[0]).memory_info().rss
+    peak = psutil.Process(gym.warm_pid).memory_info().rss
     first, second = gym.score_sync([bomb, right])
     # The scorer takes its MemoryError for a malformed answer: a verdict of its own.
     assert first.score == 0.0 and second.score == 1.0
-    assert psutil.Process(gym.worker_pids[0]).memory_info().rss < peak + 2**26
+    assert psutil.Process(gym.warm_pid).memory_info().rss < peak + 2**26
 
 
 def test_fork_bomb_makes_no_process(told: VerifierPool, sample: Make) -> None:
@@ -247,7 +247,7 @@ def test_fork_bomb_makes_no_process(told: VerifierPool, sample: Make) -> None:
     before = len(psutil.pids())
     told.score_sync([sample(bomb)])
     assert len(psutil.pids()) < before + 20
-    worker = psutil.Process(told.worker_pids[0])
+    worker = psutil.Process(told.warm_pid)
     deadline = time.monotonic() + 2
     while worker.children() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -271,7 +271,7 @@ def test_secrets_of_the_pool_are_out_of_reach(sample: Make, tmp_path: Path, monk
         ]
         scores = pool.score_sync([sample(text) for text in texts])
     assert scores[0].score == 1.0
-    if landlock_module.abi() == 0:
+    if landlock_abi() == 0:
         assert scores[1].score == scores[2].score == 1.0
         pytest.skip("no Landlock here: files can be read, see docs/rewards.md")
     for score in scores[1:]:
@@ -286,14 +286,14 @@ def test_read_paths_open_a_file(sample: Make, tmp_path: Path) -> None:
         assert pool.score_sync([sample()])[0].score == 1.0
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-def test_reach_within_a_batch(isolated: bool, sample: Make) -> None:
-    """Known and documented: evaluated text can forge its batch, unless each sample is isolated."""
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_reach_within_a_batch(batch_size: int, sample: Make) -> None:
+    """Known and documented: evaluated text can forge its batch, unless each sample has a process of its own."""
     forge = "evaluate setattr(__import__('user_rewards'), 'float', lambda text: 99.0) or True"
     spec = {"told": {"_target_": "user_rewards.Misbehave"}}
-    with VerifierPool(spec, workers=1, isolated=isolated) as pool:
+    with VerifierPool(spec, workers=1, batch_size=batch_size) as pool:
         scores = pool.score_sync([sample(forge), sample("value 1")])
-        assert scores[1].score == (1.0 if isolated else 99.0)
+        assert scores[1].score == (1.0 if batch_size == 1 else 99.0)
         # The next batch has a child of its own, whatever happened before.
         assert pool.score_sync([sample("value 1")])[0].score == 1.0
 
@@ -334,7 +334,7 @@ def test_limits_only_still_bounds_memory_and_ends_grandchildren(sample: Make) ->
         daemon = f"evaluate {OS}.fork() or ({OS}.setsid(), __import__('time').sleep(3600))"
         scores = pool.score_sync([sample("evaluate bytearray(10**10)"), sample(daemon)])
         assert "MemoryError" in str(scores[0].reason) and scores[1].score == 1.0
-        worker = psutil.Process(pool.worker_pids[0])
+        worker = psutil.Process(pool.warm_pid)
         deadline = time.monotonic() + 5
         while worker.children(recursive=True) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewards
-from rewards import RewardError, RewardSet, Sample, build
-from rewards.spec import Measurement, NamedReward
+from rewards import RewardError, Sample, build
+from rewards.spec import Measurement, Weight, total
 
 BEHAVE = {"_target_": "user_rewards.Misbehave"}
 EQUALS = {"_target_": "user_rewards.equals"}
@@ -26,19 +26,19 @@ EQUALS = {"_target_": "user_rewards.equals"}
     [
         ({}, "empty"),
         ([], "expected a mapping"),
-        ({"a": 3}, "expected a mapping with _target_"),
-        ({"a": {"weight": 1}}, "no _target_"),
-        ({"a": {"target": "x.Y"}}, "should read '_target_'"),
+        ({"a": 3}, "expected a name and a mapping with _target_"),
+        ({"a": {"weight": 1}}, "_target_=None must be an import path"),
+        ({"a": {"target": "x.Y"}}, r"keys \['target'\]: _target_=None"),
         ({"a": {"_target_": "Plain"}}, "import path"),
-        ({"a": {**BEHAVE, "weight": math.nan}}, "must be finite"),
-        ({"a": {**BEHAVE, "weight": "1"}}, "must be a number"),
-        ({"a": {**BEHAVE, "weight": True}}, "must be a number"),
+        ({"a": {**BEHAVE, "weight": math.nan}}, "must be a finite number"),
+        ({"a": {**BEHAVE, "weight": "1"}}, "must be a finite number"),
+        ({"a": {**BEHAVE, "weight": True}}, "must be a finite number"),
         ({"a": {**BEHAVE, "weight": 0}}, "every reward has weight 0"),
         ({"a": {"_target_": "no_such_module.X"}}, "no_such_module"),
         ({"a": {"_target_": "user_rewards.Misbehav"}}, "did you mean 'Misbehave'"),
         ({"a": {**EQUALS, "facter": 2.0}}, "did you mean 'factor'"),
         ({"a": {"_target_": "rewards.math_verify.MathVerify", "strickt": 1}}, "mean 'strict'"),
-        ({"a": {"_target_": "user_rewards.BreaksAtStart"}}, "needs the setting 'how'"),
+        ({"a": {"_target_": "user_rewards.BreaksAtStart"}}, "missing a required argument: 'how'"),
         ({"a": {"_target_": "rewards.math_verify.MathVerify", "extract": "bxed"}}, "'bxed'"),
         ({"a": {"_target_": "pathlib.Path"}}, "not callable"),
     ],
@@ -57,7 +57,7 @@ def test_one_specification_per_import_path(sample: Callable[..., Sample]) -> Non
     )
     measured = rewards.measure(sample("value 3", "value 3"))
     assert measured.parts == {"function": 0.5, "object": 3.0}
-    assert rewards.total(measured) == (2 * 0.5 - 3.0, None)
+    assert total(rewards.weights, measured) == (2 * 0.5 - 3.0, measured.parts, None)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_a_missing_part_is_never_zero(completion: str, says: str, weight: float,
     rewards = build({"a": {**BEHAVE, "weight": weight}, "b": EQUALS})
     measured = rewards.measure(sample(completion, completion))
     assert measured.parts == {"a": None, "b": 1.0}
-    total, reason = rewards.total(measured)
-    assert total == (None if weight else 1.0)
+    score, parts, reason = total(rewards.weights, measured)
+    assert score == (None if weight else 1.0) and parts == measured.parts
     assert reason is not None and says in reason
 
 
@@ -87,25 +87,26 @@ finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 @given(st.lists(st.tuples(finite, st.none() | finite), min_size=1, max_size=5))
 def test_total_is_the_weighted_sum_or_none(rows: list[tuple[float, float | None]]) -> None:
-    rewards = RewardSet(tuple(NamedReward(str(i), w, lambda _: 0.0) for i, (w, _) in enumerate(rows)))
+    weights = [Weight(str(i), w) for i, (w, _) in enumerate(rows)]
     parts = {str(i): part for i, (_, part) in enumerate(rows)}
-    total, reason = rewards.total(Measurement(dict(parts), {}, None))
+    score, same, reason = total(weights, Measurement(parts, {}, None))
+    assert same == parts
     if any(part is None and weight != 0 for weight, part in rows):
-        assert total is None and reason
+        assert score is None and reason
     else:
-        assert total == sum(weight * part for weight, part in rows if part is not None)
+        assert score == sum(weight * part for weight, part in rows if part is not None)
 
 
 def test_overflowing_sum_is_none() -> None:
-    rewards = RewardSet(tuple(NamedReward(name, 1e308, lambda _: 0.0) for name in "ab"))
-    total, reason = rewards.total(Measurement({"a": 1e3, "b": 1.0}, {}, None))
-    assert total is None and reason is not None and "inf" in reason
+    measured = Measurement({"a": 1e3, "b": 1.0}, {}, None)
+    score, _, reason = total([Weight("a", 1e308), Weight("b", 1e308)], measured)
+    assert score is None and reason is not None and "inf" in reason
 
 
 def test_a_forged_value_outside_the_bounds_is_refused() -> None:
     rewards = build({"m": {"_target_": "rewards.math_verify.MathVerify"}})
-    total, reason = rewards.total(Measurement({"m": 1e9}, {}, None))
-    assert total is None and reason is not None and "outside its bounds" in reason
+    score, parts, reason = total(rewards.weights, Measurement({"m": 1e9, "forged": 1.0}, {}, None))
+    assert score is None and parts == {"m": None} and reason is not None and "outside its bounds" in reason
 
 
 def test_the_package_stands_alone_and_is_light() -> None:

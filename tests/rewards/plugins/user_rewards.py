@@ -49,14 +49,14 @@ class Misbehave:
             case ["garbage"]:
                 for fd in range(3, 64):
                     try:
-                        os.write(fd, b"\x00\x00\x00\x04junk")
+                        os.write(fd, b"junk\n")
                     except OSError:
                         continue
                 time.sleep(60)
-            case ["huge-frame"]:
+            case ["huge-line"]:
                 for fd in range(3, 64):
                     try:
-                        os.write(fd, b"\xff\xff\xff\xff")
+                        os.write(fd, b"9" * (1 << 22))
                     except OSError:
                         continue
                 time.sleep(60)

@@ -1,0 +1,199 @@
+"""The zygote: imports the rewards once, then forks confined scoring children at the pool's command.
+
+Run as `python -m rewards.zygote <pid of the pool>`, its end of a Unix socket pair as stdin. It never evaluates
+model text: a child does, which serves samples on a socket of its own until the pool closes that. All messages
+are JSON, one a line, decoded into typed records.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+import msgspec
+
+from rewards.base import RewardError, Sample
+from rewards.sandbox import Limits, Sandbox, adopt_orphans, die_with
+from rewards.spec import Measurement, RewardSet, build
+
+_MAX_TEXT_CHARS = 10_000
+
+decode = msgspec.json.decode
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """Settings of a pool, see `VerifierPool`. Sent once; the answer is a list of `Weight`, or a RewardError's text.
+
+    After that the pool sends pairs (pid, patience_s): end that child; the answer says in words how it ended. Or, with
+    pid 0 and a socket beside it: fork a child that serves the socket; the answer is its pid.
+    """
+
+    spec: dict[str, dict[str, Any]]
+    workers: int
+    batch_size: int
+    timeout_s: float
+    start_timeout_s: float
+    max_restarts: int
+    sandbox: str
+    limits: Limits
+    read_paths: list[str]
+    work_dir: str
+
+
+def line(message: object) -> bytes:
+    """One message as it is sent."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+class Zygote:
+    """Warm rewards, the sandbox of their children, and the children that live now."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Import the rewards and warm them up. Raises RewardError."""
+        self._setup = setup
+        self._rewards = build(setup.spec)
+        self._rewards.warm_up()
+        self._sandbox = Sandbox(setup.sandbox, setup.limits, setup.read_paths)
+        self._kept = _children()  # what the rewards started themselves
+        self._living: set[int] = set()  # pids of scoring children
+        self._pid = os.getpid()
+
+    def serve(self, control: socket.socket) -> None:
+        """Obey until the pool closes the control socket; then end all children."""
+        control.sendall(line(self._rewards.weights))
+        while (message := socket.recv_fds(control, 4096, 1))[0]:
+            pid, patience_s = decode(message[0], type=tuple[int, float])
+            if pid == 0:
+                control.sendall(line(self._fork(socket.socket(fileno=message[1][0]))))
+            else:
+                control.sendall(line(self._end(pid, patience_s)))
+        for pid in list(self._living):
+            self._end(pid)
+
+    def _fork(self, peer: socket.socket) -> int:
+        pid = os.fork()
+        if pid == 0:
+            self._live(peer)
+        peer.close()
+        self._living.add(pid)
+        return pid
+
+    def _live(self, peer: socket.socket) -> NoReturn:
+        """A child's life: it confines itself, says so (an empty text, or what failed), and scores.
+
+        It leaves by os._exit: none of the zygote's own exit handlers may run here.
+        """
+        try:
+            try:
+                os.setsid()
+                die_with(self._pid)
+                _drop_descriptors({peer.fileno(), *self._sandbox.kept_fds()})
+                os.chdir(self._setup.work_dir)
+                self._sandbox.enter(math.ceil(self._setup.timeout_s * self._setup.batch_size) + 2)
+            except Exception as error:  # whatever it is, the pool must hear of it
+                peer.sendall(line(f"{type(error).__name__}: {error}"))
+            else:
+                peer.sendall(line(""))
+                _score(peer, self._rewards)
+        finally:
+            os._exit(1)
+
+    def _end(self, pid: int, patience_s: float = 0.0) -> str:
+        """Kill the child's session after `patience_s`, reap it, kill what it left behind; say how it ended."""
+        deadline = time.monotonic() + patience_s
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if not ended[0]:
+            _kill(pid)
+        self._living.remove(pid)
+        while orphans := _children() - self._kept - self._living:  # mode `limits` lets it fork
+            for orphan in orphans:
+                _kill(orphan)
+        code = os.waitstatus_to_exitcode(ended[1])
+        if not ended[0]:
+            return "closed its result pipe"
+        if code == -signal.SIGXCPU:
+            return "used up its CPU time"
+        return f"crashed (signal {-code})" if code < 0 else f"exited (status {code})"
+
+
+def _score(peer: socket.socket, rewards: RewardSet) -> None:
+    """In a child: measure one sample after the other."""
+    for request in peer.makefile("rb"):
+        index, sample = decode(request, type=tuple[int, Sample])
+        found = rewards.measure(sample)
+        reasons = {name: _plain(reason) for name, reason in found.reasons.items()}
+        answer = None if found.answer is None else _plain(found.answer)
+        peer.sendall(line((index, Measurement(found.parts, reasons, answer))))
+
+
+def _plain(text: str) -> str:
+    """Cut to a sane length; without lone surrogates, which JSON cannot carry."""
+    return text[:_MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")
+
+
+def _drop_descriptors(keep: set[int]) -> None:
+    """Standard streams to /dev/null; all others but `keep` closed, the control socket too."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    low = 3
+    for fd in [*sorted(keep), os.sysconf("SC_OPEN_MAX")]:
+        os.closerange(low, fd)
+        low = fd + 1
+
+
+def _children() -> set[int]:
+    """Children of this process, adopted ones too."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            return {int(pid) for pid in file.read().split()}
+    except FileNotFoundError:  # not Linux, or a kernel without it: nothing to adopt
+        return set()
+
+
+def _kill(pid: int) -> None:
+    """SIGKILL a child, with its whole session if it leads one, and reap it."""
+    if os.getpgid(pid) == pid:
+        os.killpg(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def main() -> None:
+    """Warm up and obey, or tell the pool why the rewards cannot be had."""
+    die_with(int(sys.argv[1]))
+    adopt_orphans()
+    control = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as null, control.makefile("rb") as first:
+        os.dup2(null.fileno(), 0)
+        setup = decode(first.readline(), type=Setup)
+    try:
+        zygote = Zygote(setup)
+    except RewardError as error:
+        return control.sendall(line(str(error)))
+    except Exception:
+        return control.sendall(line(f"a reward's warm_up raised:\n{traceback.format_exc()}"))
+    gc.collect()
+    gc.freeze()  # children touch fewer of the shared pages
+    zygote.serve(control)
+
+
+if __name__ == "__main__":
+    status = 0
+    try:
+        main()
+    except BrokenPipeError:  # the pool is gone
+        pass
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # a reward's own threads must not keep alive what the pool has let go
