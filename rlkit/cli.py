@@ -24,6 +24,7 @@ RECIPE_COMMANDS = {
     "sft": ("rlkit.learner.sft", "only the warm start of a recipe"),
     "eval": ("rlkit.evaluation.run", "evaluate a checkpoint (or the initial model) on a recipe's held-out sets"),
     "check": ("rlkit.config.check", "print the resolved config, batch table and memory estimate; start nothing"),
+    "sweep": ("rlkit.experiments.sweep", "train variants x seeds: key=value,value,... is swept"),
     "check-parity": ("rlkit.learner.parity", "compare the engine's log-probs with the learner's"),
 }
 # Command -> module whose main(run folder) does it, and its help.
@@ -31,10 +32,15 @@ RUN_COMMANDS = {
     "report": ("rlkit.telemetry.report", "write report.html and plots of a run folder"),
     "buffer": ("rlkit.buffer.inspect", "show what a run's buffer holds"),
 }
+# Command -> module whose main(arguments) does it with a grammar of its own, and its help.
+OTHER_COMMANDS = {
+    "rollouts": ("rlkit.telemetry.rollouts", "read a run's completions"),
+    "compare": ("rlkit.experiments.compare", "compare variants over seeds"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar; `rollouts` has its own."""
+    """The command line's grammar."""
     top = argparse.ArgumentParser(prog="rlkit", description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=f"rlkit {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -44,10 +50,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--config-dir", type=Path, help="folder with your own recipes, searched first")
         if name == "eval":
             command.add_argument("--checkpoint", type=Path, help="checkpoints/step_N of a run")
+        if name == "sweep":
+            command.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     for name, (_, text) in RUN_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("run", type=Path, help="run folder, outputs/NAME")
-    commands.add_parser("rollouts", help="read a run's completions", add_help=False)
+    for name, (_, text) in OTHER_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
     return top
 
 
@@ -71,17 +80,20 @@ def _dispatch(arguments: list[str]) -> int:
     # Overrides may stand before and after options, which argparse's subcommands do not expect.
     options, rest = grammar.parse_known_args(arguments)
     command = options.command
-    if command == "rollouts":
-        return _main_of("rlkit.telemetry.rollouts", arguments[arguments.index("rollouts") + 1 :])
+    if command in OTHER_COMMANDS:
+        return _main_of(OTHER_COMMANDS[command][0], arguments[arguments.index(command) + 1 :])
     flags = [text for text in rest if text.startswith("-")]
     if flags or (rest and command in RUN_COMMANDS):
         grammar.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     if command in RUN_COMMANDS:
         return _main_of(RUN_COMMANDS[command][0], options.run)
+    recipe, overrides = split_recipe([*options.overrides, *rest])
+    if command == "sweep":
+        return _main_of(RECIPE_COMMANDS[command][0], recipe, overrides, options.config_dir, options.jobs)
     from rlkit.config.compose import load
     from rlkit.config.verify import verify
 
-    config, raw = load(*split_recipe([*options.overrides, *rest]), config_dir=options.config_dir)
+    config, raw = load(recipe, overrides, config_dir=options.config_dir)
     verify(config)
     return _main_of(RECIPE_COMMANDS[command][0], config, raw, *([options.checkpoint] if command == "eval" else []))
 
