@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rewards.errors import RewardError
+from rewards import RewardError
 from rlkit import __version__
 from rlkit.errors import ConfigError, RlkitError
 
