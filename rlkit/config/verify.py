@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards import RewardError
-from rewards.spec import build as build_rewards
+from rewards import build as build_rewards
 from rlkit.config.components import TARGET, build, validate
 from rlkit.config.keys import Key, datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
