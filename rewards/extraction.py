@@ -56,7 +56,9 @@ def extract(text: str, method: str, marker: str = "") -> str | None:
         case "whole":
             found = text
         case "tag":
-            found = _last_tag(text, marker or "answer")
+            before, closed, _ = text.rpartition(f"</{marker or 'answer'}>")
+            _, opened, inside = before.rpartition(f"<{marker or 'answer'}>")
+            found = inside if closed and opened else None
         case "delimiter":
             _, hit, after = text.rpartition(marker)
             found = after.strip().split("\n", 1)[0] if hit else None
@@ -87,12 +89,3 @@ def last_number(text: str) -> str | None:
         value, start = match.group(), match.start()
         found = value[1:] if value[0] in "+-" and start and text[start - 1].isdigit() else value
     return found
-
-
-def _last_tag(text: str, name: str) -> str | None:
-    opening, closing = f"<{name}>", f"</{name}>"
-    end = text.rfind(closing)
-    if end < 0:
-        return None
-    start = text.rfind(opening, 0, end)
-    return None if start < 0 else text[start + len(opening) : end]

@@ -73,7 +73,6 @@ class VerifierPool:
     ) -> None:
         plain, limits = check_spec(spec), limits or Limits()
         paths = [os.path.abspath(path) for path in read_paths]
-        settings = (plain, workers, batch_size, timeout_s, start_timeout_s, max_restarts, sandbox, limits, paths)
         counts = {"workers": workers, "batch_size": batch_size, "max_restarts": max_restarts, **asdict(limits)}
         for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -92,8 +91,8 @@ class VerifierPool:
             line(plain)
         except (TypeError, UnicodeEncodeError) as error:
             raise RewardError(f"reward settings must be plain JSON values: {error}") from error
-        work_dir = tempfile.mkdtemp(prefix="rewards-")
-        self._scorer = _Scorer(Setup(*settings, work_dir))
+        settings = (plain, workers, batch_size, timeout_s, start_timeout_s, max_restarts, sandbox, limits, paths)
+        self._scorer = _Scorer(Setup(*settings, tempfile.mkdtemp(prefix="rewards-")))
         # Also at interpreter exit and when the pool is dropped unclosed.
         self._finalizer = weakref.finalize(self, self._scorer.close)
         try:

@@ -117,18 +117,14 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     A specification maps names to `{"_target_": "module.Class", "weight": 1.0, **settings}`. Raises RewardError.
     """
     if not isinstance(spec, Mapping) or not spec:
-        raise RewardError(
-            f"reward specification {spec!r} is empty or no mapping; expected a mapping of names to rewards"
-        )
+        raise RewardError(f"reward specification {spec!r} is empty or none; expected a mapping of names to rewards")
     for name, entry in spec.items():
         if not isinstance(name, str) or not name or not isinstance(entry, Mapping):
             raise RewardError(f"reward {name!r} is {entry!r}, expected a name and a mapping with _target_")
         target, weight = entry.get("_target_"), entry.get("weight", 1.0)
         if not isinstance(target, str) or "." not in target:
-            raise RewardError(
-                f"reward {name!r} with the keys {list(entry)}: _target_={target!r} must be an import path, "
-                "e.g. rewards.math_verify.MathVerify"
-            )
+            problem = f"_target_={target!r} must be an import path, e.g. rewards.math_verify.MathVerify"
+            raise RewardError(f"reward {name!r} with the keys {list(entry)}: {problem}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise RewardError(f"reward {name!r}: weight={weight!r} must be a finite number")
     if all(entry.get("weight", 1.0) == 0 for entry in spec.values()):
@@ -145,7 +141,7 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
             function = _construct(target, entry)
         except RewardError as error:
             raise RewardError(f"reward {name!r}: {error}") from error
-        low, high = getattr(function, "bounds", (-_LARGEST, _LARGEST))
+        low, high = getattr(function, "bounds", None) or (-_LARGEST, _LARGEST)
         weights.append(Weight(name, weight, (max(float(low), -_LARGEST), min(float(high), _LARGEST))))
         functions.append(function)
     return RewardSet(tuple(weights), tuple(functions))
@@ -183,7 +179,6 @@ def _locate(target: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if not callable(found):
         members = [key for key, value in vars(module).items() if callable(value)]
-        raise RewardError(
-            f"_target_={target!r}: {module_name!r} has no callable {attribute!r}; {nearest(attribute, members)}"
-        )
+        problem = f"{module_name!r} has no callable {attribute!r}"
+        raise RewardError(f"_target_={target!r}: {problem}; {nearest(attribute, members)}")
     return found  # type: ignore[no-any-return]

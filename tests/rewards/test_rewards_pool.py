@@ -79,6 +79,13 @@ def test_one_bad_sample_costs_only_itself(pool: VerifierPool, completion: str, r
     assert after.restarts == before.restarts
 
 
+def test_a_second_answer_is_not_taken_for_the_next_sample(sample: Make) -> None:
+    with VerifierPool(SPEC, workers=1) as pool:
+        scores = pool.score_sync([sample("answer-ahead"), sample("value 1"), sample("value 2")])
+    assert _scores(scores) == [7.0, None, 2.0]  # evaluated text can forge its own score, not another's
+    assert scores[1].reason == "verifier answered out of turn"
+
+
 def test_timeout_keeps_its_limit(pool: VerifierPool, sample: Make) -> None:
     started = time.monotonic()
     (score,) = pool.score_sync([sample("spin")])
@@ -137,7 +144,9 @@ def test_cancelled_scoring_leaves_the_pool_usable(pool: VerifierPool, sample: Ma
             await asyncio.wait_for(pool.score([sample("sleep 0.5")] * 6), 0.1)
 
     asyncio.run(cancel())
+    started = time.monotonic()
     assert _scores(pool.score_sync([sample("value 7")])) == [7.0]
+    assert time.monotonic() - started < 1.2  # what nobody waits for any more is not scored
 
 
 def test_pool_made_off_the_main_thread(sample: Make) -> None:
