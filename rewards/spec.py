@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -127,6 +128,10 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise RewardError(f"reward {name!r} with the keys {list(entry)}: {problem}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise RewardError(f"reward {name!r}: weight={weight!r} must be a finite number")
+        try:  # settings travel to the verifier process as JSON, in which NaN would become null
+            json.dumps(dict(entry), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"reward {name!r}: {dict(entry)!r} must hold JSON values only: {error}") from error
     if all(entry.get("weight", 1.0) == 0 for entry in spec.values()):
         raise RewardError(f"every reward has weight 0 ({', '.join(spec)}), so each total is 0; give one another weight")
     return {name: {str(key): value for key, value in entry.items()} for name, entry in spec.items()}
