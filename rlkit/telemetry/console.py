@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlkit.telemetry.names import Metrics, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, is_warm_start
 
 FIELDS = (
     ("reward", "reward/mean", ".3f"),
@@ -18,7 +16,6 @@ FIELDS = (
     ("loss", "sft/loss", ".4f"),
     ("s/step", "time/step", ".2f"),
 )
-EVAL_NAME = re.compile(r"eval/([^/]+)/((avg|pass|maj)@(\d+))")
 PACE_WINDOW_S = 3600.0
 """The time left is told by the pace of the steps in this window."""
 

@@ -1,48 +1,25 @@
-"""The report's figures: drawn without a display, kept as PNG, handed to the page as SVG."""
+"""The report's figures: drawn without a display, kept as PNG, handed to the page as SVG.
+
+Style and the plain line figures are in report.yaml.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlkit.telemetry.names import check_name
+from rlkit.telemetry.names import check_name, load_text
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
-BLUE, ORANGE, GREEN, PURPLE, RED = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
+BLUE, *_ = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
 GREY = "#a3a9b3"
-SMALL = (4.4, 2.7)
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "#9aa1ac", "axes.labelcolor": "#4b5563", "axes.titlesize": 10, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaee",
-    "xtick.color": "#4b5563", "ytick.color": "#4b5563", "legend.frameon": False, "legend.fontsize": 8,
-    "lines.linewidth": 1.6, "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "rlkit",
-}  # fmt: skip
-
-# file name -> title, and label -> metric; the glossary has unit and caption
-LINES = {
-    "reward_std": ("Spread of scores", {"sd": "reward/std"}),
-    "truncated": ("Completions cut at the limit", {"cut": "completion/truncated_frac"}),
-    "entropy": ("Policy entropy", {"entropy": "policy/entropy"}),
-    "grad_norm": ("Gradient norm", {"norm": "policy/grad_norm"}),
-    "learning_rate": ("Learning rate", {"rate": "learner/learning_rate"}),
-    "kl": ("KL divergence", {"to the old policy": "policy/kl_old", "to the reference": "policy/kl_ref"}),
-    "clipping": ("Clipped tokens", {"below": "policy/clip_frac/low", "above": "policy/clip_frac/high"}),
-    "mismatch": ("Log-prob mismatch", {w: f"mismatch/logprob_absdiff/{w}" for w in ("mean", "max")}),
-    "lag": ("Staleness", {which: f"off_policy/lag/{which}" for which in ("mean", "max")}),
-    "step_time": ("Time of a step", {"seconds": "time/step"}),
-    "throughput": ("Throughput", {"tokens": "perf/tokens_per_s"}),
-    "warm_start": ("Warm start: loss", {"loss": "sft/loss"}),
-}
 TIME_PARTS = ("generate", "score", "wait_rollout", "old_logits", "learner", "weight_sync", "checkpoint", "eval")
 
 
@@ -53,7 +30,7 @@ def smooth(values: Sequence[float]) -> tuple[list[float], int]:
     return means, 2 * half + 1
 
 
-def new_figure(columns: int = 1, size: tuple[float, float] = SMALL) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int = 1, size: tuple[float, float] = (4.4, 2.7)) -> tuple[Figure, list[Axes]]:
     """A figure (inches) with its axes, whose x counts steps."""
     figure = Figure(figsize=size, layout="constrained")
     figure.subplots(1, columns)
@@ -142,16 +119,12 @@ def groups(run: RunRecord) -> Figure | None:
     if not steps or steps != other:
         return None
     figure, (axes,) = new_figure()
-    below = [1 - value for value in right]
-    for low, high, colour, label in (
-        (below, [1.0] * len(steps), "#a9d3ba", "all correct"),
-        (wrong, below, BLUE, "mixed"),
-        ([0.0] * len(steps), wrong, "#e3a5a5", "all wrong"),
-    ):
-        axes.fill_between(steps, smooth(low)[0], smooth(high)[0], color=colour, label=label)
+    shares = [smooth(share)[0] for share in (wrong, [1 - x - y for x, y in zip(right, wrong, strict=True)], right)]
+    labels, colours = ("all wrong", "mixed", "all correct"), ("#e3a5a5", BLUE, "#a9d3ba")
+    axes.stackplot(steps, shares, labels=labels, colors=colours)
     axes.set(title="Groups by their scores", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3, reverse=True)
     return figure
 
 
@@ -205,37 +178,29 @@ def time_split(run: RunRecord) -> Figure | None:
 DRAWINGS: tuple[Callable[[RunRecord], Figure | None], ...] = (
     learning_curve, evaluations, named_rewards, groups, lengths, time_split,
 )  # fmt: skip
+LINES: dict[str, tuple[str, dict[str, str]]] = load_text("report.yaml")["lines"]
 PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A drawn panel: its name, what it shows, and its SVG as a data URI for the page."""
-
-    name: str
-    caption: str
-    svg_uri: str
-
-
-def draw_all(run: RunRecord) -> tuple[list[Drawn], list[str]]:
-    """Draw every panel the run has data for into plots/*.png; return them, and the names of those without data.
+def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
+    """Draw into plots/*.png what the run has data for; panel -> (caption, SVG as a data URI), None without data.
 
     A picture an earlier report drew and this run's metrics no longer support is removed.
     """
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    drawn: list[Drawn] = []
-    with mpl.rc_context(STYLE):
+    drawn: dict[str, tuple[str, str] | None] = {}
+    with mpl.rc_context(load_text("report.yaml")["style"]):
         panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
         for name, (title, names) in LINES.items():
             panels.append((name, check_name(next(iter(names.values()))).meaning, lines(run, title, names)))
         for name, caption, figure in panels:
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)
+                drawn[name] = None
                 continue
             figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-            uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-            drawn.append(Drawn(name, caption, uri))
-    return drawn, [name for name, _, figure in panels if figure is None]
+            drawn[name] = caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return drawn

@@ -1,4 +1,4 @@
-"""What a run's metrics say in words: problems first, each with what to do about it."""
+"""What a run's metrics say in words: problems first, each with what to do about it. Limits are in report.yaml."""
 
 from __future__ import annotations
 
@@ -6,32 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from rlkit.telemetry.names import load_text
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
 WINDOW = 20
 """Steps at either end of a run that a finding speaks of."""
-
-# metric, mean of the last WINDOW steps above which it is said, what is said, what to do
-LIMITS = (
-    ("group/all_correct_frac", 0.5, "{share} of groups in {when} are all correct: they carry no signal.",
-     "Raise the difficulty of the prompts."),
-    ("group/all_wrong_frac", 0.5, "{share} of groups in {when} are all wrong: they carry no signal.",
-     "Easier prompts, more samples_per_prompt, or a warm start."),
-    ("group/dead_frac", 0.5, "{share} of groups in {when} are dead (all scores equal).",
-     "Prompts are too easy or too hard: spread their difficulty, or raise samples_per_prompt."),
-    ("reward/unscored_frac", 0.01, "{share} of samples in {when} could not be scored.",
-     "Read their reasons: rlkit rollouts <run> --unscored."),
-    ("reward/timeout_frac", 0.01, "{share} of samples in {when} ran into the verifier's time limit.",
-     "Raise reward.timeout_s or reward.workers."),
-    ("completion/truncated_frac", 0.1, "{share} of completions in {when} were cut at the length limit.",
-     "Raise rollout.max_completion_tokens, or reward stopping."),
-    ("policy/clip_frac/low", 0.3, "{share} of tokens in {when} were clipped from below.",
-     "Smaller learning rate or fewer updates_per_step."),
-    ("policy/clip_frac/high", 0.3, "{share} of tokens in {when} were clipped from above.",
-     "Smaller learning rate or fewer updates_per_step."),
-    ("mismatch/logprob_absdiff/mean", 0.05, "Engine and learner disagree by {mean:.3g} nats a token in {when}.",
-     "Temperature, dtype or weights differ; correct with importance weights."),
-)  # fmt: skip
 LOWER_RATE = "Lower the learning rate; check mismatch/logprob_absdiff."
 
 
@@ -83,13 +62,13 @@ def _evaluation(run: RunRecord, curve: EvalCurve) -> Iterator[Finding]:
         yield Finding("note", f"{what} has not been measured after training yet.")
     if change is not None and change.error is not None:
         size = f"{abs(change.value):.3f} +- {change.error:.3f}"
-        if change.value > 2 * change.error:
-            yield Finding("good", f"{what} rose by {size}.")
-        elif change.value < -2 * change.error:
-            yield Finding("problem", f"{what} fell by {size}.", LOWER_RATE)
-        else:
+        if not change.sure:
             text = f"{what} changed by {change.value:+.3f} +- {change.error:.3f}: within noise."
             yield Finding("note", text, "More rows or more samples would narrow it.")
+        elif change.value > 0:
+            yield Finding("good", f"{what} rose by {size}.")
+        else:
+            yield Finding("problem", f"{what} fell by {size}.", LOWER_RATE)
     for name, part, remedy in (
         ("truncated_frac", "were cut at the limit", "Raise rollout.max_completion_tokens."),
         ("unscored_frac", "could not be scored", "Mend the verifier."),
@@ -102,7 +81,7 @@ def _evaluation(run: RunRecord, curve: EvalCurve) -> Iterator[Finding]:
 
 def _limits(run: RunRecord) -> Iterator[Finding]:
     said: set[str] = set()
-    for name, limit, text, remedy in LIMITS:
+    for name, (limit, text, remedy) in load_text("report.yaml")["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
         # "dead" only repeats what "all correct" or "all wrong" have said already
         if values and fmean(values) > limit and not (name == "group/dead_frac" and said):

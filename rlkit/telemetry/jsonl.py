@@ -37,10 +37,15 @@ class Row:
         return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Row:
-    """Raises ValueError, KeyError or TypeError where the line is not one of ours."""
-    record = dict(json.loads(line))
-    return Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record)
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one rename: a crash leaves it as it was or whole. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
@@ -52,9 +57,11 @@ def read_metrics(run_dir: Path) -> list[Row]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                rows.append(_parse(line))
+            record = dict(json.loads(line))
+            rows.append(Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record))
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 problem = f"line {number} is not a JSON object with step, time and seconds"
@@ -67,8 +74,8 @@ def read_metrics(run_dir: Path) -> list[Row]:
 def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
     """Steps and finite values of one metric, by step; the last row of a step counts."""
     values = {row.step: row.metrics[name] for row in rows if name in row.metrics}
-    finite = [(step, value) for step, value in sorted(values.items()) if value is not None]
-    return [step for step, _ in finite], [float(value) for _, value in finite]
+    finite = {step: float(value) for step, value in sorted(values.items()) if value is not None}
+    return list(finite), list(finite.values())
 
 
 class JsonlSink:
@@ -80,28 +87,22 @@ class JsonlSink:
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(run_dir)
-        self._before = max((row.seconds for row in rows), default=0.0)  # what was lost counts as well
-        self._started = time.monotonic()
+        before = max((row.seconds for row in rows), default=0.0)  # what was lost counts as well
+        self._started = time.monotonic() - before
         self._warned: set[str] = set()
         last = math.inf if resume_step is None else resume_step
-        path = run_dir / "metrics.jsonl"
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:  # a torn line goes too; one rename, so that no crash can lose the file
-            file.writelines(row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        self._file = path.open("ab")
+        kept = [row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last]
+        replace_file(run_dir / "metrics.jsonl", b"".join(kept))  # a torn line goes too
+        self._file = (run_dir / "metrics.jsonl").open("ab")
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line; a value that is not finite becomes null, and its name is warned once.
 
         Raises MetricError: a value is not a number.
         """
-        seconds = self._before + time.monotonic() - self._started
         values = {name: self._number(step, name, value) for name, value in metrics.items()}
+        seconds = time.monotonic() - self._started
         self._file.write(Row(step, round(time.time(), 3), round(seconds, 3), values).line())
         self._file.flush()
 

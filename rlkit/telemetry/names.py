@@ -20,6 +20,7 @@ import yaml
 from rlkit.errors import RlkitError, nearest
 
 Metrics: TypeAlias = Mapping[str, float | None]
+EVAL_NAME = re.compile(r"eval/([^/]+)/((avg|pass|maj)@(\d+))")
 
 
 class MetricError(RlkitError):
@@ -48,7 +49,13 @@ class Metric:
         return re.fullmatch(re.sub("<name>|<set>", r"[^/\\s]+", text), name) is not None
 
 
-_GLOSSARY: dict[str, Any] = yaml.safe_load((resources.files("rlkit.telemetry") / "metrics.yaml").read_text("utf-8"))
+def load_text(name: str) -> dict[str, Any]:
+    """A YAML file of this folder: text about metrics, kept out of the code."""
+    text: dict[str, Any] = yaml.safe_load((resources.files("rlkit.telemetry") / name).read_text("utf-8"))
+    return text
+
+
+_GLOSSARY = load_text("metrics.yaml")
 GROUPS: dict[str, str] = _GLOSSARY["groups"]
 METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics"].items())
 

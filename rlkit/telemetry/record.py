@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlkit.errors import RlkitError
-from rlkit.telemetry.console import EVAL_NAME
 from rlkit.telemetry.jsonl import Row, read_metrics, series
-from rlkit.telemetry.names import is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, is_warm_start
 
 
 class RunError(RlkitError):
@@ -28,6 +28,11 @@ class Point:
     step: int
     value: float
     error: float | None
+
+    @property
+    def sure(self) -> bool:
+        """Whether the value is more than two standard errors from 0 (what a change is asked)."""
+        return self.error is not None and abs(self.value) > 2 * self.error
 
 
 def with_error(point: Point | None, sign: str = "") -> str:
@@ -116,17 +121,13 @@ class RunRecord:
     @cached_property
     def averages(self) -> list[EvalCurve]:
         """The avg@k curve of every held-out set, with the largest k where there are several."""
-        first: dict[str, EvalCurve] = {}
-        for curve in self.evaluations:
-            if curve.label.startswith("avg"):
-                first.setdefault(curve.set, curve)
-        return list(first.values())
+        curves = [curve for curve in self.evaluations if curve.label.startswith("avg")]
+        return [next(of_one_set) for _, of_one_set in groupby(curves, key=lambda curve: curve.set)]
 
     @cached_property
     def pauses(self) -> list[tuple[int, float]]:
         """(first step after it, seconds) of every gap in which the run did not run."""
-        pairs = zip(self.rows, self.rows[1:], strict=False)
-        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairs]
+        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairwise(self.rows)]
         return [(step, gap) for step, gap in gaps if gap > 3.0]
 
 
@@ -136,12 +137,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text("utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunError(f"{path.name} is not readable: {error}", key="run", value=path.parent.name) from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path.name} is not a mapping", key="run", value=path.parent.name)
-    return found
+        return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise RunError(f"{path.name} is not a readable mapping: {error}", key="run", value=path.parent.name) from error
 
 
 def load_run(run_dir: Path) -> RunRecord:

@@ -18,16 +18,7 @@ from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.record import RunRecord, load_run, with_error
-from rlkit.telemetry.rollouts import (
-    COLOURS,
-    TEXT_COLUMNS,
-    Judge,
-    RolloutsError,
-    facts,
-    read_rollouts,
-    rollout_steps,
-    visible,
-)
+from rlkit.telemetry.rollouts import COLOURS, RolloutsError, facts, judged_rollouts, rollout_steps, visible
 
 HEAD_CHARACTERS = 1200
 TAIL_CHARACTERS = 500
@@ -54,9 +45,7 @@ def _crop(text: str) -> Markup:
 
 def _stage(run: RunRecord, step: int) -> dict[str, Any]:
     """A few samples of each verdict of a step, one of each prompt before a second one."""
-    judge = Judge.of(run.config)
-    rows = read_rollouts(run.run_dir, step, TEXT_COLUMNS)
-    rows = [row | {"verdict": judge.verdict(row), "facts": facts(row)} for row in rows]
+    rows = [row | {"facts": facts(row)} for row in judged_rollouts(run.run_dir, step, run.config)]
     chosen, counts = [], []
     for verdict in COLOURS:
         alike = [row for row in rows if row["verdict"] == verdict]
@@ -101,7 +90,6 @@ def write_report(run_dir: Path) -> Path:
         MetricError: metrics.jsonl is broken in the middle.
     """
     run = load_run(run_dir)
-    drawn, empty = draw_all(run)
     steps, stages, no_samples = rollout_steps(run_dir), [], "No rollouts were kept (telemetry.save_rollouts)."
     try:
         stages = [_stage(run, step) for step in dict.fromkeys((*steps[:1], *steps[-1:]))]
@@ -116,8 +104,7 @@ def write_report(run_dir: Path) -> Path:
         lead=_lead(run),
         cards=_cards(run),
         findings=findings(run),
-        drawn=drawn,
-        empty=empty,
+        drawn=draw_all(run),
         stages=stages,
         no_samples=no_samples,
         documents={

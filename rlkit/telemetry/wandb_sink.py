@@ -10,7 +10,6 @@ import importlib
 import logging
 import os
 import secrets
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from rlkit.telemetry.names import MetricError, Metrics, is_warm_start
 
 logger = logging.getLogger(__name__)
 
-INIT_DEADLINE_S = 60.0
-FINISH_DEADLINE_S = 120.0
-QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta")
+DEADLINES_S = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0}
+QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
 
 
 class WandbSink:
@@ -44,24 +42,11 @@ class WandbSink:
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(secrets.token_hex(4))
-        settings = self._wandb.Settings(
-            init_timeout=INIT_DEADLINE_S,
-            login_timeout=INIT_DEADLINE_S,
-            console="off",
-            x_save_requirements=False,
-            **dict.fromkeys(QUIET, True),
-        )
+        quiet: dict[str, Any] = {"console": "off", "x_save_requirements": False, **dict.fromkeys(QUIET, True)}
+        run = {"project": project, "name": name, "id": identity.read_text().strip(), "dir": str(run_dir), "mode": mode}
+        resume, settings = "allow" if mode == "online" else None, self._wandb.Settings(**DEADLINES_S, **quiet)
         try:
-            self._run: Any = self._wandb.init(
-                project=project,
-                name=name,
-                id=identity.read_text().strip(),
-                dir=str(run_dir),
-                mode=mode,
-                resume="allow" if mode == "online" else None,
-                config=dict(config),
-                settings=settings,
-            )
+            self._run: Any = self._wandb.init(**run, resume=resume, config=dict(config), settings=settings)
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             raise MetricError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
@@ -75,25 +60,12 @@ class WandbSink:
         self._run.log({axis: step, **{k: v for k, v in metrics.items() if v is not None}})
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish the run and end wandb's service process, within FINISH_DEADLINE_S; twice is harmless."""
+        """Finish the run, within DEADLINES_S, and end wandb's service process; twice is harmless."""
         run, self._run = self._run, None
         if run is None:
             return
-        errors: list[BaseException] = []
-
-        def finish() -> None:
-            try:
-                run.finish(exit_code=int(failed))
-                self._wandb.teardown(exit_code=int(failed))
-            except Exception as error:  # handed to the caller below
-                errors.append(error)
-
-        # A thread, because finishing waits for the upload and takes no time limit.
-        thread = threading.Thread(target=finish, name="wandb-finish", daemon=True)
-        thread.start()
-        thread.join(FINISH_DEADLINE_S)
-        if thread.is_alive():
-            text = "wandb did not finish within %.0f s; the data is in %s: upload with `wandb sync`"
-            logger.error(text, FINISH_DEADLINE_S, run.dir)
-        if errors:
-            raise errors[0]
+        try:
+            run.finish(exit_code=int(failed))
+        except TimeoutError:
+            logger.error("wandb did not finish in time; the data is in %s: upload with `wandb sync`", run.dir)
+        self._wandb.teardown(exit_code=int(failed))
