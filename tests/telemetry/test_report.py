@@ -13,9 +13,8 @@ from rlkit.telemetry.figures import PANELS, smooth, time_shares
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.names import MetricError
 from rlkit.telemetry.record import RunError, load_run
-from rlkit.telemetry.report import HEAD_CHARACTERS, TAIL_CHARACTERS, main, write_report
+from rlkit.telemetry.report import HEAD_CHARACTERS, TAIL_CHARACTERS, main, print_summary, write_report, write_summary
 from rlkit.telemetry.rollouts import write_rollouts
-from rlkit.telemetry.summary import print_summary, write_summary
 
 
 class Page(html.parser.HTMLParser):
