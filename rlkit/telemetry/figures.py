@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import matplotlib as mpl
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlkit.telemetry.names import check_name, load_text
+from rlkit.telemetry.names import check_name, read_resource
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
 BLUE, *_ = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
@@ -178,7 +179,7 @@ def time_split(run: RunRecord) -> Figure | None:
 DRAWINGS: tuple[Callable[[RunRecord], Figure | None], ...] = (
     learning_curve, evaluations, named_rewards, groups, lengths, time_split,
 )  # fmt: skip
-LINES: dict[str, tuple[str, dict[str, str]]] = load_text("report.yaml")["lines"]
+LINES: dict[str, tuple[str, dict[str, str]]] = yaml.safe_load(read_resource("report.yaml"))["lines"]
 PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
 
 
@@ -190,7 +191,7 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
     drawn: dict[str, tuple[str, str] | None] = {}
-    with mpl.rc_context(load_text("report.yaml")["style"]):
+    with mpl.rc_context(yaml.safe_load(read_resource("report.yaml"))["style"]):
         panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
         for name, (title, names) in LINES.items():
             panels.append((name, check_name(next(iter(names.values()))).meaning, lines(run, title, names)))

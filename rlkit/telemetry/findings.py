@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from rlkit.telemetry.names import load_text
+import yaml
+
+from rlkit.telemetry.names import read_resource
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
 WINDOW = 20
@@ -81,7 +83,7 @@ def _evaluation(run: RunRecord, curve: EvalCurve) -> Iterator[Finding]:
 
 def _limits(run: RunRecord) -> Iterator[Finding]:
     said: set[str] = set()
-    for name, (limit, text, remedy) in load_text("report.yaml")["limits"].items():
+    for name, (limit, text, remedy) in yaml.safe_load(read_resource("report.yaml"))["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
         # "dead" only repeats what "all correct" or "all wrong" have said already
         if values and fmean(values) > limit and not (name == "group/dead_frac" and said):

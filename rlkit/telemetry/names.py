@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import yaml
 
@@ -49,13 +49,12 @@ class Metric:
         return re.fullmatch(re.sub("<name>|<set>", r"[^/\\s]+", text), name) is not None
 
 
-def load_text(name: str) -> dict[str, Any]:
-    """A YAML file of this folder: text about metrics, kept out of the code."""
-    text: dict[str, Any] = yaml.safe_load((resources.files("rlkit.telemetry") / name).read_text("utf-8"))
-    return text
+def read_resource(name: str) -> str:
+    """Text of a file that ships beside the code."""
+    return (resources.files("rlkit.telemetry") / name).read_text("utf-8")
 
 
-_GLOSSARY = load_text("metrics.yaml")
+_GLOSSARY = yaml.safe_load(read_resource("metrics.yaml"))
 GROUPS: dict[str, str] = _GLOSSARY["groups"]
 METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics"].items())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.jsonl import replace_file
+from rlkit.telemetry.names import read_resource
 from rlkit.telemetry.record import EvalCurve, RunRecord, load_run, with_error
 from rlkit.telemetry.rollouts import COLOURS, RolloutsError, facts, judged_rollouts, rollout_steps, visible
 
@@ -72,10 +72,9 @@ def write_report(run_dir: Path) -> Path:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
     page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
-    template = (resources.files("rlkit.telemetry") / "templates" / "report.html.j2").read_text("utf-8")
     config = redact_text((run_dir / "config.yaml").read_text("utf-8")) if run.config else ""
     environment = yaml.safe_dump(dict(run.environment), sort_keys=False) if run.environment else ""
-    html = page.from_string(template).render(
+    html = page.from_string(read_resource("templates/report.html.j2")).render(
         run=run,
         rewards=run.metric("reward/mean")[1],
         times=run.metric("time/step")[1],
