@@ -16,8 +16,7 @@ FIELDS = (
     ("loss", "sft/loss", ".4f"),
     ("s/step", "time/step", ".2f"),
 )
-PACE_WINDOW_S = 3600.0
-"""The time left is told by the pace of the steps in this window."""
+PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
 def duration(seconds: float) -> str:
@@ -46,9 +45,8 @@ class ConsoleSink:
         self.console = console or Console(highlight=False)
         self.total = total_steps
         columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._progress = Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal, speed_estimate_period=PACE_WINDOW_S
-        )
+        plain = not self.console.is_terminal
+        self._progress = Progress(*columns, console=self.console, disable=plain, speed_estimate_period=PACE_WINDOW_S)
         self._progress.add_task("steps", total=total_steps, completed=start_step)
         self._progress.start()
 

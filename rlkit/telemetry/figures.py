@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 import matplotlib as mpl
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlkit.telemetry.names import check_name, read_resource
-from rlkit.telemetry.record import EvalCurve, RunRecord
+from rlkit.telemetry.record import RunRecord
 
-BLUE, *_ = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
+BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
 GREY = "#a3a9b3"
 TIME_PARTS = ("generate", "score", "wait_rollout", "old_logits", "learner", "weight_sync", "checkpoint", "eval")
 
@@ -50,8 +50,7 @@ def draw_line(axes: Axes, steps: Sequence[int], values: Sequence[float], label: 
 
 def lines(run: RunRecord, title: str, names: dict[str, str]) -> Figure | None:
     """One axis with the metrics (label -> name) that were logged, from 0 up."""
-    found = [(label, *run.metric(name)) for label, name in names.items()]
-    found = [line for line in found if line[1]]
+    found = [(label, *run.metric(name)) for label, name in names.items() if run.metric(name)[0]]
     if not found:
         return None
     figure, (axes,) = new_figure()
@@ -71,15 +70,14 @@ def learning_curve(run: RunRecord) -> Figure | None:
         return None
     figure, axes = new_figure(2 if run.averages else 1, (11.0, 3.9))
     if run.averages:
-        _before_after(axes[0], run.averages)
+        _before_after(axes[0], run)
     curve = axes[-1]
     if steps:
         width = smooth(rewards)[1]
         draw_line(curve, steps, rewards, "training" + (f", mean of {width} steps" if width > 1 else ""), BLUE)
     for i, average in enumerate(run.averages):
-        xs, ys = [p.step for p in average.points], [p.value for p in average.points]
-        label, colour = f"{average.set} {average.label}", CYCLE[1 + i % (len(CYCLE) - 1)]
-        errors = [p.error or 0.0 for p in average.points]
+        xs, ys, errors = zip(*((p.step, p.value, p.error or 0.0) for p in average.points), strict=True)
+        label, colour = f"{average.set} {average.label}", OTHERS[i % len(OTHERS)]
         curve.errorbar(xs, ys, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
     curve.set(title="By learner step", ylabel="mean score", xlabel="learner step")
     curve.set_ylim(bottom=min(0.0, curve.get_ylim()[0]))
@@ -87,16 +85,16 @@ def learning_curve(run: RunRecord) -> Figure | None:
     return figure
 
 
-def _before_after(axes: Axes, curves: Sequence[EvalCurve]) -> None:
+def _before_after(axes: Axes, run: RunRecord) -> None:
     for offset, colour, name in ((-0.18, GREY, "before"), (0.18, BLUE, "after")):
-        points = [(i + offset, getattr(curve, name)) for i, curve in enumerate(curves)]
-        points = [(x, point) for x, point in points if point is not None]
-        if points:
-            heights, errors = [p.value for _, p in points], [p.error or 0.0 for _, p in points]
-            bars = axes.bar([x for x, _ in points], heights, 0.34, yerr=errors, color=colour, label=name, capsize=4)
+        points = [(i + offset, getattr(curve, name)) for i, curve in enumerate(run.averages)]
+        shown = [(x, point.value, point.error or 0.0) for x, point in points if point is not None]
+        if shown:
+            xs, heights, errors = zip(*shown, strict=True)
+            bars = axes.bar(xs, heights, 0.34, yerr=errors, color=colour, label=name, capsize=4)
             axes.bar_label(bars, fmt="%.3f", padding=3, fontweight="bold")
-    axes.set_xticks(range(len(curves)), [f"{curve.set}\n{curve.label}" for curve in curves])
-    axes.set_xlim(-0.6, len(curves) - 0.4)
+    axes.set_xticks(range(len(run.averages)), [f"{curve.set}\n{curve.label}" for curve in run.averages])
+    axes.set_xlim(-0.6, len(run.averages) - 0.4)
     axes.margins(y=0.15)
     axes.grid(visible=False, axis="x")
     axes.set(title="Held-out, before and after (whiskers: standard error)", ylabel="mean score")
@@ -166,9 +164,8 @@ def time_split(run: RunRecord) -> Figure | None:
     if not parts:
         return None
     figure, (axes,) = new_figure()
-    names, seconds = [name.replace("_", " ") for name in parts], list(parts.values())
-    bars = axes.barh(names, seconds, color=BLUE)
-    axes.bar_label(bars, [f"{value / sum(seconds):.0%}" for value in seconds], padding=3)
+    bars = axes.barh([name.replace("_", " ") for name in parts], list(parts.values()), color=BLUE)
+    axes.bar_label(bars, [f"{seconds / sum(parts.values()):.0%}" for seconds in parts.values()], padding=3)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
@@ -176,9 +173,7 @@ def time_split(run: RunRecord) -> Figure | None:
     return figure
 
 
-DRAWINGS: tuple[Callable[[RunRecord], Figure | None], ...] = (
-    learning_curve, evaluations, named_rewards, groups, lengths, time_split,
-)  # fmt: skip
+DRAWINGS = (learning_curve, evaluations, named_rewards, groups, lengths, time_split)
 LINES: dict[str, tuple[str, dict[str, str]]] = yaml.safe_load(read_resource("report.yaml"))["lines"]
 PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
 
@@ -190,7 +185,7 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     """
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    drawn: dict[str, tuple[str, str] | None] = {}
+    drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
     with mpl.rc_context(yaml.safe_load(read_resource("report.yaml"))["style"]):
         panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
         for name, (title, names) in LINES.items():
@@ -198,7 +193,6 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
         for name, caption, figure in panels:
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)
-                drawn[name] = None
                 continue
             figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
             buffer = io.BytesIO()

@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -71,13 +70,6 @@ def read_metrics(run_dir: Path) -> list[Row]:
     return rows
 
 
-def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and finite values of one metric, by step; the last row of a step counts."""
-    values = {row.step: row.metrics[name] for row in rows if name in row.metrics}
-    finite = {step: float(value) for step, value in sorted(values.items()) if value is not None}
-    return list(finite), list(finite.values())
-
-
 class JsonlSink:
     """Append rows to run_dir/metrics.jsonl, each flushed, so that a killed run leaves what it knew.
 
@@ -101,23 +93,18 @@ class JsonlSink:
 
         Raises MetricError: a value is not a number.
         """
-        values = {name: self._number(step, name, value) for name, value in metrics.items()}
+        values: dict[str, float | None] = {}
+        for name, value in metrics.items():
+            if not isinstance(value, Real | None):
+                problem, fix = f"a metric is a number, not {type(value).__name__}", "log float(value)"
+                raise MetricError(problem, key=name, value=value, fix=f"{fix}, or value.item() for a tensor")
+            values[name] = None if value is None or not math.isfinite(value) else float(value)
+            if value is not None and values[name] is None and name not in self._warned:
+                self._warned.add(name)
+                logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
         seconds = time.monotonic() - self._started
         self._file.write(Row(step, round(time.time(), 3), round(seconds, 3), values).line())
         self._file.flush()
-
-    def _number(self, step: int, name: str, value: object) -> float | int | None:
-        if value is None:
-            return None
-        if not isinstance(value, Real):
-            problem = f"a metric is a number, not {type(value).__name__}"
-            raise MetricError(problem, key=name, value=value, fix="log float(value), or value.item() for a tensor")
-        if math.isfinite(value):
-            return int(value) if isinstance(value, int) else float(value)
-        if name not in self._warned:
-            self._warned.add(name)
-            logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
-        return None
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file; closing twice is harmless."""

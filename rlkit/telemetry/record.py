@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rlkit.errors import RlkitError
-from rlkit.telemetry.jsonl import Row, read_metrics, series
+from rlkit.telemetry.jsonl import Row, read_metrics
 from rlkit.telemetry.names import EVAL_NAME, is_warm_start
 
 
@@ -31,7 +31,7 @@ class Point:
 
     @property
     def sure(self) -> bool:
-        """Whether the value is more than two standard errors from 0 (what a change is asked)."""
+        """Of a change: whether it is more than two standard errors."""
         return self.error is not None and abs(self.value) > 2 * self.error
 
 
@@ -101,8 +101,10 @@ class RunRecord:
         return max((row.seconds for row in self.rows), default=0.0)
 
     def metric(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and finite values of a metric."""
-        return series(self.rows, name)
+        """Steps and finite values of a metric, by step; the last row of a step counts."""
+        values = {row.step: row.metrics[name] for row in self.rows if name in row.metrics}
+        finite = {step: value for step, value in sorted(values.items()) if value is not None}
+        return list(finite), list(finite.values())
 
     @cached_property
     def evaluations(self) -> list[EvalCurve]:

@@ -58,11 +58,7 @@ def _stage(run: RunRecord, step: int) -> dict[str, Any]:
 def write_report(run_dir: Path) -> Path:
     """Write report.html and plots/*.png into a run folder and return the report's path.
 
-    The same files give the same bytes. What the run did not log is said to be missing.
-
-    Raises:
-        RunError: the folder does not exist, or its config.yaml or environment.json is broken.
-        MetricError: metrics.jsonl is broken in the middle.
+    The same files give the same bytes. What the run did not log is said to be missing. Raises as `load_run`.
     """
     run = load_run(run_dir)
     steps, stages, no_samples = rollout_steps(run_dir), [], "No rollouts were kept (telemetry.save_rollouts)."
@@ -72,17 +68,12 @@ def write_report(run_dir: Path) -> Path:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
     page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
-    config = redact_text((run_dir / "config.yaml").read_text("utf-8")) if run.config else ""
-    environment = yaml.safe_dump(dict(run.environment), sort_keys=False) if run.environment else ""
+    documents = {
+        "config.yaml": redact_text((run_dir / "config.yaml").read_text("utf-8")) if run.config else "",
+        "environment.json": yaml.safe_dump(dict(run.environment), sort_keys=False) if run.environment else "",
+    }
     html = page.from_string(read_resource("templates/report.html.j2")).render(
-        run=run,
-        rewards=run.metric("reward/mean")[1],
-        times=run.metric("time/step")[1],
-        findings=findings(run),
-        drawn=draw_all(run),
-        stages=stages,
-        no_samples=no_samples,
-        documents={"config.yaml": config, "environment.json": environment},
+        run=run, findings=findings(run), drawn=draw_all(run), stages=stages, no_samples=no_samples, documents=documents
     )
     replace_file(run_dir / "report.html", html.encode())
     return run_dir / "report.html"

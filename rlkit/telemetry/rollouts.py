@@ -60,11 +60,7 @@ def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float]
 
 
 def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a learner step's rows (of `rows_of`) in one rename: the file is whole or not there.
-
-    `path` is usually run_dir / "rollouts" / f"step_{step}.parquet"; its folder is made. Raises
-    RolloutsError: a field is missing or of the wrong type.
-    """
+    """Write a learner step's rows (of `rows_of`) to <run_dir>/rollouts/step_<step>.parquet, whole or not at all."""
 
     def stored(row: Mapping[str, Any]) -> dict[str, Any]:
         own = {"step": step, "tokens": len(row["token_ids"]), "parts": json.dumps(dict(row["parts"]))}
@@ -72,11 +68,8 @@ def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> 
         texts = {k: v.encode("utf-8", "replace").decode() for k, v in row.items() if isinstance(v, str)}
         return {**row, **texts, **own}
 
-    try:
-        whole = [stored(row) for row in rows]
-        table = pa.table([pa.array([row[f.name] for row in whole], f.type) for f in SCHEMA], schema=SCHEMA)
-    except (KeyError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise RolloutsError(f"a field is missing or has the wrong type: {error}", key="step", value=step) from error
+    whole = [stored(row) for row in rows]
+    table = pa.table([pa.array([row[f.name] for row in whole], f.type) for f in SCHEMA], schema=SCHEMA)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     replace_file(path, buffer.getvalue())

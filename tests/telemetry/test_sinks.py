@@ -11,12 +11,11 @@ import pytest
 from rich.console import Console
 
 from rlkit.config.schema import TelemetryConfig
-from rlkit.telemetry import wandb_sink
+from rlkit.telemetry import sinks
 from rlkit.telemetry.console import ConsoleSink, duration
 from rlkit.telemetry.jsonl import JsonlSink, read_metrics
 from rlkit.telemetry.names import MetricError, Metrics
-from rlkit.telemetry.sinks import Telemetry
-from rlkit.telemetry.wandb_sink import WandbSink
+from rlkit.telemetry.sinks import Telemetry, WandbSink
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,7 +161,7 @@ def test_wandb_missing_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Mon
     def no_wandb(name: str) -> object:
         raise ImportError(name)
 
-    monkeypatch.setattr(wandb_sink.importlib, "import_module", no_wandb)
+    monkeypatch.setattr(sinks.importlib, "import_module", no_wandb)
     with pytest.raises(MetricError, match=r"telemetry\.wandb=off"):
         WandbSink(tmp_path, mode="online", **arguments)
     config = TelemetryConfig(console=False, wandb="online")
