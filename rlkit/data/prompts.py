@@ -102,13 +102,10 @@ def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
         return [str(number) for number in range(len(rows))]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
-        row_id = str(row.get(config.id_field))
-        problem = None
-        if row.get(config.id_field) is None:
-            problem = f"row {number} has no such field.{nearest(config.id_field, row)}"
-        elif row_id in seen:
-            problem = f"rows {seen[row_id]} and {number} have the same id {row_id!r}"
-        if problem is not None:
+        row_id, missing = str(row.get(config.id_field)), row.get(config.id_field) is None
+        if missing or row_id in seen:
+            absent = f"row {number} has no such field.{nearest(config.id_field, row)}"
+            problem = absent if missing else f"rows {seen[row_id]} and {number} have the same id {row_id!r}"
             expected = f"a field unique to each row, of {', '.join(field_names(row))}, or null for row numbers"
             raise DataError(problem, key=f"{key}.id_field", value=config.id_field, expected=expected)
         seen[row_id] = number

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import pyarrow
+import pyarrow.parquet
 
 from rlkit.config.components import build
 from rlkit.config.hub import offline_unless_reachable
@@ -49,8 +51,7 @@ class LocalFile:
             near = nearest(path.name, [p.name for p in path.parent.glob("*")])
             expected = f"a file; relative paths start at {Path.cwd()}"
             raise DataError(f"no such file.{near}", key="path", value=self.path, expected=expected)
-        rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
-        columns = self.columns
+        rows, columns = _read(path), self.columns
         if columns is None:
             return rows
         for row in rows:
@@ -163,10 +164,12 @@ def as_source(component: Any, key: str) -> Source:
     return source  # type: ignore[no-any-return]
 
 
-def _json(path: Path) -> list[Row]:
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+def _read(path: Path) -> list[Row]:
     place = str(path)
     try:
+        if path.suffix == ".parquet":
+            return list[Row](pyarrow.parquet.read_table(path).to_pylist())
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         if path.suffix == ".json":
             return list[Row](msgspec.json.decode(content, type=list[dict[str, Any]]))
         decoder, rows = msgspec.json.Decoder(dict[str, Any]), list[Row]()
@@ -178,17 +181,8 @@ def _json(path: Path) -> list[Row]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a row of JSON"
         raise DataError(f"{place}: {what}: {error}", expected='objects, {"field": ...}') from error
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
-    return rows
+        raise DataError(f"{place}: not a readable {path.suffix} file: {error}") from error
 
 
 def _check_columns(columns: Collection[str], present: Sequence[str] | Row, name: str) -> None:

@@ -88,7 +88,7 @@ def test_file_errors_help(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.jsonl, \.json, \.parquet"):
         LocalFile(path=str(tmp_path / "train.csv")).rows()
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(DataError, match="not a readable Parquet file"):
+    with pytest.raises(DataError, match="not a readable .parquet file"):
         LocalFile(path=str(tmp_path / "torn.parquet")).rows()
 
 
