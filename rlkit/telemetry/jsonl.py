@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
-from rlkit.telemetry.names import MetricError, Metrics, is_warm_start
+from rlkit.telemetry.names import Metrics, TelemetryError, is_warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def read_metrics(run_dir: Path) -> list[Row]:
     """All rows of a run in the order written; empty when there is no metrics.jsonl yet.
 
-    Raises MetricError: a line other than a torn last one is broken.
+    Raises TelemetryError: a line other than a torn last one is broken.
     """
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -65,7 +65,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
             if number < len(lines):
                 problem = f"line {number} is not a JSON object with step, time and seconds"
                 fix = "remove that line; only a last line may be torn"
-                raise MetricError(problem, key="metrics file", value=path.name, fix=fix) from error
+                raise TelemetryError(problem, key="metrics file", value=path.name, fix=fix) from error
             logger.warning("%s: last line is torn and is left out", path.name)
     return rows
 
@@ -75,7 +75,7 @@ class JsonlSink:
 
     Opening an existing file goes on with its run time. With `resume_step`, the step of the checkpoint the run
     goes on from, training rows of later steps are removed; that step's own rows, its evaluation among them,
-    stay, and so do warm-start rows, whose steps count something else. Raises MetricError: the file is broken.
+    stay, and so do warm-start rows, whose steps count something else. Raises TelemetryError: the file is broken.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
@@ -91,13 +91,13 @@ class JsonlSink:
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line; a value that is not finite becomes null, and its name is warned once.
 
-        Raises MetricError: a value is not a number.
+        Raises TelemetryError: a value is not a number.
         """
         values: dict[str, float | None] = {}
         for name, value in metrics.items():
             if not isinstance(value, Real | None):
                 problem, fix = f"a metric is a number, not {type(value).__name__}", "log float(value)"
-                raise MetricError(problem, key=name, value=value, fix=f"{fix}, or value.item() for a tensor")
+                raise TelemetryError(problem, key=name, value=value, fix=f"{fix}, or value.item() for a tensor")
             values[name] = None if value is None or not math.isfinite(value) else float(value)
             if value is not None and values[name] is None and name not in self._warned:
                 self._warned.add(name)

@@ -23,8 +23,8 @@ Metrics: TypeAlias = Mapping[str, float | None]
 EVAL_NAME = re.compile(r"eval/([^/]+)/((avg|pass|maj)@(\d+))")
 
 
-class MetricError(RlkitError):
-    """A metric's name, value or file is not what telemetry can keep."""
+class TelemetryError(RlkitError):
+    """A metric, a run folder or a rollout file is not what telemetry can keep or read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +61,13 @@ METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics
 
 @lru_cache(maxsize=4096)
 def check_name(name: str) -> Metric:
-    """Return the registry's entry for a metric's name. Raises MetricError if there is none.
-
-    Example:
-        >>> check_name("eval/gsm8k/avg@4_se").unit
-        'fraction'
-    """
+    """The registry's entry for a metric's name, such as "eval/gsm8k/avg@4_se"; TelemetryError if there is none."""
     for metric in METRICS:
         if metric.matches(name):
             return metric
-    hint = nearest(name, (m.pattern for m in METRICS))
-    fix = "add it to rlkit/telemetry/metrics.yaml; a component from outside uses plugin/<name>"
-    raise MetricError(f"unknown metric.{hint}", key="metric", value=name, expected="a name of docs/metrics.md", fix=fix)
+    problem = f"unknown metric.{nearest(name, (m.pattern for m in METRICS))}"
+    fix = "take one of docs/metrics.md, or add it to metrics.yaml; a component from outside uses plugin/<name>"
+    raise TelemetryError(problem, key="metric", value=name, fix=fix)
 
 
 def is_warm_start(metrics: Metrics) -> bool:

@@ -12,13 +12,8 @@ from typing import Any
 
 import yaml
 
-from rlkit.errors import RlkitError
 from rlkit.telemetry.jsonl import Row, read_metrics
-from rlkit.telemetry.names import EVAL_NAME, is_warm_start
-
-
-class RunError(RlkitError):
-    """A run folder cannot be read."""
+from rlkit.telemetry.names import EVAL_NAME, TelemetryError, is_warm_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +67,11 @@ class EvalCurve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds; `config` and `environment` are empty where the file is missing."""
+    """What a run folder holds; `config` is empty where the file is missing."""
 
     run_dir: Path
     rows: Sequence[Row]
     config: Mapping[str, Any]
-    environment: Mapping[str, Any]
 
     @cached_property
     def training(self) -> list[Row]:
@@ -134,20 +128,19 @@ class RunRecord:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of a run folder; empty where it is missing. Raises RunError: it is not a mapping."""
+    """A YAML or JSON file of a run folder; empty where it is missing. Raises TelemetryError: it is not a mapping."""
     if not path.exists():
         return {}
     try:
         text = path.read_text("utf-8")
         return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise RunError(f"{path.name} is not a readable mapping: {error}", key="run", value=path.parent.name) from error
+        raise TelemetryError(f"not a readable mapping: {error}", key=path.name, value=path.parent.name) from error
 
 
 def load_run(run_dir: Path) -> RunRecord:
-    """Read a run folder. Raises RunError or MetricError: it does not exist, or a file in it is broken."""
+    """Read a run folder. Raises TelemetryError: it does not exist, or a file in it is broken."""
     if not run_dir.is_dir():
         expected = "a run folder, outputs/<name>: what `rlkit train` printed"
-        raise RunError("no such folder", key="run", value=str(run_dir), expected=expected)
-    config, environment = (read_mapping(run_dir / name) for name in ("config.yaml", "environment.json"))
-    return RunRecord(run_dir, read_metrics(run_dir), config, environment)
+        raise TelemetryError("no such folder", key="run", value=str(run_dir), expected=expected)
+    return RunRecord(run_dir, read_metrics(run_dir), read_mapping(run_dir / "config.yaml"))

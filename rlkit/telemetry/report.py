@@ -18,14 +18,13 @@ from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.jsonl import replace_file
-from rlkit.telemetry.names import read_resource
-from rlkit.telemetry.record import EvalCurve, RunRecord, load_run, with_error
-from rlkit.telemetry.rollouts import COLOURS, RolloutsError, facts, judged_rollouts, rollout_steps, visible
+from rlkit.telemetry.names import TelemetryError, read_resource
+from rlkit.telemetry.record import EvalCurve, RunRecord, load_run, read_mapping, with_error
+from rlkit.telemetry.rollouts import COLOURS, facts, judged_rollouts, rollout_steps, visible
 
 HEAD_CHARACTERS = 1200
 TAIL_CHARACTERS = 500
-SAMPLES = 2
-"""Completions of each verdict shown for a step."""
+SAMPLES = 2  # completions of each verdict shown for a step
 
 
 def _seen(text: object) -> Markup:
@@ -48,7 +47,7 @@ def _crop(text: str) -> Markup:
 def _stage(run: RunRecord, step: int) -> dict[str, Any]:
     """A few samples of each verdict of a step, one of each prompt before a second one."""
     rows = [row | {"facts": facts(row)} for row in judged_rollouts(run.run_dir, step, run.config)]
-    rows.sort(key=lambda row: (row["index"], row["ordinal"]))
+    rows.sort(key=lambda row: row["index"])
     alike = {verdict: [row for row in rows if row["verdict"] == verdict] for verdict in COLOURS}
     counts = ", ".join(f"{len(some)} {verdict}" for verdict, some in alike.items() if some)
     chosen = [row for some in alike.values() for row in some[:SAMPLES]]
@@ -64,13 +63,14 @@ def write_report(run_dir: Path) -> Path:
     steps, stages, no_samples = rollout_steps(run_dir), [], "No rollouts were kept (telemetry.save_rollouts)."
     try:
         stages = [_stage(run, step) for step in dict.fromkeys((*steps[:1], *steps[-1:]))]
-    except RolloutsError as error:
+    except TelemetryError as error:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
     page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
+    environment = read_mapping(run_dir / "environment.json")
     documents = {
         "config.yaml": redact_text((run_dir / "config.yaml").read_text("utf-8")) if run.config else "",
-        "environment.json": yaml.safe_dump(dict(run.environment), sort_keys=False) if run.environment else "",
+        "environment.json": yaml.safe_dump(environment, sort_keys=False) if environment else "",
     }
     html = page.from_string(read_resource("templates/report.html.j2")).render(
         run=run, findings=findings(run), drawn=draw_all(run), stages=stages, no_samples=no_samples, documents=documents

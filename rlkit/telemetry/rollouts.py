@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from rlkit.errors import RlkitError
 from rlkit.telemetry.jsonl import replace_file
+from rlkit.telemetry.names import TelemetryError
 from rlkit.telemetry.record import read_mapping
 from rlkit.types import Group
 
@@ -36,10 +36,6 @@ COLOURS = {"right": "green", "partial": "blue", "wrong": "red", "unscored": "yel
 _UNSEEN = re.compile(
     "([\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff])"
 )
-
-
-class RolloutsError(RlkitError):
-    """Rollout files are missing or not what was asked for."""
 
 
 def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float] | None = None) -> list[dict[str, Any]]:
@@ -83,28 +79,28 @@ def rollout_steps(run_dir: Path) -> list[int]:
 def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Rows of one step, or of all steps, in the order written; `parts` as a dict.
 
-    Raises RolloutsError: the run kept no rollouts, or none of this step, or the file is broken.
+    Raises TelemetryError: the run kept no rollouts, or none of this step, or the file is broken.
     """
     steps = rollout_steps(run_dir)
     if not steps:
         fix = "train with telemetry.save_rollouts=true"
-        raise RolloutsError("the run kept no rollouts", key="run", value=run_dir.name, fix=fix)
+        raise TelemetryError("the run kept no rollouts", key="run", value=run_dir.name, fix=fix)
     if step is not None and step not in steps:
         expected = f"one of {steps[0]} ... {steps[-1]}"
-        raise RolloutsError("no rollouts of this step", key="step", value=step, expected=expected)
+        raise TelemetryError("no rollouts of this step", key="step", value=step, expected=expected)
     rows: list[dict[str, Any]] = []
     for one in steps if step is None else [step]:
         path = run_dir / "rollouts" / f"step_{one}.parquet"
         try:
             rows += pq.read_table(path, columns=columns).to_pylist()
         except pa.ArrowInvalid as error:
-            raise RolloutsError(f"not a Parquet file: {error}", key="file", value=path.name) from error
+            raise TelemetryError(f"not a Parquet file: {error}", key="file", value=path.name) from error
     return [row | {"parts": json.loads(row["parts"])} if "parts" in row else row for row in rows]
 
 
 def judged_rollouts(run_dir: Path, step: int | None, config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`read_rollouts` without token arrays, each row with its "verdict" under the recipe's evaluation."""
-    rows = read_rollouts(run_dir, step, TEXT_COLUMNS)
+    rows = sorted(read_rollouts(run_dir, step, TEXT_COLUMNS), key=lambda row: (row["ordinal"], row["index"]))
     return [row | {"verdict": verdict_of(row, config.get("evaluation") or {})} for row in rows]
 
 
@@ -160,7 +156,7 @@ def _print(row: Mapping[str, Any], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Run `rlkit rollouts`; return the exit status (0, also when nothing matches). Raises RolloutsError."""
+    """Run `rlkit rollouts`; return the exit status (0, also when nothing matches). Raises TelemetryError."""
     parser = argparse.ArgumentParser(prog="rlkit rollouts", description="Read a run's completions.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="learner step; default: the newest kept")
@@ -176,12 +172,11 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     rows = judged_rollouts(options.run, step, read_mapping(options.run / "config.yaml"))
     wanted = options.verdicts or COLOURS
     kept = [row for row in rows if options.ordinal in (None, row["ordinal"]) and row["verdict"] in wanted]
-    order = {
-        None: lambda row: (row["ordinal"], row["index"]),
-        "score": lambda row: (row["score"] is None, row["score"] or 0.0),
-        "length": lambda row: -row["tokens"],
-    }
-    chosen = sorted(kept, key=order[options.sort])[: options.limit]
+    if options.sort == "score":
+        kept.sort(key=lambda row: (row["score"] is None, row["score"] or 0.0))
+    elif options.sort == "length":
+        kept.sort(key=lambda row: -row["tokens"])
+    chosen = kept[: options.limit]
     for row in chosen:
         _print(row, console)
     console.print(Text(f"{len(chosen)} of {len(rows)} rollouts of step {step}", style="dim"))

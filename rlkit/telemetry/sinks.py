@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.console import ConsoleSink
 from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import MetricError, Metrics, check_name, is_warm_start
+from rlkit.telemetry.names import Metrics, TelemetryError, check_name, is_warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class WandbSink:
 
     The step axis is the learner's own (`learner/step`), not wandb's, so that a resumed run may log a step again;
     warm-start rows have `sft/step`. `mode` is "offline" (no account, no network) or "online", `config` the resolved
-    recipe. Raises MetricError: wandb is not installed, or the run cannot be started.
+    recipe. Raises TelemetryError: wandb is not installed, or the run cannot be started.
     """
 
     def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
@@ -48,7 +48,7 @@ class WandbSink:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             fix = "pip install wandb, or set telemetry.wandb=off"
-            raise MetricError("wandb is not installed", key="telemetry.wandb", value=mode, fix=fix) from error
+            raise TelemetryError("wandb is not installed", key="telemetry.wandb", value=mode, fix=fix) from error
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class WandbSink:
             self._run: Any = self._wandb.init(**run, resume=resume, config=dict(config), settings=settings)
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
-            raise MetricError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
+            raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
         for axis, names in (("learner/step", "*"), ("sft/step", "sft/*")):
             self._run.define_metric(axis)
             self._run.define_metric(names, step_metric=axis)
@@ -83,12 +83,7 @@ class WandbSink:
 
 
 class Telemetry:
-    """Fan out rows to sinks, and own them: a context manager that always closes every one.
-
-    Example:
-        with Telemetry.open(config.telemetry, run_dir, name="run", total_steps=600, config={...}) as telemetry:
-            telemetry.log(1, {"reward/mean": 0.5})
-    """
+    """Fan out rows to sinks, and own them: a context manager that always closes every one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = tuple(sinks)
@@ -107,7 +102,7 @@ class Telemetry:
         """Make the sinks a recipe asks for; `config` is the resolved recipe as plain containers, for wandb.
 
         `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.
-        Raises MetricError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
+        Raises TelemetryError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
         """
         with ExitStack() as undo:
             sinks: list[Sink] = [JsonlSink(run_dir, resume_step)]
@@ -121,10 +116,10 @@ class Telemetry:
         return cls(sinks)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Hand one row to every sink. MetricError: unknown name, or warm-start and training names mixed."""
+        """Hand one row to every sink. TelemetryError: unknown name, or warm-start and training names mixed."""
         if len({check_name(name).group == "sft" for name in metrics}) > 1:
             problem = "one row mixes warm-start and training metrics, whose steps count different things"
-            raise MetricError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
+            raise TelemetryError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
         for sink in self.sinks:
             sink.log(step, metrics)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.telemetry.jsonl import JsonlSink, read_metrics
-from rlkit.telemetry.names import MetricError, is_warm_start
+from rlkit.telemetry.names import TelemetryError, is_warm_start
 from rlkit.telemetry.record import load_run
 
 
@@ -41,7 +41,7 @@ def test_not_finite_is_null_and_warned_once_a_name(tmp_path: Path, caplog: pytes
 @pytest.mark.parametrize("value", ["0.5", [1.0], object()])
 def test_what_is_not_a_number_is_refused(tmp_path: Path, value: object) -> None:
     sink = JsonlSink(tmp_path)
-    with pytest.raises(MetricError, match=r"reward/mean"):
+    with pytest.raises(TelemetryError, match=r"reward/mean"):
         sink.log(1, {"reward/mean": value})  # type: ignore[dict-item]
     sink.close()
     assert read_metrics(tmp_path) == []
@@ -73,9 +73,9 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     sink.close()
     good = path.read_text()
     path.write_text(good + "{broken\n" + good)
-    with pytest.raises(MetricError, match="line 2"):
+    with pytest.raises(TelemetryError, match="line 2"):
         read_metrics(tmp_path)
-    with pytest.raises(MetricError, match="line 2"):
+    with pytest.raises(TelemetryError, match="line 2"):
         JsonlSink(tmp_path)
 
 

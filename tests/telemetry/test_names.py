@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlkit.telemetry.names import GROUPS, METRICS, MetricError, check_name, to_markdown
+from rlkit.telemetry.names import GROUPS, METRICS, TelemetryError, check_name, to_markdown
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -57,10 +57,10 @@ def test_every_name_the_trainer_logs_is_known(make_run) -> None:
     ],
 )
 def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(MetricError, match=r"docs/metrics\.md"):
+    with pytest.raises(TelemetryError, match=r"docs/metrics\.md"):
         check_name(name)
 
 
 def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
-    with pytest.raises(MetricError, match="Did you mean 'policy/entropy'"):
+    with pytest.raises(TelemetryError, match="Did you mean 'policy/entropy'"):
         check_name("policy/entrpy")

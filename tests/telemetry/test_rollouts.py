@@ -15,7 +15,7 @@ from rich.console import Console
 from rlkit.telemetry import rollouts as module
 from rlkit.telemetry.rollouts import (
     SCHEMA,
-    RolloutsError,
+    TelemetryError,
     main,
     read_rollouts,
     rollout_steps,
@@ -94,7 +94,7 @@ def test_steps_are_read_alone_or_together(tmp_path: Path, make_run) -> None:
     assert rollout_steps(tmp_path) == [1, 2, 10]
     assert [row["step"] for row in read_rollouts(tmp_path)] == [1, 2, 10]
     assert set(read_rollouts(tmp_path, 2, ["score"])[0]) == {"score"}
-    with pytest.raises(RolloutsError, match="1 ... 10"):
+    with pytest.raises(TelemetryError, match="1 ... 10"):
         read_rollouts(tmp_path, 3)
 
 
@@ -180,5 +180,5 @@ def test_right_is_what_the_recipe_calls_correct(score: float | None, parts: dict
 
 
 def test_a_run_without_rollouts_says_what_to_set(tmp_path: Path) -> None:
-    with pytest.raises(RolloutsError, match=r"telemetry\.save_rollouts=true"):
+    with pytest.raises(TelemetryError, match=r"telemetry\.save_rollouts=true"):
         main([str(tmp_path)])
