@@ -35,10 +35,7 @@ def figure(value: float | None, spec: str) -> str:
 class ConsoleSink:
     """Progress bar with steps and time left on a terminal; plain lines anywhere else.
 
-    Args:
-        total_steps: learner steps of the whole run, or updates of a warm start.
-        start_step: steps done before this process (a resumed run).
-        console: where to write; default: standard output.
+    `total_steps`: learner steps of the whole run, or updates of a warm start; `start_step` of them are done already.
     """
 
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:

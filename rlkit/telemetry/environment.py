@@ -1,7 +1,4 @@
-"""environment.json: what a run ran on, so that its figures can be read later.
-
-Left out on purpose: environment variables, user and host names, absolute paths, secrets.
-"""
+"""environment.json: what a run ran on. No variables, user or host names, absolute paths, secrets."""
 
 from __future__ import annotations
 
@@ -52,10 +49,9 @@ def _git(*arguments: str) -> str | None:
     """Output of git on rlkit's own source folder; None where git or the repository is missing."""
     command = ["git", "-C", str(Path(rlkit.__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIT_DEADLINE_S)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=GIT_DEADLINE_S).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def peak_memory_gb() -> float:

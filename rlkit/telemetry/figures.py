@@ -1,7 +1,4 @@
-"""The report's figures: drawn without a display, kept as PNG, handed to the page as SVG.
-
-Style and the plain line figures are in report.yaml.
-"""
+"""The report's figures, kept as PNG and handed to the page as SVG; style and plain line figures are in report.yaml."""
 
 from __future__ import annotations
 

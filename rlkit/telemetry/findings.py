@@ -12,11 +12,9 @@ import yaml
 from rlkit.telemetry.names import read_resource
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
-WINDOW = 20
-"""Steps at either end of a run that a finding speaks of."""
+WINDOW = 20  # steps at either end of a run that a finding speaks of
 _TEXT = yaml.safe_load(read_resource("report.yaml"))
-Found = Iterator[tuple[str, dict[str, Any]]]
-"""Name of a finding in report.yaml, and the values its text shows."""
+Found = Iterator[tuple[str, dict[str, Any]]]  # name of a finding in report.yaml, and the values its text shows
 
 
 @dataclass(frozen=True, slots=True)

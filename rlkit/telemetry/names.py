@@ -37,11 +37,6 @@ class Metric:
     healthy: str
     action: str
 
-    @property
-    def group(self) -> str:
-        """First part of the name."""
-        return self.pattern.split("/", 1)[0]
-
     def matches(self, name: str) -> bool:
         """Whether the pattern stands for `name`."""
         text = re.sub(r"\\{([^}]*)\\}", lambda m: "(?:" + m[1].replace(",", "|") + ")", re.escape(self.pattern))

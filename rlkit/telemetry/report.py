@@ -104,16 +104,12 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     run = load_run(run_dir)
     first = next(iter(run.averages), None)
     summary: dict[str, Any] = {
-        "name": run.name,
-        "seed": run.config.get("seed"),
-        "steps": run.last_step,
-        "planned_steps": run.config.get("steps"),
-        "seconds": run.seconds,
+        "name": run.name, "seed": run.config.get("seed"),
+        "steps": run.last_step, "planned_steps": run.config.get("steps"), "seconds": run.seconds,
         "reward_last": next(reversed(run.metric("reward/mean")[1]), None),
-        "eval_set": first and first.set,
-        **(_figures(first) if first else {}),
+        "eval_set": first and first.set, **(_figures(first) if first else {}),
         "eval": {},
-    }
+    }  # fmt: skip
     for curve in run.evaluations:
         summary["eval"].setdefault(curve.set, {}).update(_figures(curve))
     replace_file(run_dir / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())

@@ -30,8 +30,7 @@ SCHEMA = pa.schema({
     "tokens": pa.int64(), "token_ids": pa.list_(pa.int64()), "behavior_logprobs": pa.list_(pa.float32()),
     "versions": pa.list_(pa.int64()),
 })  # fmt: skip
-TEXT_COLUMNS = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
-"""All columns but the token arrays: what is needed to read a completion."""
+TEXT_COLUMNS = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]  # all but the token arrays
 COLOURS = {"right": "green", "partial": "blue", "wrong": "red", "unscored": "yellow"}
 _UNSEEN = re.compile(
     "([\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff])"

@@ -117,7 +117,7 @@ class Telemetry:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand one row to every sink. TelemetryError: unknown name, or warm-start and training names mixed."""
-        if len({check_name(name).group == "sft" for name in metrics}) > 1:
+        if len({check_name(name).pattern.startswith("sft/") for name in metrics}) > 1:
             problem = "one row mixes warm-start and training metrics, whose steps count different things"
             raise TelemetryError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
         for sink in self.sinks:
