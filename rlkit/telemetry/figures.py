@@ -17,7 +17,6 @@ from rlkit.telemetry.names import check_name, read_resource
 from rlkit.telemetry.record import RunRecord
 
 BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
-GREY = "#a3a9b3"
 TIME_PARTS = ("generate", "score", "wait_rollout", "old_logits", "learner", "weight_sync", "checkpoint", "eval")
 
 
@@ -83,7 +82,7 @@ def learning_curve(run: RunRecord) -> Figure | None:
 
 
 def _before_after(axes: Axes, run: RunRecord) -> None:
-    for offset, colour, name in ((-0.18, GREY, "before"), (0.18, BLUE, "after")):
+    for offset, colour, name in ((-0.18, "#a3a9b3", "before"), (0.18, BLUE, "after")):
         points = [(i + offset, getattr(curve, name)) for i, curve in enumerate(run.averages)]
         shown = [(x, point.value, point.error or 0.0) for x, point in points if point is not None]
         if shown:
@@ -138,8 +137,7 @@ def lengths(run: RunRecord) -> Figure | None:
 def time_shares(run: RunRecord) -> dict[str, float]:
     """Seconds of the run by what they went to, the largest first.
 
-    generate and score stand in place of wait_rollout where they fit inside it (a synchronous run); else they
-    overlapped the learner, and the waiting is shown.
+    generate and score replace wait_rollout where they fit inside it (a synchronous run); else the waiting is shown.
     """
 
     def total(name: str) -> float:

@@ -1,8 +1,7 @@
 """metrics.jsonl: one flat JSON object a line, `{"step": int, "time": unix seconds, "seconds": run time, **metrics}`.
 
-Several lines may carry the same step (training, then evaluation); of a metric logged twice for a step the
-later line counts. A torn last line (the machine died while writing) is left out when reading and removed
-when the run goes on; a broken line anywhere else is an error.
+Several lines may carry the same step; of a metric logged twice for a step the later line counts. A torn last line
+(the machine died) is left out when reading and removed when the run goes on; one anywhere else is an error.
 """
 
 from __future__ import annotations

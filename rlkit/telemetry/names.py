@@ -1,8 +1,6 @@
-"""The metric registry: every name a run may log. What each means is in metrics.yaml beside this file.
+"""The metric registry: every name a run may log, slash groups with the statistic last. metrics.yaml says what it means.
 
-A name is slash groups with the statistic last. `docs/metrics.md` is generated:
-
-    python -m rlkit.telemetry.names > docs/metrics.md
+`python -m rlkit.telemetry.names > docs/metrics.md` makes the glossary.
 """
 
 from __future__ import annotations

@@ -97,9 +97,8 @@ def _figures(curve: EvalCurve) -> dict[str, float | int | None]:
 def write_summary(run_dir: Path) -> dict[str, Any]:
     """Write summary.json into a run folder and return what it holds.
 
-    Keys: name, seed, steps (learner steps trained), planned_steps, seconds (run time, resumes summed),
-    eval_set (the first held-out set of the recipe), that set's avg@k figures at the top level, and
-    `eval`: set -> figures of avg, pass and maj. None where nothing was measured.
+    `steps` are learner steps trained, `seconds` run time with resumes summed. The avg@k figures of eval_set, the
+    first of the recipe, are at the top level; `eval` maps each set to its figures. None where nothing was measured.
     """
     run = load_run(run_dir)
     first = next(iter(run.averages), None)

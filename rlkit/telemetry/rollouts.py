@@ -21,8 +21,7 @@ from rlkit.telemetry.names import TelemetryError
 from rlkit.telemetry.record import read_mapping
 from rlkit.types import Group
 
-# T = tokens of the completion. `parts` maps reward names to scores (JSON text in the file); `score` is null where
-# the sample could not be scored, `advantage` where it was not trained on.
+# `parts` is JSON text, reward name -> score; `score` is null where there is none, `advantage` where not trained on.
 SCHEMA = pa.schema({
     "step": pa.int64(), "ordinal": pa.int64(), "index": pa.int64(), "prompt_id": pa.string(), "prompt": pa.string(),
     "completion": pa.string(), "reference": pa.string(), "score": pa.float64(), "parts": pa.string(),
@@ -116,8 +115,7 @@ def verdict_of(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 def visible(text: str) -> list[tuple[str, bool]]:
     r"""Text in pieces, with everything a terminal or browser would act on or hide written out.
 
-    Control characters but tab and newline, text-direction marks and zero-width characters become
-    escapes such as \x1b; the flag of such a piece is True.
+    Control characters but tab and newline, direction marks and zero-width characters become \x1b or such, with True.
     """
 
     def escape(character: str) -> str:

@@ -35,9 +35,8 @@ class Sink(Protocol):
 class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
-    The step axis is the learner's own (`learner/step`), not wandb's, so that a resumed run may log a step again;
-    warm-start rows have `sft/step`. `mode` is "offline" (no account, no network) or "online", `config` the resolved
-    recipe. Raises TelemetryError: wandb is not installed, or the run cannot be started.
+    The step axis is ours (`learner/step`, or `sft/step`), so that a resumed run may log a step again. `mode` is
+    "offline" (no account, no network) or "online". Raises TelemetryError: not installed, or the run cannot start.
     """
 
     def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
