@@ -1,1 +1,1 @@
-"""data"""
+"""Data: rows to prompts and examples."""

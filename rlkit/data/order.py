@@ -11,18 +11,15 @@ from rlkit.types import IntArray
 class PromptOrder:
     """Maps an ordinal, the position in the run's endless sequence of prompts, to a prompt.
 
-    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in
-    file order without `shuffle`. A resumed run asks for the ordinals it has not trained on and sees
-    the prompts it would have seen. O(1) amortised for ordinals that mostly grow: only one epoch's
-    permutation is kept. `DataError` without prompts.
+    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order
+    without `shuffle`. O(1) amortised for ordinals that mostly grow: one epoch's permutation is kept. `DataError`
+    without prompts.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool = True) -> None:
         if count < 1:
             raise DataError("there are no prompts to order", key="count", value=count)
-        self.count = count
-        self.seed = seed
-        self.shuffle = shuffle
+        self.count, self.seed, self.shuffle = count, seed, shuffle
         self._kept: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
 
     def index(self, ordinal: int) -> int:

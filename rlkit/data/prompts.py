@@ -12,9 +12,8 @@ import msgspec
 import numpy as np
 
 from rlkit.config.schema import DatasetConfig
-from rlkit.data.encoding import bos_prefix, encode
 from rlkit.data.sources import Row, as_source
-from rlkit.data.template import field_names, render
+from rlkit.data.text import bos_prefix, encode, field_names, render
 from rlkit.errors import ConfigError, DataError, nearest
 from rlkit.types import IntArray, Prompt
 
@@ -54,31 +53,20 @@ def load_prompts(
 ) -> PromptSet:
     """Read a data set and make a `Prompt` of every row that is short enough.
 
-    A prompt's metadata are the row's fields as JSON values; the fields of a nested `metadata`
-    mapping are lifted to the top (and win over a column of the same name).
+    A prompt's metadata are the row's fields as JSON values; the fields of a nested `metadata` mapping are
+    lifted to the top (and win over a column of the same name). `key` is the set's place in the recipe, e.g.
+    "data.train", for messages; with `require_reference` every row must have a reference answer.
 
-    Args:
-        config: the data set. key: its place in the recipe, e.g. "data.train", for messages.
-        tokenizer: as from `rlkit.learner.model.load_tokenizer`.
-        require_reference: a reward needs a reference answer of every row.
-
-    Raises:
-        ConfigError: a reference_pattern that is no regular expression.
-        DataError: no row, no row short enough, a missing field, a missing reference, an id used
-            twice, a character the tokenizer does not know; the message names the row.
+    Raises `ConfigError` on a bad reference_pattern, and `DataError`, which names the row: no row (short
+    enough), a missing field or reference, an id used twice, a character the tokenizer does not know.
     """
     rendered, left_out = render_rows(config, tokenizer, key)
-    prompts = tuple(
-        Prompt(
-            id=item.id,
-            text=item.text,
-            token_ids=item.token_ids,
-            reference=_reference(config, item, key, require_reference),
-            metadata=_metadata(item, key),
-        )
-        for item in rendered
-    )
-    return PromptSet(prompts=prompts, left_out=left_out)
+    prompts = []
+    for item in rendered:
+        reference, metadata = _reference(config, item, key, require_reference), _metadata(item, key)
+        tokens = item.token_ids
+        prompts.append(Prompt(id=item.id, text=item.text, token_ids=tokens, reference=reference, metadata=metadata))
+    return PromptSet(prompts=tuple(prompts), left_out=left_out)
 
 
 def render_rows(
@@ -89,19 +77,14 @@ def render_rows(
     if not rows:
         raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
     ids = _ids(config, rows, key)
-    texts = []
-    for number, row in enumerate(rows):
-        text = render(config.prompt, row, number, f"{key}.prompt")
-        if not text:
-            problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
-            fix = "leave the row out of the data"
-            raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix=fix)
-        texts.append(text)
-    prefix: list[int] = []
+    texts = [render(config.prompt, row, number, f"{key}.prompt") or "" for number, row in enumerate(rows)]
+    if "" in texts:
+        number = texts.index("")
+        problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
+        raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix="leave the row out of the data")
+    prefix = [] if config.chat else bos_prefix(tokenizer)
     if config.chat:
         texts = _chat(texts, config, tokenizer, key)
-    else:
-        prefix = bos_prefix(tokenizer)
     kept = [
         RenderedRow(number=number, id=ids[number], row=rows[number], text=texts[number], token_ids=np.array(tokens))
         for number, own in enumerate(encode(texts, tokenizer, ids, key))
@@ -119,13 +102,10 @@ def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
         return [str(number) for number in range(len(rows))]
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
-        row_id = str(row.get(config.id_field))
-        problem = None
-        if row.get(config.id_field) is None:
-            problem = f"row {number} has no such field.{nearest(config.id_field, row)}"
-        elif row_id in seen:
-            problem = f"rows {seen[row_id]} and {number} have the same id {row_id!r}"
-        if problem is not None:
+        row_id, missing = str(row.get(config.id_field)), row.get(config.id_field) is None
+        if missing or row_id in seen:
+            absent = f"row {number} has no such field.{nearest(config.id_field, row)}"
+            problem = absent if missing else f"rows {seen[row_id]} and {number} have the same id {row_id!r}"
             expected = f"a field unique to each row, of {', '.join(field_names(row))}, or null for row numbers"
             raise DataError(problem, key=f"{key}.id_field", value=config.id_field, expected=expected)
         seen[row_id] = number
@@ -145,9 +125,8 @@ def _chat(contents: Sequence[str], config: DatasetConfig, tokenizer: PreTrainedT
 
 def _reference(config: DatasetConfig, item: RenderedRow, key: str, required: bool) -> str | None:
     """The row's reference answer: `reference`, then `reference_pattern`."""
-    text = None
-    if config.reference is not None:
-        text = render(config.reference, item.row, item.number, f"{key}.reference")
+    template = config.reference
+    text = None if template is None else render(template, item.row, item.number, f"{key}.reference")
     if text and config.reference_pattern is not None:
         pattern_is = {"key": f"{key}.reference_pattern", "value": config.reference_pattern}
         try:

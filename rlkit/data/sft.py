@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
-from rlkit.data.encoding import encode
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import render_rows
+from rlkit.data.text import encode
 from rlkit.errors import DataError
 from rlkit.types import IntArray
 
@@ -29,21 +29,10 @@ class Example:
     completion_ids: IntArray  # [completion tokens], the last one is eos
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExampleSet:
-    """Examples in row order. `left_out` counts rows by reason: the caller prints it."""
-
-    examples: tuple[Example, ...]
-    left_out: Mapping[str, int]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-
 def load_examples(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_completion_tokens: int, key: str
-) -> ExampleSet:
-    """Read a data set and make an `Example` of every row that is short enough.
+) -> tuple[list[Example], dict[str, int]]:
+    """Read a data set and make an `Example` of every row that is short enough; and counts of the others by reason.
 
     The teacher `config.completion` writes the completion of a row from (row, row number).
 
@@ -59,9 +48,8 @@ def load_examples(
     examples: list[Example] = []
     for item, text, tokens in zip(rows, texts, encoded, strict=True):
         if not tokens or eos in tokens:
-            problem = (
-                f"the completion of row {item.id!r} is empty or has {tokenizer.eos_token!r} inside: {text[:200]!r}"
-            )
+            fault = f"is empty or has {tokenizer.eos_token!r} inside"
+            problem = f"the completion of row {item.id!r} {fault}: {text[:200]!r}"
             expected = "text; the end-of-sequence token is added behind it"
             raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
         if len(tokens) < max_completion_tokens:
@@ -72,15 +60,14 @@ def load_examples(
         raise DataError(problem, key="sft.max_completion_tokens", value=max_completion_tokens, fix="raise it")
     if len(examples) < len(rows):
         left_out["completion_too_long"] = len(rows) - len(examples)
-    return ExampleSet(examples=tuple(examples), left_out=left_out)
+    return examples, left_out
 
 
 def batches(count: int, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator[IntArray]:
     """Yield the example indices of steps [start, steps), each [batch_size]; a pure function of the arguments.
 
     The `count` examples come in an endless sequence of shuffled epochs: none is used twice before all were used
-    once. A batch mixes lengths; the learner buckets them into micro-batches. (Batches of one length saved padding,
-    but the tiny models of the quickstart learnt more slowly from them: each step pulls towards its own length.)
+    once. A batch mixes lengths: batches of one length save padding, but tiny models learnt more slowly from them.
     """
     order = PromptOrder(count, seed)
     for step in range(start, steps):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import pyarrow
+import pyarrow.parquet
 
 from rlkit.config.components import build
 from rlkit.config.hub import offline_unless_reachable
@@ -31,13 +33,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFile:
-    """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file.
+    """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file; `~` is expanded in `path`.
 
-    Attributes:
-        path: relative to the working directory; `~` is expanded.
-        columns: keep only these fields (the rest never reaches the buffer); default: all.
-
-    Raises `DataError` naming the line (or item) that is malformed.
+    `columns`: keep only these fields (the rest never reaches the buffer); default: all. Raises `DataError` naming
+    the line (or item) that is malformed.
     """
 
     path: str
@@ -52,10 +51,9 @@ class LocalFile:
             near = nearest(path.name, [p.name for p in path.parent.glob("*")])
             expected = f"a file; relative paths start at {Path.cwd()}"
             raise DataError(f"no such file.{near}", key="path", value=self.path, expected=expected)
-        rows = _parquet(path) if path.suffix == ".parquet" else _json(path)
-        if self.columns is None:
+        rows, columns = _read(path), self.columns
+        if columns is None:
             return rows
-        columns = self.columns
         for row in rows:
             _check_columns(columns, row, self.path)
         return [{column: row[column] for column in columns} for row in rows]
@@ -68,10 +66,8 @@ class HubDataset:
     Example:
         HubDataset(name="openai/gsm8k", subset="main", split="train")
 
-    Attributes:
-        name: hub name or folder; subset: its configuration; split: e.g. "train" or "train[:100]".
-        revision: commit, tag or branch; give a commit to make a run repeatable.
-        columns: keep only these fields; default: all.
+    `name` is a hub name or folder, `subset` its configuration, `split` e.g. "train" or "train[:100]", `revision` a
+    commit, tag or branch (a commit makes a run repeatable), `columns` the fields to keep (default: all).
     """
 
     name: str
@@ -81,10 +77,8 @@ class HubDataset:
     columns: tuple[str, ...] | None = None
 
     def rows(self) -> Sequence[Row]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise _not_installed("datasets", "name", self.name) from error
+        from datasets import load_dataset  # here, because it takes a second
+
         offline_unless_reachable()
         try:
             table = load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
@@ -109,13 +103,9 @@ class ReasoningGym:
     share rows, and small tasks repeat questions under any seed. `exclude` keeps a training set
     clear of a held-out one whatever the seeds; further rows are drawn until `size` is reached.
 
-    Attributes:
-        task: name of the task, e.g. "chain_sum".
-        size: number of rows. seed: of the first row.
-        settings: the task's own settings, e.g. {"min_terms": 2, "max_terms": 4}.
-        distinct: no question twice.
-        exclude: sources (components) whose questions must not appear, e.g. in YAML
-            `exclude: ["${data.eval.heldout.source}"]`.
+    `settings` are the task's own, e.g. {"min_terms": 2, "max_terms": 4} of "chain_sum". `distinct`: no question
+    twice. `exclude`: sources (components) whose questions must not appear, e.g. in YAML
+    `exclude: ["${data.eval.heldout.source}"]`.
 
     Raises `DataError` on an unknown task or setting, or when `size` rows cannot be found.
     """
@@ -130,11 +120,9 @@ class ReasoningGym:
     def rows(self) -> Sequence[Row]:
         if self.size < 1:
             raise DataError("no rows asked for", key="size", value=self.size, expected="1 or more")
-        refused = {
-            row["question"]
-            for number, item in enumerate(self.exclude)
-            for row in as_source(item, f"exclude[{number}]").rows()
-        }
+        refused = set()
+        for number, item in enumerate(self.exclude):
+            refused |= {row["question"] for row in as_source(item, f"exclude[{number}]").rows()}
         # A task with too few questions would be drawn from for ever.
         draws = 20 * self.size + 1000 if self.distinct or self.exclude else self.size
         dataset = self._dataset(draws)
@@ -153,11 +141,9 @@ class ReasoningGym:
         raise DataError(problem, key="size", value=self.size, expected=expected, fix=fix)
 
     def _dataset(self, size: int) -> Any:
-        try:
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
-        except ImportError as error:
-            raise _not_installed("reasoning-gym", "task", self.task) from error
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
         if self.task not in DATASETS:
             raise DataError(f"no such reasoning-gym task.{nearest(self.task, DATASETS)}", key="task", value=self.task)
         try:
@@ -178,10 +164,12 @@ def as_source(component: Any, key: str) -> Source:
     return source  # type: ignore[no-any-return]
 
 
-def _json(path: Path) -> list[Row]:
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+def _read(path: Path) -> list[Row]:
     place = str(path)
     try:
+        if path.suffix == ".parquet":
+            return list[Row](pyarrow.parquet.read_table(path).to_pylist())
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         if path.suffix == ".json":
             return list[Row](msgspec.json.decode(content, type=list[dict[str, Any]]))
         decoder, rows = msgspec.json.Decoder(dict[str, Any]), list[Row]()
@@ -193,17 +181,8 @@ def _json(path: Path) -> list[Row]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a row of JSON"
         raise DataError(f"{place}: {what}: {error}", expected='objects, {"field": ...}') from error
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
-    return rows
+        raise DataError(f"{place}: not a readable {path.suffix} file: {error}") from error
 
 
 def _check_columns(columns: Collection[str], present: Sequence[str] | Row, name: str) -> None:
@@ -211,7 +190,3 @@ def _check_columns(columns: Collection[str], present: Sequence[str] | Row, name:
         if column not in present:
             problem = f"{name} has no field {column!r}.{nearest(column, present)}"
             raise DataError(problem, key="columns", value=columns, expected=f"fields among {', '.join(present)}")
-
-
-def _not_installed(library: str, key: str, value: str) -> DataError:
-    return DataError(f"the library {library} is not installed", key=key, value=value, fix=f"pip install {library}")

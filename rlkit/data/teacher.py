@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlkit.data.template import render
+from rlkit.data.text import render
 from rlkit.errors import ConfigError, DataError
 
 _STEP = re.compile(r"\s*([+-])\s*(-?\d+)")
@@ -42,17 +42,10 @@ class Template:
 class ChainSumTeacher:
     """A chain of thought for a sum, worked from left to right, with errors at a known rate.
 
-    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability
-    `error_rate`: the result is off by 1..max_error, and the rest is worked from the wrong result
-    without a further slip. A model that imitates it masters the steps and samples full solutions
-    that are right with about (1 - error_rate) ** steps: reinforcement learning has something to
-    improve. Errors are fixed by (seed, index).
-
-    Attributes:
-        error_rate: probability of a wrong result, a step; in [0, 1).
-        seed: of the errors.
-        max_error: largest distance of a wrong result from the right one.
-        expression: template of the sum.
+    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`, in
+    [0, 1): the result is off by 1..max_error, and the rest is worked from the wrong result. A model that imitates
+    it samples full solutions that are right with about (1 - error_rate) ** steps: reinforcement learning has
+    something to improve. Errors are fixed by (seed, index). `expression` is the template of the sum.
 
     Raises `ConfigError` on settings out of range, `DataError` where a row has no such expression.
     """
@@ -72,10 +65,8 @@ class ChainSumTeacher:
         draw = random.Random(f"{self.seed}/{index}")  # seeded by its SHA-512: stable anywhere
         text = f"+{render(self.expression, row, index, 'expression')}"
         if not re.fullmatch(rf"({_STEP.pattern})+\s*", text):
-            expected = 'a sum of integers such as "4 - 1 + 7"'
-            raise DataError(
-                f"row {index} holds {text[1:]!r}", key="expression", value=self.expression, expected=expected
-            )
+            problem, expected = f"row {index} holds {text[1:]!r}", 'a sum of integers such as "4 - 1 + 7"'
+            raise DataError(problem, key="expression", value=self.expression, expected=expected)
         (_, first), *rest = _STEP.findall(text)
         total, steps = int(first), []
         for operator, term in rest:

@@ -113,10 +113,10 @@ def _train(
     tokenizer = load_tokenizer(source)
     dtype = resolve_dtype(config.model.dtype, accelerator.device)
     model = load_model(source, tokenizer, dtype, sft.seed)
-    examples = load_examples(sft.data, tokenizer, sft.max_completion_tokens, "sft.data")
-    sequences = [_sequence(example) for example in examples.examples]
+    examples, left_out = load_examples(sft.data, tokenizer, sft.max_completion_tokens, "sft.data")
+    sequences = [_sequence(example) for example in examples]
     if accelerator.is_main_process:
-        print(message_of(examples.left_out, "sft.data", len(examples)))
+        print(message_of(left_out, "sft.data", len(examples)))
     learner = Learner(
         Policy(model, temperature=1.0, chunk_tokens=config.learner.logprob_chunk_tokens),
         None,

@@ -38,9 +38,8 @@ from rlkit.learner.stopping import StopSignals
 from rlkit.learner.update import Learner
 from rlkit.rollout.worker import RolloutWorker
 from rlkit.telemetry.environment import write_environment
-from rlkit.telemetry.report import write_report
+from rlkit.telemetry.report import print_summary, write_report, write_summary
 from rlkit.telemetry.sinks import Telemetry
-from rlkit.telemetry.summary import print_summary, write_summary
 
 START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlkit.telemetry.names import Metrics, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, is_warm_start
 
 FIELDS = (
     ("reward", "reward/mean", ".3f"),
@@ -18,9 +16,7 @@ FIELDS = (
     ("loss", "sft/loss", ".4f"),
     ("s/step", "time/step", ".2f"),
 )
-EVAL_NAME = re.compile(r"eval/([^/]+)/((avg|pass|maj)@(\d+))")
-PACE_WINDOW_S = 3600.0
-"""The time left is told by the pace of the steps in this window."""
+PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
 def duration(seconds: float) -> str:
@@ -39,19 +35,15 @@ def figure(value: float | None, spec: str) -> str:
 class ConsoleSink:
     """Progress bar with steps and time left on a terminal; plain lines anywhere else.
 
-    Args:
-        total_steps: learner steps of the whole run, or updates of a warm start.
-        start_step: steps done before this process (a resumed run).
-        console: where to write; default: standard output.
+    `total_steps`: learner steps of the whole run, or updates of a warm start; `start_step` of them are done already.
     """
 
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self.total = total_steps
         columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._progress = Progress(
-            *columns, console=self.console, disable=not self.console.is_terminal, speed_estimate_period=PACE_WINDOW_S
-        )
+        plain = not self.console.is_terminal
+        self._progress = Progress(*columns, console=self.console, disable=plain, speed_estimate_period=PACE_WINDOW_S)
         self._progress.add_task("steps", total=total_steps, completed=start_step)
         self._progress.start()
 

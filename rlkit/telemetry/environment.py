@@ -1,7 +1,4 @@
-"""environment.json: what a run ran on, so that its figures can be read later.
-
-Left out on purpose: environment variables, user and host names, absolute paths, secrets.
-"""
+"""environment.json: what a run ran on. No variables, user or host names, absolute paths, secrets."""
 
 from __future__ import annotations
 
@@ -25,26 +22,18 @@ PACKAGES = [
 ]  # fmt: skip
 GIT_DEADLINE_S = 10.0
 
-# eos_token and the like are no secrets
-_WORDS = "(?:api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token|(?<!_)token)"
-_SECRET = re.compile(rf"(?i)(^|[._-]){_WORDS}$")
+_WORDS = "api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token|(?<!_)token"
+"""Keys of secrets; eos_token and the like are none."""
+_SECRET = re.compile(rf"(?im)^(\s*(?:[\w.=+-]*[_.=+-])?(?:{_WORDS})(?:=|\s*:[ \t]*))\S.*$")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
-_SECRET_LINE = re.compile(rf"(?im)^(\s*(?:[\w.-]*[_.-])?{_WORDS}\s*:[ \t]*)\S.*$")
 
 
 def redact_argument(argument: str, cwd: Path) -> str:
-    """One word of a command line without logins, secrets and absolute paths.
+    """One word of a command line without logins, secrets ("judge.api_key=***") and absolute paths.
 
     A path below `cwd` becomes relative to it, another one ".../<last part>".
-
-    Example:
-        >>> redact_argument("judge.api_key=abc", Path("/work"))
-        'judge.api_key=***'
     """
-    key, equals, value = argument.rpartition("=")
-    if equals and _SECRET.search(key):
-        return f"{key}=***"
-    value = _URL_LOGIN.sub("***@", value)
+    key, equals, value = _URL_LOGIN.sub("***@", _SECRET.sub(r"\1***", argument)).rpartition("=")
     if value.startswith(("/", "~")):
         path = Path(value)
         value = str(path.relative_to(cwd)) if path.is_relative_to(cwd) else f".../{path.name}"
@@ -53,27 +42,16 @@ def redact_argument(argument: str, cwd: Path) -> str:
 
 def redact_text(text: str) -> str:
     """YAML text without logins in URLs and without the values of secret keys."""
-    return _SECRET_LINE.sub(r"\1'***'", _URL_LOGIN.sub("***@", text))
+    return _SECRET.sub(r"\1'***'", _URL_LOGIN.sub("***@", text))
 
 
 def _git(*arguments: str) -> str | None:
     """Output of git on rlkit's own source folder; None where git or the repository is missing."""
     command = ["git", "-C", str(Path(rlkit.__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIT_DEADLINE_S)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=GIT_DEADLINE_S).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _commit() -> dict[str, Any] | None:
-    """Commit of rlkit's source, and whether tracked files differ from it; None for an installed wheel.
-
-    A wheel may lie inside somebody else's repository, hence the question whether git tracks rlkit.
-    """
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    return {"commit": _git("rev-parse", "HEAD"), "modified": bool(_git("status", "--porcelain", "-uno"))}
 
 
 def peak_memory_gb() -> float:
@@ -87,30 +65,34 @@ def peak_memory_gb() -> float:
 
 
 def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Versions, machine, commit and command line (default: this process's) as plain JSON types."""
+    """Versions, machine, commit and command line (default: this process's) as plain JSON types.
+
+    `git` is the commit of rlkit's source, and whether tracked files differ from it; None for an installed wheel.
+    """
     import torch
 
     program, *words = sys.argv if argv is None else argv
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name}
-    own = {"python": platform.python_version(), "rlkit": rlkit.__version__}
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    cpu = {
+        "model": model[1].strip() if model else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+    }
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    cuda = torch.version.cuda
+    # A wheel may lie inside somebody else's repository, hence the question whether git tracks rlkit.
+    tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
+    commit = {"commit": _git("rev-parse", "HEAD"), "modified": bool(_git("status", "--porcelain", "-uno"))}
     return {
-        "versions": own | {name: installed[name] for name in PACKAGES if name in installed},
+        "versions": {"python": platform.python_version(), "rlkit": rlkit.__version__}
+        | {name: installed[name] for name in PACKAGES if name in installed},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": {
-            "model": model[1].strip() if model else platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "usable_cores": usable,
-            "memory_gb": round(memory, 1),
-        },
-        "devices": [
-            {"name": d.name, "memory_gb": round(d.total_memory / 1e9, 1), "cuda": torch.version.cuda} for d in devices
-        ],
-        "git": _commit(),
+        "cpu": cpu,
+        "devices": [{"name": d.name, "memory_gb": round(d.total_memory / 1e9, 1), "cuda": cuda} for d in gpus],
+        "git": commit if tracked else None,
         "command": [Path(program).name, *(redact_argument(word, Path.cwd()) for word in words)],
     }
 

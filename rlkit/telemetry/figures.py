@@ -1,48 +1,22 @@
-"""The report's figures: drawn without a display, kept as PNG, handed to the page as SVG."""
+"""The report's figures, kept as PNG and handed to the page as SVG; style and plain line figures are in report.yaml."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 import matplotlib as mpl
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rlkit.telemetry.names import check_name
-from rlkit.telemetry.record import EvalCurve, RunRecord
+from rlkit.telemetry.names import check_name, read_resource
+from rlkit.telemetry.record import RunRecord
 
-BLUE, ORANGE, GREEN, PURPLE, RED = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
-GREY = "#a3a9b3"
-SMALL = (4.4, 2.7)
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "#9aa1ac", "axes.labelcolor": "#4b5563", "axes.titlesize": 10, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e8eaee",
-    "xtick.color": "#4b5563", "ytick.color": "#4b5563", "legend.frameon": False, "legend.fontsize": 8,
-    "lines.linewidth": 1.6, "text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "rlkit",
-}  # fmt: skip
-
-# file name -> title, and label -> metric; the glossary has unit and caption
-LINES = {
-    "reward_std": ("Spread of scores", {"sd": "reward/std"}),
-    "truncated": ("Completions cut at the limit", {"cut": "completion/truncated_frac"}),
-    "entropy": ("Policy entropy", {"entropy": "policy/entropy"}),
-    "grad_norm": ("Gradient norm", {"norm": "policy/grad_norm"}),
-    "learning_rate": ("Learning rate", {"rate": "learner/learning_rate"}),
-    "kl": ("KL divergence", {"to the old policy": "policy/kl_old", "to the reference": "policy/kl_ref"}),
-    "clipping": ("Clipped tokens", {"below": "policy/clip_frac/low", "above": "policy/clip_frac/high"}),
-    "mismatch": ("Log-prob mismatch", {w: f"mismatch/logprob_absdiff/{w}" for w in ("mean", "max")}),
-    "lag": ("Staleness", {which: f"off_policy/lag/{which}" for which in ("mean", "max")}),
-    "step_time": ("Time of a step", {"seconds": "time/step"}),
-    "throughput": ("Throughput", {"tokens": "perf/tokens_per_s"}),
-    "warm_start": ("Warm start: loss", {"loss": "sft/loss"}),
-}
+BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
 TIME_PARTS = ("generate", "score", "wait_rollout", "old_logits", "learner", "weight_sync", "checkpoint", "eval")
 
 
@@ -53,7 +27,7 @@ def smooth(values: Sequence[float]) -> tuple[list[float], int]:
     return means, 2 * half + 1
 
 
-def new_figure(columns: int = 1, size: tuple[float, float] = SMALL) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int = 1, size: tuple[float, float] = (4.4, 2.7)) -> tuple[Figure, list[Axes]]:
     """A figure (inches) with its axes, whose x counts steps."""
     figure = Figure(figsize=size, layout="constrained")
     figure.subplots(1, columns)
@@ -72,8 +46,7 @@ def draw_line(axes: Axes, steps: Sequence[int], values: Sequence[float], label: 
 
 def lines(run: RunRecord, title: str, names: dict[str, str]) -> Figure | None:
     """One axis with the metrics (label -> name) that were logged, from 0 up."""
-    found = [(label, *run.metric(name)) for label, name in names.items()]
-    found = [line for line in found if line[1]]
+    found = [(label, *run.metric(name)) for label, name in names.items() if run.metric(name)[0]]
     if not found:
         return None
     figure, (axes,) = new_figure()
@@ -93,15 +66,14 @@ def learning_curve(run: RunRecord) -> Figure | None:
         return None
     figure, axes = new_figure(2 if run.averages else 1, (11.0, 3.9))
     if run.averages:
-        _before_after(axes[0], run.averages)
+        _before_after(axes[0], run)
     curve = axes[-1]
     if steps:
         width = smooth(rewards)[1]
         draw_line(curve, steps, rewards, "training" + (f", mean of {width} steps" if width > 1 else ""), BLUE)
     for i, average in enumerate(run.averages):
-        xs, ys = [p.step for p in average.points], [p.value for p in average.points]
-        label, colour = f"{average.set} {average.label}", CYCLE[1 + i % (len(CYCLE) - 1)]
-        errors = [p.error or 0.0 for p in average.points]
+        xs, ys, errors = zip(*((p.step, p.value, p.error or 0.0) for p in average.points), strict=True)
+        label, colour = f"{average.set} {average.label}", OTHERS[i % len(OTHERS)]
         curve.errorbar(xs, ys, yerr=errors, color=colour, marker="o", markersize=4, capsize=3, label=label)
     curve.set(title="By learner step", ylabel="mean score", xlabel="learner step")
     curve.set_ylim(bottom=min(0.0, curve.get_ylim()[0]))
@@ -109,16 +81,16 @@ def learning_curve(run: RunRecord) -> Figure | None:
     return figure
 
 
-def _before_after(axes: Axes, curves: Sequence[EvalCurve]) -> None:
-    for offset, colour, name in ((-0.18, GREY, "before"), (0.18, BLUE, "after")):
-        points = [(i + offset, getattr(curve, name)) for i, curve in enumerate(curves)]
-        points = [(x, point) for x, point in points if point is not None]
-        if points:
-            heights, errors = [p.value for _, p in points], [p.error or 0.0 for _, p in points]
-            bars = axes.bar([x for x, _ in points], heights, 0.34, yerr=errors, color=colour, label=name, capsize=4)
+def _before_after(axes: Axes, run: RunRecord) -> None:
+    for offset, colour, name in ((-0.18, "#a3a9b3", "before"), (0.18, BLUE, "after")):
+        points = [(i + offset, getattr(curve, name)) for i, curve in enumerate(run.averages)]
+        shown = [(x, point.value, point.error or 0.0) for x, point in points if point is not None]
+        if shown:
+            xs, heights, errors = zip(*shown, strict=True)
+            bars = axes.bar(xs, heights, 0.34, yerr=errors, color=colour, label=name, capsize=4)
             axes.bar_label(bars, fmt="%.3f", padding=3, fontweight="bold")
-    axes.set_xticks(range(len(curves)), [f"{curve.set}\n{curve.label}" for curve in curves])
-    axes.set_xlim(-0.6, len(curves) - 0.4)
+    axes.set_xticks(range(len(run.averages)), [f"{curve.set}\n{curve.label}" for curve in run.averages])
+    axes.set_xlim(-0.6, len(run.averages) - 0.4)
     axes.margins(y=0.15)
     axes.grid(visible=False, axis="x")
     axes.set(title="Held-out, before and after (whiskers: standard error)", ylabel="mean score")
@@ -142,16 +114,12 @@ def groups(run: RunRecord) -> Figure | None:
     if not steps or steps != other:
         return None
     figure, (axes,) = new_figure()
-    below = [1 - value for value in right]
-    for low, high, colour, label in (
-        (below, [1.0] * len(steps), "#a9d3ba", "all correct"),
-        (wrong, below, BLUE, "mixed"),
-        ([0.0] * len(steps), wrong, "#e3a5a5", "all wrong"),
-    ):
-        axes.fill_between(steps, smooth(low)[0], smooth(high)[0], color=colour, label=label)
+    shares = [smooth(share)[0] for share in (wrong, [1 - x - y for x, y in zip(right, wrong, strict=True)], right)]
+    labels, colours = ("all wrong", "mixed", "all correct"), ("#e3a5a5", BLUE, "#a9d3ba")
+    axes.stackplot(steps, shares, labels=labels, colors=colours)
     axes.set(title="Groups by their scores", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3, reverse=True)
     return figure
 
 
@@ -169,8 +137,7 @@ def lengths(run: RunRecord) -> Figure | None:
 def time_shares(run: RunRecord) -> dict[str, float]:
     """Seconds of the run by what they went to, the largest first.
 
-    generate and score stand in place of wait_rollout where they fit inside it (a synchronous run); else they
-    overlapped the learner, and the waiting is shown.
+    generate and score replace wait_rollout where they fit inside it (a synchronous run); else the waiting is shown.
     """
 
     def total(name: str) -> float:
@@ -192,9 +159,8 @@ def time_split(run: RunRecord) -> Figure | None:
     if not parts:
         return None
     figure, (axes,) = new_figure()
-    names, seconds = [name.replace("_", " ") for name in parts], list(parts.values())
-    bars = axes.barh(names, seconds, color=BLUE)
-    axes.bar_label(bars, [f"{value / sum(seconds):.0%}" for value in seconds], padding=3)
+    bars = axes.barh([name.replace("_", " ") for name in parts], list(parts.values()), color=BLUE)
+    axes.bar_label(bars, [f"{seconds / sum(parts.values()):.0%}" for seconds in parts.values()], padding=3)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
@@ -202,30 +168,20 @@ def time_split(run: RunRecord) -> Figure | None:
     return figure
 
 
-DRAWINGS: tuple[Callable[[RunRecord], Figure | None], ...] = (
-    learning_curve, evaluations, named_rewards, groups, lengths, time_split,
-)  # fmt: skip
+DRAWINGS = (learning_curve, evaluations, named_rewards, groups, lengths, time_split)
+LINES: dict[str, tuple[str, dict[str, str]]] = yaml.safe_load(read_resource("report.yaml"))["lines"]
 PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A drawn panel: its name, what it shows, and its SVG as a data URI for the page."""
-
-    name: str
-    caption: str
-    svg_uri: str
-
-
-def draw_all(run: RunRecord) -> tuple[list[Drawn], list[str]]:
-    """Draw every panel the run has data for into plots/*.png; return them, and the names of those without data.
+def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
+    """Draw into plots/*.png what the run has data for; panel -> (caption, SVG as a data URI), None without data.
 
     A picture an earlier report drew and this run's metrics no longer support is removed.
     """
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    drawn: list[Drawn] = []
-    with mpl.rc_context(STYLE):
+    drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
+    with mpl.rc_context(yaml.safe_load(read_resource("report.yaml"))["style"]):
         panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
         for name, (title, names) in LINES.items():
             panels.append((name, check_name(next(iter(names.values()))).meaning, lines(run, title, names)))
@@ -236,6 +192,5 @@ def draw_all(run: RunRecord) -> tuple[list[Drawn], list[str]]:
             figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-            uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-            drawn.append(Drawn(name, caption, uri))
-    return drawn, [name for name, _, figure in panels if figure is None]
+            drawn[name] = caption, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return drawn

@@ -1,38 +1,20 @@
-"""What a run's metrics say in words: problems first, each with what to do about it."""
+"""What a run's metrics say in words: problems first, each with what to do about it. The words are in report.yaml."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
+import yaml
+
+from rlkit.telemetry.names import read_resource
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
-WINDOW = 20
-"""Steps at either end of a run that a finding speaks of."""
-
-# metric, mean of the last WINDOW steps above which it is said, what is said, what to do
-LIMITS = (
-    ("group/all_correct_frac", 0.5, "{share} of groups in {when} are all correct: they carry no signal.",
-     "Raise the difficulty of the prompts."),
-    ("group/all_wrong_frac", 0.5, "{share} of groups in {when} are all wrong: they carry no signal.",
-     "Easier prompts, more samples_per_prompt, or a warm start."),
-    ("group/dead_frac", 0.5, "{share} of groups in {when} are dead (all scores equal).",
-     "Prompts are too easy or too hard: spread their difficulty, or raise samples_per_prompt."),
-    ("reward/unscored_frac", 0.01, "{share} of samples in {when} could not be scored.",
-     "Read their reasons: rlkit rollouts <run> --unscored."),
-    ("reward/timeout_frac", 0.01, "{share} of samples in {when} ran into the verifier's time limit.",
-     "Raise reward.timeout_s or reward.workers."),
-    ("completion/truncated_frac", 0.1, "{share} of completions in {when} were cut at the length limit.",
-     "Raise rollout.max_completion_tokens, or reward stopping."),
-    ("policy/clip_frac/low", 0.3, "{share} of tokens in {when} were clipped from below.",
-     "Smaller learning rate or fewer updates_per_step."),
-    ("policy/clip_frac/high", 0.3, "{share} of tokens in {when} were clipped from above.",
-     "Smaller learning rate or fewer updates_per_step."),
-    ("mismatch/logprob_absdiff/mean", 0.05, "Engine and learner disagree by {mean:.3g} nats a token in {when}.",
-     "Temperature, dtype or weights differ; correct with importance weights."),
-)  # fmt: skip
-LOWER_RATE = "Lower the learning rate; check mismatch/logprob_absdiff."
+WINDOW = 20  # steps at either end of a run that a finding speaks of
+_TEXT = yaml.safe_load(read_resource("report.yaml"))
+Found = Iterator[tuple[str, dict[str, Any]]]  # name of a finding in report.yaml, and the values its text shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +23,18 @@ class Finding:
 
     level: str
     text: str
-    remedy: str = ""
+    remedy: str
 
 
 def findings(run: RunRecord) -> list[Finding]:
     """All findings, problems first, then good news, then notes."""
     found = [*_progress(run), *_limits(run), *_trends(run)]
     found += [finding for curve in run.averages for finding in _evaluation(run, curve)]
-    return sorted(found, key=lambda finding: ("problem", "good", "note").index(finding.level))
+    said = []
+    for name, values in found:
+        level, text, remedy = _TEXT["findings"][name]
+        said.append(Finding(level, text.format(**values), remedy))
+    return sorted(said, key=lambda finding: ("problem", "good", "note").index(finding.level))
 
 
 def percent(fraction: float) -> str:
@@ -56,79 +42,58 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.{int(0 < fraction < 0.02)}f} %"
 
 
-def _progress(run: RunRecord) -> Iterator[Finding]:
+def _progress(run: RunRecord) -> Found:
     planned = run.config.get("steps")
     if run.last_step == 0:
-        yield Finding("note", "No training step has been logged yet.")
+        yield "no_step", {}
     elif planned is not None and run.last_step < planned:
-        text = f"The run stands at step {run.last_step} of {planned}."
-        yield Finding("note", text, "Start it again with the same name to go on from the newest checkpoint.")
+        yield "unfinished", {"step": run.last_step, "planned": planned}
     for step, gap in run.pauses:
-        yield Finding("note", f"Nothing ran for {gap:.0f} s before step {step}: the run was resumed there.")
+        yield "pause", {"seconds": gap, "step": step}
     if not run.averages:
-        text = "No held-out evaluation was logged, so nothing can be said about what was learnt."
-        yield Finding("note", text, "Add a set under data.eval.")
+        yield "no_evaluation", {}
     if dropped := sum(run.metric("off_policy/dropped")[1]):
-        yield Finding("note", f"{dropped:.0f} groups were dropped in the run.", "`rlkit buffer <run>` has the reasons.")
+        yield "dropped", {"count": dropped}
     if broken := sorted({name for row in run.rows for name, value in row.metrics.items() if value is None}):
-        text = f"Not finite in at least one step: {', '.join(broken)}."
-        yield Finding("problem", text, "Look at the steps around it in metrics.jsonl; lower the learning rate.")
+        yield "not_finite", {"names": ", ".join(broken)}
 
 
-def _evaluation(run: RunRecord, curve: EvalCurve) -> Iterator[Finding]:
-    change, what = curve.change, f"{curve.label} on {curve.set}"
+def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
+    what, change = f"{curve.label} on {curve.set}", curve.change
     if curve.before is None:
-        yield Finding("note", f"{what} was not measured before training.", "Set evaluation.at_start=true.")
+        yield "no_before", {"what": what}
     if curve.after is None:
-        yield Finding("note", f"{what} has not been measured after training yet.")
+        yield "no_after", {"what": what}
     if change is not None and change.error is not None:
-        size = f"{abs(change.value):.3f} +- {change.error:.3f}"
-        if change.value > 2 * change.error:
-            yield Finding("good", f"{what} rose by {size}.")
-        elif change.value < -2 * change.error:
-            yield Finding("problem", f"{what} fell by {size}.", LOWER_RATE)
-        else:
-            text = f"{what} changed by {change.value:+.3f} +- {change.error:.3f}: within noise."
-            yield Finding("note", text, "More rows or more samples would narrow it.")
-    for name, part, remedy in (
-        ("truncated_frac", "were cut at the limit", "Raise rollout.max_completion_tokens."),
-        ("unscored_frac", "could not be scored", "Mend the verifier."),
-    ):
+        name = "noise" if not change.sure else "rose" if change.value > 0 else "fell"
+        yield name, {"what": what, "change": change.value, "size": abs(change.value), "error": change.error}
+    for name in ("truncated_frac", "unscored_frac"):
         values = run.metric(f"eval/{curve.set}/{name}")[1]
         if values and values[-1] > 0.05:
-            text = f"{percent(values[-1])} of the last evaluation's samples on {curve.set} {part}"
-            yield Finding("problem", f"{text}: its figures are not to be trusted.", remedy)
+            yield f"eval_{name}", {"share": percent(values[-1]), "set": curve.set}
 
 
-def _limits(run: RunRecord) -> Iterator[Finding]:
-    said: set[str] = set()
-    for name, limit, text, remedy in LIMITS:
+def _limits(run: RunRecord) -> Found:
+    said = False
+    for name, limit in _TEXT["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
         # "dead" only repeats what "all correct" or "all wrong" have said already
         if values and fmean(values) > limit and not (name == "group/dead_frac" and said):
-            said.add(name)
+            said = True
             when = "the last step" if len(values) == 1 else f"the last {len(values)} steps"
-            shown = text.format(share=percent(fmean(values)), mean=fmean(values), when=when)
-            yield Finding("problem", shown, remedy)
+            yield name, {"share": percent(fmean(values)), "mean": fmean(values), "when": when}
 
 
-def _trends(run: RunRecord) -> Iterator[Finding]:
+def _trends(run: RunRecord) -> Found:
     """First against last WINDOW steps, where the run is long enough to tell them apart."""
     entropy, rewards = run.metric("policy/entropy")[1], run.metric("reward/mean")[1]
     if len(entropy) >= 2 * WINDOW:
         start, end = fmean(entropy[:WINDOW]), fmean(entropy[-WINDOW:])
-        if end < 0.1 * start:
-            text = f"Entropy collapsed from {start:.3g} to {end:.3g} nats: the policy hardly explores."
-            yield Finding("problem", text, "Lower the learning rate, raise the upper clip or entropy_coefficient.")
-        elif end > 3 * start:
-            text = f"Entropy grew from {start:.3g} to {end:.3g} nats: the policy is falling apart."
-            yield Finding("problem", text, LOWER_RATE)
+        if end < 0.1 * start or end > 3 * start:
+            yield "entropy_collapsed" if end < start else "entropy_grew", {"start": start, "end": end}
     if len(rewards) >= 2 * WINDOW:
         head, tail = rewards[:WINDOW], rewards[-WINDOW:]
         noise = ((stdev(head) ** 2 + stdev(tail) ** 2) / WINDOW) ** 0.5
-        span = f"{fmean(head):.3f} to {fmean(tail):.3f}"
-        if fmean(tail) - fmean(head) < -2 * noise:
-            yield Finding("problem", f"Training reward fell from {span}.", LOWER_RATE)
-        elif fmean(tail) - fmean(head) <= 2 * noise:
-            text = f"Training reward did not move ({span})."
-            yield Finding("problem", text, "Check dead groups, then samples, then the learning rate.")
+        start, end = fmean(head), fmean(tail)
+        if end - start <= 2 * noise:
+            yield "reward_fell" if end - start < -2 * noise else "reward_flat", {"start": start, "end": end}

@@ -1,8 +1,7 @@
 """metrics.jsonl: one flat JSON object a line, `{"step": int, "time": unix seconds, "seconds": run time, **metrics}`.
 
-Several lines may carry the same step (training, then evaluation); of a metric logged twice for a step the
-later line counts. A torn last line (the machine died while writing) is left out when reading and removed
-when the run goes on; a broken line anywhere else is an error.
+Several lines may carry the same step; of a metric logged twice for a step the later line counts. A torn last line
+(the machine died) is left out when reading and removed when the run goes on; one anywhere else is an error.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
-from rlkit.telemetry.names import MetricError, Metrics, is_warm_start
+from rlkit.telemetry.names import Metrics, TelemetryError, is_warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -37,38 +35,38 @@ class Row:
         return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Row:
-    """Raises ValueError, KeyError or TypeError where the line is not one of ours."""
-    record = dict(json.loads(line))
-    return Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record)
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one rename: a crash leaves it as it was or whole. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
     """All rows of a run in the order written; empty when there is no metrics.jsonl yet.
 
-    Raises MetricError: a line other than a torn last one is broken.
+    Raises TelemetryError: a line other than a torn last one is broken.
     """
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                rows.append(_parse(line))
+            record = dict(json.loads(line))
+            rows.append(Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record))
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 problem = f"line {number} is not a JSON object with step, time and seconds"
                 fix = "remove that line; only a last line may be torn"
-                raise MetricError(problem, key="metrics file", value=path.name, fix=fix) from error
+                raise TelemetryError(problem, key="metrics file", value=path.name, fix=fix) from error
             logger.warning("%s: last line is torn and is left out", path.name)
     return rows
-
-
-def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and finite values of one metric, by step; the last row of a step counts."""
-    values = {row.step: row.metrics[name] for row in rows if name in row.metrics}
-    finite = [(step, value) for step, value in sorted(values.items()) if value is not None]
-    return [step for step, _ in finite], [float(value) for _, value in finite]
 
 
 class JsonlSink:
@@ -76,47 +74,36 @@ class JsonlSink:
 
     Opening an existing file goes on with its run time. With `resume_step`, the step of the checkpoint the run
     goes on from, training rows of later steps are removed; that step's own rows, its evaluation among them,
-    stay, and so do warm-start rows, whose steps count something else. Raises MetricError: the file is broken.
+    stay, and so do warm-start rows, whose steps count something else. Raises TelemetryError: the file is broken.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         rows = read_metrics(run_dir)
-        self._before = max((row.seconds for row in rows), default=0.0)  # what was lost counts as well
-        self._started = time.monotonic()
+        before = max((row.seconds for row in rows), default=0.0)  # what was lost counts as well
+        self._started = time.monotonic() - before
         self._warned: set[str] = set()
         last = math.inf if resume_step is None else resume_step
-        path = run_dir / "metrics.jsonl"
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:  # a torn line goes too; one rename, so that no crash can lose the file
-            file.writelines(row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        self._file = path.open("ab")
+        kept = [row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last]
+        replace_file(run_dir / "metrics.jsonl", b"".join(kept))  # a torn line goes too
+        self._file = (run_dir / "metrics.jsonl").open("ab")
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one line; a value that is not finite becomes null, and its name is warned once.
 
-        Raises MetricError: a value is not a number.
+        Raises TelemetryError: a value is not a number.
         """
-        seconds = self._before + time.monotonic() - self._started
-        values = {name: self._number(step, name, value) for name, value in metrics.items()}
+        values: dict[str, float | None] = {}
+        for name, value in metrics.items():
+            if not isinstance(value, Real | None):
+                problem, fix = f"a metric is a number, not {type(value).__name__}", "log float(value)"
+                raise TelemetryError(problem, key=name, value=value, fix=f"{fix}, or value.item() for a tensor")
+            values[name] = None if value is None or not math.isfinite(value) else float(value)
+            if value is not None and values[name] is None and name not in self._warned:
+                self._warned.add(name)
+                logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
+        seconds = time.monotonic() - self._started
         self._file.write(Row(step, round(time.time(), 3), round(seconds, 3), values).line())
         self._file.flush()
-
-    def _number(self, step: int, name: str, value: object) -> float | int | None:
-        if value is None:
-            return None
-        if not isinstance(value, Real):
-            problem = f"a metric is a number, not {type(value).__name__}"
-            raise MetricError(problem, key=name, value=value, fix="log float(value), or value.item() for a tensor")
-        if math.isfinite(value):
-            return int(value) if isinstance(value, int) else float(value)
-        if name not in self._warned:
-            self._warned.add(name)
-            logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
-        return None
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file; closing twice is harmless."""

@@ -6,19 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlkit.errors import RlkitError
-from rlkit.telemetry.console import EVAL_NAME
-from rlkit.telemetry.jsonl import Row, read_metrics, series
-from rlkit.telemetry.names import is_warm_start
-
-
-class RunError(RlkitError):
-    """A run folder cannot be read."""
+from rlkit.telemetry.jsonl import Row, read_metrics
+from rlkit.telemetry.names import EVAL_NAME, TelemetryError, is_warm_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +23,11 @@ class Point:
     step: int
     value: float
     error: float | None
+
+    @property
+    def sure(self) -> bool:
+        """Of a change: whether it is more than two standard errors."""
+        return self.error is not None and abs(self.value) > 2 * self.error
 
 
 def with_error(point: Point | None, sign: str = "") -> str:
@@ -67,12 +67,11 @@ class EvalCurve:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds; `config` and `environment` are empty where the file is missing."""
+    """What a run folder holds; `config` is empty where the file is missing."""
 
     run_dir: Path
     rows: Sequence[Row]
     config: Mapping[str, Any]
-    environment: Mapping[str, Any]
 
     @cached_property
     def training(self) -> list[Row]:
@@ -96,8 +95,10 @@ class RunRecord:
         return max((row.seconds for row in self.rows), default=0.0)
 
     def metric(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and finite values of a metric."""
-        return series(self.rows, name)
+        """Steps and finite values of a metric, by step; the last row of a step counts."""
+        values = {row.step: row.metrics[name] for row in self.rows if name in row.metrics}
+        finite = {step: value for step, value in sorted(values.items()) if value is not None}
+        return list(finite), list(finite.values())
 
     @cached_property
     def evaluations(self) -> list[EvalCurve]:
@@ -116,38 +117,30 @@ class RunRecord:
     @cached_property
     def averages(self) -> list[EvalCurve]:
         """The avg@k curve of every held-out set, with the largest k where there are several."""
-        first: dict[str, EvalCurve] = {}
-        for curve in self.evaluations:
-            if curve.label.startswith("avg"):
-                first.setdefault(curve.set, curve)
-        return list(first.values())
+        curves = [curve for curve in self.evaluations if curve.label.startswith("avg")]
+        return [next(of_one_set) for _, of_one_set in groupby(curves, key=lambda curve: curve.set)]
 
     @cached_property
     def pauses(self) -> list[tuple[int, float]]:
         """(first step after it, seconds) of every gap in which the run did not run."""
-        pairs = zip(self.rows, self.rows[1:], strict=False)
-        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairs]
+        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairwise(self.rows)]
         return [(step, gap) for step, gap in gaps if gap > 3.0]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of a run folder; empty where it is missing. Raises RunError: it is not a mapping."""
+    """A YAML or JSON file of a run folder; empty where it is missing. Raises TelemetryError: it is not a mapping."""
     if not path.exists():
         return {}
     try:
         text = path.read_text("utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunError(f"{path.name} is not readable: {error}", key="run", value=path.parent.name) from error
-    if not isinstance(found, dict):
-        raise RunError(f"{path.name} is not a mapping", key="run", value=path.parent.name)
-    return found
+        return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise TelemetryError(f"not a readable mapping: {error}", key=path.name, value=path.parent.name) from error
 
 
 def load_run(run_dir: Path) -> RunRecord:
-    """Read a run folder. Raises RunError or MetricError: it does not exist, or a file in it is broken."""
+    """Read a run folder. Raises TelemetryError: it does not exist, or a file in it is broken."""
     if not run_dir.is_dir():
         expected = "a run folder, outputs/<name>: what `rlkit train` printed"
-        raise RunError("no such folder", key="run", value=str(run_dir), expected=expected)
-    config, environment = (read_mapping(run_dir / name) for name in ("config.yaml", "environment.json"))
-    return RunRecord(run_dir, read_metrics(run_dir), config, environment)
+        raise TelemetryError("no such folder", key="run", value=str(run_dir), expected=expected)
+    return RunRecord(run_dir, read_metrics(run_dir), read_mapping(run_dir / "config.yaml"))

@@ -1,9 +1,8 @@
-"""report.html: a run on one page that needs nothing else, and its pictures under plots/."""
+"""What a run leaves for people: report.html with plots/, summary.json, and the table printed at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import resources
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,21 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from rlkit.telemetry.console import duration
 from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
-from rlkit.telemetry.record import RunRecord, load_run, with_error
-from rlkit.telemetry.rollouts import (
-    COLOURS,
-    TEXT_COLUMNS,
-    Judge,
-    RolloutsError,
-    facts,
-    read_rollouts,
-    rollout_steps,
-    visible,
-)
+from rlkit.telemetry.jsonl import replace_file
+from rlkit.telemetry.names import TelemetryError, read_resource
+from rlkit.telemetry.record import EvalCurve, RunRecord, load_run, read_mapping, with_error
+from rlkit.telemetry.rollouts import COLOURS, facts, judged_rollouts, rollout_steps, visible
 
 HEAD_CHARACTERS = 1200
 TAIL_CHARACTERS = 500
-SAMPLES = 2
-"""Completions of each verdict shown for a step."""
+SAMPLES = 2  # completions of each verdict shown for a step
 
 
 def _seen(text: object) -> Markup:
@@ -54,84 +46,89 @@ def _crop(text: str) -> Markup:
 
 def _stage(run: RunRecord, step: int) -> dict[str, Any]:
     """A few samples of each verdict of a step, one of each prompt before a second one."""
-    judge = Judge.of(run.config)
-    rows = read_rollouts(run.run_dir, step, TEXT_COLUMNS)
-    rows = [row | {"verdict": judge.verdict(row), "facts": facts(row)} for row in rows]
-    chosen, counts = [], []
-    for verdict in COLOURS:
-        alike = [row for row in rows if row["verdict"] == verdict]
-        alike.sort(key=lambda row: (row["index"], row["ordinal"]))
-        chosen += alike[:SAMPLES]
-        counts += [f"{len(alike)} {verdict}"] if alike else []
-    return {"step": step, "counts": f"{', '.join(counts)} of {len(rows)}", "rows": chosen}
-
-
-def _cards(run: RunRecord) -> list[tuple[str, str, str]]:
-    """(label, figure, remark): headline figures besides the held-out ones."""
-    cards = []
-    if rewards := run.metric("reward/mean")[1]:
-        size = min(20, -(-len(rewards) // 2))
-        first, last = sum(rewards[:size]) / size, sum(rewards[-size:]) / size
-        big = f"{first:.3f} \N{RIGHTWARDS ARROW} {last:.3f}"
-        cards.append(("training reward", big, f"mean of the first and last {size} of {len(rewards)} steps"))
-    times = run.metric("time/step")[1]
-    pace = f"{sum(times) / len(times):.2f} s a step" if times else ""
-    cards.append(("learner steps", f"{run.last_step} of {run.config.get('steps', '?')}", pace))
-    return [*cards, ("run time", duration(run.seconds), f"resumed {len(run.pauses)} times" if run.pauses else "")]
-
-
-def _lead(run: RunRecord) -> str:
-    """One line under the title: what was trained, how, with which seed."""
-    model, algorithm = run.config.get("model") or {}, run.config.get("algorithm") or {}
-    architecture = (model.get("architecture") or {}).get("model_type")
-    pieces: Sequence[Any] = [algorithm.get(piece) or {} for piece in ("advantage", "loss", "aggregation")]
-    parts = [model.get("path") or (architecture and f"{architecture} from scratch")]
-    parts += [str(piece.get("_target_", "")).split(".")[-1] for piece in pieces]
-    parts += [f"seed {run.config['seed']}" if "seed" in run.config else ""]
-    return " \N{MIDDLE DOT} ".join(str(part) for part in parts if part)
+    rows = [row | {"facts": facts(row)} for row in judged_rollouts(run.run_dir, step, run.config)]
+    rows.sort(key=lambda row: row["index"])
+    alike = {verdict: [row for row in rows if row["verdict"] == verdict] for verdict in COLOURS}
+    counts = ", ".join(f"{len(some)} {verdict}" for verdict, some in alike.items() if some)
+    chosen = [row for some in alike.values() for row in some[:SAMPLES]]
+    return {"step": step, "counts": f"{counts} of {len(rows)}", "rows": chosen}
 
 
 def write_report(run_dir: Path) -> Path:
     """Write report.html and plots/*.png into a run folder and return the report's path.
 
-    The same files give the same bytes. What the run did not log is said to be missing.
-
-    Raises:
-        RunError: the folder does not exist, or its config.yaml or environment.json is broken.
-        MetricError: metrics.jsonl is broken in the middle.
+    The same files give the same bytes. What the run did not log is said to be missing. Raises as `load_run`.
     """
     run = load_run(run_dir)
-    drawn, empty = draw_all(run)
     steps, stages, no_samples = rollout_steps(run_dir), [], "No rollouts were kept (telemetry.save_rollouts)."
     try:
         stages = [_stage(run, step) for step in dict.fromkeys((*steps[:1], *steps[-1:]))]
-    except RolloutsError as error:
+    except TelemetryError as error:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
-    page.filters |= {"seen": _seen, "crop": _crop}
-    template = (resources.files("rlkit.telemetry") / "templates" / "report.html.j2").read_text("utf-8")
-    config = run_dir / "config.yaml"
-    html = page.from_string(template).render(
-        run=run,
-        lead=_lead(run),
-        cards=_cards(run),
-        findings=findings(run),
-        drawn=drawn,
-        empty=empty,
-        stages=stages,
-        no_samples=no_samples,
-        documents={
-            "config.yaml": redact_text(config.read_text("utf-8")) if run.config else "",
-            "environment.json": yaml.safe_dump(dict(run.environment), sort_keys=False) if run.environment else "",
-        },
-        with_error=with_error,
+    page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
+    environment = read_mapping(run_dir / "environment.json")
+    documents = {
+        "config.yaml": redact_text((run_dir / "config.yaml").read_text("utf-8")) if run.config else "",
+        "environment.json": yaml.safe_dump(environment, sort_keys=False) if environment else "",
+    }
+    html = page.from_string(read_resource("templates/report.html.j2")).render(
+        run=run, findings=findings(run), drawn=draw_all(run), stages=stages, no_samples=no_samples, documents=documents
     )
-    temporary = run_dir / "report.html.tmp"
-    temporary.write_text(html, encoding="utf-8")
-    return temporary.replace(run_dir / "report.html")
+    replace_file(run_dir / "report.html", html.encode())
+    return run_dir / "report.html"
 
 
 def main(run_dir: str | Path) -> int:
     """Write the report of a run folder and print its path; return the exit status."""
     Console(highlight=False).print(Text(str(write_report(Path(run_dir)))), soft_wrap=True)
     return 0
+
+
+def _figures(curve: EvalCurve) -> dict[str, float | int | None]:
+    """`avg@4_before`, `avg@4_before_se`, `avg@4_after`, `avg@4_after_se` and `avg@4_after_step`."""
+    out: dict[str, float | int | None] = {}
+    for when, point in (("before", curve.before), ("after", curve.after)):
+        out[f"{curve.label}_{when}"] = None if point is None else point.value
+        out[f"{curve.label}_{when}_se"] = None if point is None else point.error
+    return out | {f"{curve.label}_after_step": None if curve.after is None else curve.after.step}
+
+
+def write_summary(run_dir: Path) -> dict[str, Any]:
+    """Write summary.json into a run folder and return what it holds.
+
+    `steps` are learner steps trained, `seconds` run time with resumes summed. The avg@k figures of eval_set, the
+    first of the recipe, are at the top level; `eval` maps each set to its figures. None where nothing was measured.
+    """
+    run = load_run(run_dir)
+    first = next(iter(run.averages), None)
+    summary: dict[str, Any] = {
+        "name": run.name, "seed": run.config.get("seed"),
+        "steps": run.last_step, "planned_steps": run.config.get("steps"), "seconds": run.seconds,
+        "reward_last": next(reversed(run.metric("reward/mean")[1]), None),
+        "eval_set": first and first.set, **(_figures(first) if first else {}),
+        "eval": {},
+    }  # fmt: skip
+    for curve in run.evaluations:
+        summary["eval"].setdefault(curve.set, {}).update(_figures(curve))
+    replace_file(run_dir / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    return summary
+
+
+def print_summary(run_dir: Path, console: Console | None = None) -> None:
+    """Print held-out figures before and after, and the paths of report and learning curve."""
+    console = console or Console(highlight=False)
+    run = load_run(run_dir)
+    table = Table("set", "figure", title=Text(f"{run.name}: held-out figures, mean +- standard error"))
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right")
+    for curve in run.evaluations:
+        change = curve.change
+        style = "" if change is None or not change.sure else "bold green" if change.value > 0 else "bold red"
+        changed = Text(with_error(change, "+"), style)
+        table.add_row(Text(curve.set), curve.label, with_error(curve.before), with_error(curve.after), changed)
+    console.print(table if run.evaluations else "No held-out evaluation in this run.")
+    console.print(f"{run.last_step} steps in {duration(run.seconds)}")
+    for label, place in (("report", "report.html"), ("learning curve", "plots/learning_curve.png")):
+        if (run_dir / place).exists():
+            console.print(Text(f"{label}: {run_dir / place}"), soft_wrap=True)

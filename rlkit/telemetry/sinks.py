@@ -1,7 +1,11 @@
-"""Where metrics go: one `Telemetry` checks every name and hands each row to its sinks."""
+"""Where metrics go: one `Telemetry` checks every name and hands each row to its sinks: file, wandb, console."""
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,8 +14,12 @@ from typing import Any, Protocol, Self
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.console import ConsoleSink
 from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import MetricError, Metrics, check_name
-from rlkit.telemetry.wandb_sink import WandbSink
+from rlkit.telemetry.names import Metrics, TelemetryError, check_name, is_warm_start
+
+logger = logging.getLogger(__name__)
+
+DEADLINES_S = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0}
+QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
 
 
 class Sink(Protocol):
@@ -24,13 +32,57 @@ class Sink(Protocol):
         """Let go of everything; `failed` says that the run ended in an error."""
 
 
-class Telemetry:
-    """Fan out rows to sinks, and own them: a context manager that always closes every one.
+class WandbSink:
+    """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
-    Example:
-        with Telemetry.open(config.telemetry, run_dir, name="run", total_steps=600, config={...}) as telemetry:
-            telemetry.log(1, {"reward/mean": 0.5})
+    The step axis is ours (`learner/step`, or `sft/step`), so that a resumed run may log a step again. `mode` is
+    "offline" (no account, no network) or "online". Raises TelemetryError: not installed, or the run cannot start.
     """
+
+    def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
+        if mode == "offline":
+            # Before the import: wandb reports its own errors to its makers over the network.
+            os.environ["WANDB_ERROR_REPORTING"] = "false"
+        try:
+            self._wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            fix = "pip install wandb, or set telemetry.wandb=off"
+            raise TelemetryError("wandb is not installed", key="telemetry.wandb", value=mode, fix=fix) from error
+        identity = run_dir / "wandb" / "rlkit_run_id"
+        if not identity.exists():
+            identity.parent.mkdir(parents=True, exist_ok=True)
+            identity.write_text(secrets.token_hex(4))
+        quiet: dict[str, Any] = {"console": "off", "x_save_requirements": False, **dict.fromkeys(QUIET, True)}
+        run = {"project": project, "name": name, "id": identity.read_text().strip(), "dir": str(run_dir), "mode": mode}
+        resume, settings = "allow" if mode == "online" else None, self._wandb.Settings(**DEADLINES_S, **quiet)
+        try:
+            self._run: Any = self._wandb.init(**run, resume=resume, config=dict(config), settings=settings)
+        except self._wandb.errors.Error as error:
+            problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
+            raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
+        for axis, names in (("learner/step", "*"), ("sft/step", "sft/*")):
+            self._run.define_metric(axis)
+            self._run.define_metric(names, step_metric=axis)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log one row; values that are None are left out."""
+        axis = "sft/step" if is_warm_start(metrics) else "learner/step"
+        self._run.log({axis: step, **{k: v for k, v in metrics.items() if v is not None}})
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the run, within DEADLINES_S, and end wandb's service process; twice is harmless."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=int(failed))
+        except TimeoutError:
+            logger.error("wandb did not finish in time; the data is in %s: upload with `wandb sync`", run.dir)
+        self._wandb.teardown(exit_code=int(failed))
+
+
+class Telemetry:
+    """Fan out rows to sinks, and own them: a context manager that always closes every one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = tuple(sinks)
@@ -46,14 +98,10 @@ class Telemetry:
         config: Mapping[str, Any],
         resume_step: int | None = None,
     ) -> Self:
-        """Make the sinks a recipe asks for.
+        """Make the sinks a recipe asks for; `config` is the resolved recipe as plain containers, for wandb.
 
-        Args:
-            total_steps: steps of the whole run, for the progress bar.
-            config: the resolved recipe as plain containers, for wandb.
-            resume_step: step of the checkpoint the run goes on from: later rows are removed. None for a new run.
-
-        Raises MetricError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
+        `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.
+        Raises TelemetryError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
         """
         with ExitStack() as undo:
             sinks: list[Sink] = [JsonlSink(run_dir, resume_step)]
@@ -67,10 +115,10 @@ class Telemetry:
         return cls(sinks)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Hand one row to every sink. MetricError: unknown name, or warm-start and training names mixed."""
-        if len({check_name(name).group == "sft" for name in metrics}) > 1:
+        """Hand one row to every sink. TelemetryError: unknown name, or warm-start and training names mixed."""
+        if len({check_name(name).pattern.startswith("sft/") for name in metrics}) > 1:
             problem = "one row mixes warm-start and training metrics, whose steps count different things"
-            raise MetricError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
+            raise TelemetryError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
         for sink in self.sinks:
             sink.log(step, metrics)
 

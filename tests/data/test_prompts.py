@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.prompts import load_prompts
-from rlkit.data.template import render
+from rlkit.data.text import render
 from rlkit.errors import ConfigError, DataError
 from rlkit.learner.model import character_tokenizer
 

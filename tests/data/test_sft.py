@@ -25,9 +25,9 @@ def test_examples_continue_the_prompts_of_reinforcement_learning(tokenizer: Any)
         prompt="{metadata[expression]:nospace}=",
         completion={"_target_": "rlkit.data.teacher.ChainSumTeacher", "error_rate": 0.0},
     )
-    found = load_examples(config, tokenizer, 200, "sft.data")
+    examples, _ = load_examples(config, tokenizer, 200, "sft.data")
     prompts = load_prompts(config, tokenizer, "sft.data", True).prompts
-    for example, prompt in zip(found.examples, prompts, strict=True):
+    for example, prompt in zip(examples, prompts, strict=True):
         assert example.id == prompt.id
         np.testing.assert_array_equal(example.prompt_ids, prompt.token_ids)
         assert example.completion_ids[-1] == tokenizer.eos_token_id
@@ -44,9 +44,9 @@ def test_every_row_is_kept_or_counted(tokenizer: Any, limit: int) -> None:
         with pytest.raises(DataError, match=r"sft\.max_completion_tokens"):
             load_examples(config, tokenizer, limit, "sft.data")
         return
-    found = load_examples(config, tokenizer, limit, "sft.data")
-    assert [len(e.completion_ids) for e in found.examples] == [n + 2 + len(str(n)) for n in fits]
-    assert len(found) + sum(found.left_out.values()) == 14
+    examples, left_out = load_examples(config, tokenizer, limit, "sft.data")
+    assert [len(e.completion_ids) for e in examples] == [n + 2 + len(str(n)) for n in fits]
+    assert len(examples) + sum(left_out.values()) == 14
 
 
 class Rows:

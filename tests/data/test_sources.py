@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def test_file_errors_help(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\.jsonl, \.json, \.parquet"):
         LocalFile(path=str(tmp_path / "train.csv")).rows()
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(DataError, match="not a readable Parquet file"):
+    with pytest.raises(DataError, match="not a readable .parquet file"):
         LocalFile(path=str(tmp_path / "torn.parquet")).rows()
 
 
@@ -160,15 +159,6 @@ def test_hub_data_set_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.M
         HubDataset(name=str(tmp_path / "set"), split="validation").rows()
     with pytest.raises(DataError, match="Did you mean 'question'"):
         HubDataset(name=str(tmp_path / "set"), columns=["questoin"]).rows()
-
-
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
-        HubDataset(name="openai/gsm8k").rows()
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(DataError, match="pip install reasoning-gym"):
-        ReasoningGym(task="chain_sum", size=1).rows()
 
 
 @dataclass(frozen=True, slots=True)

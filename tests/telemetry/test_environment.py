@@ -24,6 +24,8 @@ CWD = Path("/home/someone/project")
         ("judge.api_key=abc", "judge.api_key=***"),
         ("++hub.hf_token=abc", "++hub.hf_token=***"),
         ("token=abc", "token=***"),
+        ("++token=a=b", "++token=***"),
+        ("--env=hf_token=abc", "--env=hf_token=***"),
         ("buffer.url=postgresql://u:p@host/db", "buffer.url=postgresql://***@host/db"),
         ("model.path=/home/someone/models/m", "model.path=.../m"),
         ("/home/someone/project/recipes/a.yaml", "recipes/a.yaml"),

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.telemetry.jsonl import JsonlSink, read_metrics, series
-from rlkit.telemetry.names import MetricError, is_warm_start
+from rlkit.telemetry.jsonl import JsonlSink, read_metrics
+from rlkit.telemetry.names import TelemetryError, is_warm_start
+from rlkit.telemetry.record import load_run
 
 
 def test_a_row_is_on_disk_before_the_next_one(tmp_path: Path) -> None:
@@ -34,13 +35,13 @@ def test_not_finite_is_null_and_warned_once_a_name(tmp_path: Path, caplog: pytes
     assert [row.metrics["policy/loss"] for row in read_metrics(tmp_path)] == [None, None, None, 1.0]
     assert len([r for r in caplog.records if "policy/loss" in r.message]) == 1
     assert len(caplog.records) == 2
-    assert series(read_metrics(tmp_path), "policy/loss") == ([3], [1.0])
+    assert load_run(tmp_path).metric("policy/loss") == ([3], [1.0])
 
 
 @pytest.mark.parametrize("value", ["0.5", [1.0], object()])
 def test_what_is_not_a_number_is_refused(tmp_path: Path, value: object) -> None:
     sink = JsonlSink(tmp_path)
-    with pytest.raises(MetricError, match=r"reward/mean"):
+    with pytest.raises(TelemetryError, match=r"reward/mean"):
         sink.log(1, {"reward/mean": value})  # type: ignore[dict-item]
     sink.close()
     assert read_metrics(tmp_path) == []
@@ -72,9 +73,9 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     sink.close()
     good = path.read_text()
     path.write_text(good + "{broken\n" + good)
-    with pytest.raises(MetricError, match="line 2"):
+    with pytest.raises(TelemetryError, match="line 2"):
         read_metrics(tmp_path)
-    with pytest.raises(MetricError, match="line 2"):
+    with pytest.raises(TelemetryError, match="line 2"):
         JsonlSink(tmp_path)
 
 
@@ -115,7 +116,7 @@ def test_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
     sink.log(5, {"sft/loss": 1.0})
     sink.close()
     rows = read_metrics(tmp_path)
-    assert series(rows, "reward/mean") == ([1, 2], [0.2, 0.3])
+    assert load_run(tmp_path).metric("reward/mean") == ([1, 2], [0.2, 0.3])
     assert [is_warm_start(row.metrics) for row in rows] == [False] * 3 + [True]
 
 

@@ -11,11 +11,10 @@ from rich.console import Console
 
 from rlkit.telemetry.figures import PANELS, smooth, time_shares
 from rlkit.telemetry.findings import findings
-from rlkit.telemetry.names import MetricError
-from rlkit.telemetry.record import RunError, load_run
-from rlkit.telemetry.report import HEAD_CHARACTERS, TAIL_CHARACTERS, main, write_report
+from rlkit.telemetry.names import TelemetryError
+from rlkit.telemetry.record import load_run
+from rlkit.telemetry.report import HEAD_CHARACTERS, TAIL_CHARACTERS, main, print_summary, write_report, write_summary
 from rlkit.telemetry.rollouts import write_rollouts
-from rlkit.telemetry.summary import print_summary, write_summary
 
 
 class Page(html.parser.HTMLParser):
@@ -156,7 +155,7 @@ def test_what_is_missing_is_said(make_run, options: dict, said: str) -> None:
 def test_an_empty_folder_is_a_page_and_no_folder_an_error(tmp_path: Path) -> None:
     page_of(tmp_path)
     assert write_summary(tmp_path)["steps"] == 0
-    with pytest.raises(RunError, match="no such folder"):
+    with pytest.raises(TelemetryError, match="no such folder"):
         main(tmp_path / "missing")
 
 
@@ -171,11 +170,11 @@ def test_torn_and_broken_files(make_run) -> None:
     middle = make_run("middle", steps=2, change=few)
     metrics = middle / "metrics.jsonl"
     metrics.write_text("{\n" + metrics.read_text())
-    with pytest.raises(MetricError, match="line 1"):
+    with pytest.raises(TelemetryError, match="line 1"):
         write_report(middle)
     config = make_run("config", steps=2, change=few)
     (config / "config.yaml").write_text("a: [")
-    with pytest.raises(RunError, match=r"config\.yaml"):
+    with pytest.raises(TelemetryError, match=r"config\.yaml"):
         write_report(config)
 
 

@@ -11,12 +11,11 @@ import pytest
 from rich.console import Console
 
 from rlkit.config.schema import TelemetryConfig
-from rlkit.telemetry import wandb_sink
+from rlkit.telemetry import sinks
 from rlkit.telemetry.console import ConsoleSink, duration
 from rlkit.telemetry.jsonl import JsonlSink, read_metrics
-from rlkit.telemetry.names import MetricError, Metrics
-from rlkit.telemetry.sinks import Telemetry
-from rlkit.telemetry.wandb_sink import WandbSink
+from rlkit.telemetry.names import Metrics, TelemetryError
+from rlkit.telemetry.sinks import Telemetry, WandbSink
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +38,9 @@ class Recorder:
 def test_an_unknown_or_mixed_row_reaches_no_sink() -> None:
     sink = Recorder()
     telemetry = Telemetry([sink])
-    with pytest.raises(MetricError, match="reward/maen"):
+    with pytest.raises(TelemetryError, match="reward/maen"):
         telemetry.log(1, {"reward/mean": 0.5, "reward/maen": 0.5})
-    with pytest.raises(MetricError, match="sft"):
+    with pytest.raises(TelemetryError, match="sft"):
         telemetry.log(1, {"reward/mean": 0.5, "sft/loss": 0.5})
     assert sink.rows == []
 
@@ -162,11 +161,11 @@ def test_wandb_missing_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Mon
     def no_wandb(name: str) -> object:
         raise ImportError(name)
 
-    monkeypatch.setattr(wandb_sink.importlib, "import_module", no_wandb)
-    with pytest.raises(MetricError, match=r"telemetry\.wandb=off"):
+    monkeypatch.setattr(sinks.importlib, "import_module", no_wandb)
+    with pytest.raises(TelemetryError, match=r"telemetry\.wandb=off"):
         WandbSink(tmp_path, mode="online", **arguments)
     config = TelemetryConfig(console=False, wandb="online")
-    with pytest.raises(MetricError):
+    with pytest.raises(TelemetryError):
         Telemetry.open(config, tmp_path, name="n", total_steps=1, config={})
 
 

@@ -1,12 +1,15 @@
-"""Text from a row's fields: `{question}`, `{metadata[expression]}`, `{expression:nospace}`."""
+"""Text from a row's fields, `{question}` or `{metadata[expression]:nospace}`, and its token ids without loss."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkit.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str | None:
@@ -56,9 +59,32 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None:
             raise _NullField
-        if format_spec == "nospace":
-            return "".join(str(value).split())
-        return str(super().format_field(value, format_spec))
+        return (
+            "".join(str(value).split()) if format_spec == "nospace" else str(super().format_field(value, format_spec))
+        )
 
 
 _FORMATTER = _Formatter()
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[bos] where the tokenizer itself starts every text with it (Llama's does, Qwen's and GPT-2's do not), else []."""
+    first: list[int] = tokenizer("").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequence[str], key: str) -> list[list[int]]:
+    """Token ids of every text, no special token added.
+
+    Raises `DataError` naming the characters where a text has some the tokenizer maps to <unk>.
+    """
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
+    unknown = tokenizer.unk_token_id
+    for row_id, text, tokens in zip(ids, texts, encoded, strict=True):
+        if unknown is not None and unknown in tokens:
+            bad = [x for x in sorted(set(text)) if unknown in tokenizer(x, add_special_tokens=False).input_ids]
+            shown = ", ".join(map(repr, bad)) or "a sequence of characters"
+            problem = f"{key}: row {row_id!r} has text the tokenizer does not know: {shown} in {text[:200]!r}"
+            fix = "add the characters to model.alphabet, change the template, or leave the row out of the data"
+            raise DataError(problem, fix=fix)
+    return encoded
