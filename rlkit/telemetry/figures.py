@@ -169,7 +169,9 @@ def time_split(run: RunRecord) -> Figure | None:
 
 
 DRAWINGS = (learning_curve, evaluations, named_rewards, groups, lengths, time_split)
-LINES: dict[str, tuple[str, dict[str, str]]] = yaml.safe_load(read_resource("report.yaml"))["lines"]
+_TEXTS = yaml.safe_load(read_resource("report.yaml"))
+STYLE = _TEXTS["style"]
+LINES: dict[str, tuple[str, dict[str, str]]] = _TEXTS["lines"]
 PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
 
 
@@ -181,7 +183,7 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
     drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
-    with mpl.rc_context(yaml.safe_load(read_resource("report.yaml"))["style"]):
+    with mpl.rc_context(STYLE):
         panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
         for name, (title, names) in LINES.items():
             panels.append((name, check_name(next(iter(names.values()))).meaning, lines(run, title, names)))
