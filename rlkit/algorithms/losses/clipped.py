@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import LossInputs, LossOutput
+from rlkit.algorithms.base import LossInputs, LossOutput, in_range
 from rlkit.errors import ConfigError
 
 LOG_RATIO_LIMIT = 20.0
@@ -34,9 +34,8 @@ class ClippedLoss:
     dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
-            if not 0 <= value <= high:
-                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+        in_range("clip_low", self.clip_low, 0, 1)
+        in_range("clip_high", self.clip_high, 0)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ConfigError("out of range", key="dual_clip", value=self.dual_clip, expected="> 1, or null for off")
 
