@@ -27,10 +27,11 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlkit.buffer.protocol import Watermark
 from rlkit.errors import CheckpointError
+from rlkit.learner.update import Learner
 
 MANIFEST = "manifest.json"
 
@@ -54,6 +55,24 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     rng: tuple[Mapping[str, Tensor], list[Any]]
 
+    def restore(self, learner: Learner) -> None:
+        """Optimiser, counter and generators, into a learner whose weights are this checkpoint's already.
+
+        Raises CheckpointError if it belongs to another model.
+        """
+        by_name = dict(learner.model.named_parameters())
+        unknown = {key.split("/", 1)[1] for key in self.optimizer} ^ set(by_name)
+        if self.optimizer and unknown:
+            problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
+            raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
+        for key, tensor in self.optimizer.items():
+            kind, name = key.split("/", 1)
+            # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
+            place = tensor if tensor.ndim == 0 else tensor.to(by_name[name].device)
+            learner.optimizer.state[by_name[name]][kind] = place.clone()
+        learner.optimizer_steps = self.state.optimizer_steps
+        _restore_rng(*self.rng)
+
 
 def checksum(path: Path) -> str:
     """xxh3-128 of a file."""
@@ -64,36 +83,13 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """Optimiser state as {"exp_avg/<parameter>": tensor}; `names` maps id(parameter) to its name."""
+def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
+    """Optimiser state as {"exp_avg/<parameter>": tensor}; tied parameters once."""
     out = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            out[f"{key}/{names[id(parameter)]}"] = tensor.detach().cpu().contiguous()
+    for name, parameter in learner.model.named_parameters():
+        for key, value in learner.optimizer.state.get(parameter, {}).items():
+            out[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return out
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Inverse of `optimizer_tensors`; raises CheckpointError if it belongs to another model."""
-    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    unknown = {key.split("/", 1)[1] for key in tensors} ^ set(by_name)
-    if tensors and unknown:
-        problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
-        raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
-    for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
-        parameter = by_name[name]
-        # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
-        place = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
-        optimizer.state[parameter][kind] = place.clone()
-
-
-def parameter_names(model: torch.nn.Module) -> dict[int, str]:
-    """id(parameter) -> name, tied parameters once."""
-    return {id(p): name for name, p in model.named_parameters()}
 
 
 def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
@@ -106,9 +102,9 @@ def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
     return tensors, [[version, list(internal), gauss], [kind, *rest]]
 
 
-def restore_rng(rng: tuple[Mapping[str, Tensor], list[Any]]) -> None:
+def _restore_rng(tensors: Mapping[str, Tensor], others: list[Any]) -> None:
     """Set torch's, numpy's and Python's global generators (sampling itself is keyed, not drawn)."""
-    tensors, ((version, internal, gauss), (kind, *rest)) = rng
+    (version, internal, gauss), (kind, *rest) = others
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
@@ -124,16 +120,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def save(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    *,
-    keep: int,
-) -> Path:
-    """Write <folder>/step_N atomically and remove all but the newest `keep`; returns its path."""
+def save(folder: Path, learner: Learner, tokenizer: PreTrainedTokenizerBase, state: TrainerState, *, keep: int) -> None:
+    """Write <folder>/step_N atomically and remove all but the newest `keep`."""
     final = folder / f"step_{state.step}"
     draft = folder / f".step_{state.step}.{os.getpid()}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,11 +129,10 @@ def save(
         shutil.rmtree(leftover)
     try:
         (draft / "trainer").mkdir(parents=True)
-        model.save_pretrained(draft, safe_serialization=True)
+        learner.model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
         tensors, others = _rng_state()
-        names = parameter_names(model)
-        save_file(optimizer_tensors(optimizer, names), draft / "trainer" / "optimizer.safetensors")
+        save_file(_optimizer_tensors(learner), draft / "trainer" / "optimizer.safetensors")
         save_file(tensors, draft / "trainer" / "rng.safetensors")
         (draft / "trainer" / "state.json").write_text(json.dumps({"state": asdict(state), "rng": others}))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
@@ -164,7 +151,6 @@ def save(
         raise
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{old}")
-    return final
 
 
 def steps(folder: Path) -> list[int]:

@@ -20,7 +20,7 @@ from rlkit.config.schema import LearnerConfig, ModelConfig
 from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.learner.policy import Policy
-from rlkit.learner.update import Learner, Meter, Objective
+from rlkit.learner.update import Learner, Meter, Objective, never_stop
 
 MODEL = ModelConfig(
     architecture={
@@ -40,7 +40,7 @@ MODEL = ModelConfig(
 def sequences(dtype: torch.dtype) -> list[TrainingSequence]:
     rng = np.random.default_rng(0)
     out = []
-    for _i in range(12):
+    for number in range(12):
         length = int(rng.integers(1, 14))
         mask = rng.random(length) < 0.8
         mask[0] = True
@@ -50,7 +50,7 @@ def sequences(dtype: torch.dtype) -> list[TrainingSequence]:
                 token_ids=rng.integers(4, 16, length),
                 behavior_logprobs=rng.normal(-2.7, 0.2, length).astype(np.float32),
                 loss_mask=mask,
-                versions=np.zeros(length, dtype=np.int64),
+                group=number,
                 advantage=float(rng.normal()),
             )
         )
@@ -68,10 +68,9 @@ def learner(dtype: torch.dtype, objective: Objective) -> Learner:
 
 
 def gradient(it: Learner, data: list[TrainingSequence], parts: list[list[int]]) -> torch.Tensor:
-    weights = it._weights(data, [list(range(len(data)))])
-    micro = [collate(data, part) for part in parts]
-    old = it._old_logprobs(data, [micro], list(range(len(data))), updates=2)
-    it.accumulate(data, micro, weights, old, Meter(), lambda: None, first=True)
+    weights = it.weights(data, range(len(data)))
+    [micro] = it.anchored([[collate(data, part, weights) for part in parts]])
+    it.accumulate(micro, Meter(), never_stop, first=True)
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
     it.optimizer.zero_grad(set_to_none=True)
     return flat.clone()
@@ -116,9 +115,8 @@ def test_filler_adds_no_gradient():
     objective = Objective(loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
     it = learner(torch.float64, objective)
     data = sequences(torch.float64)
-    weights = it._weights(data, [list(range(len(data)))])
-    filler = collate(data, [3], counted=False)
-    it.accumulate(data, [filler], weights, None, Meter(), lambda: None, first=True)
+    filler = collate(data, [3], it.weights(data, range(len(data))), counted=False)
+    it.accumulate([filler], Meter(), never_stop, first=True)
     assert all(float(p.grad.abs().max()) == 0 for p in it.policy.parameters())
 
 
@@ -176,13 +174,7 @@ def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
     it = learner(torch.float32, objective)
     before = [p.detach().clone() for p in it.policy.parameters()]
     it.config = dataclasses.replace(it.config, learning_rate=0.0)
-    from rlkit.learner.assemble import StepBatch
-
-    data = sequences(torch.float32)
-    batch = StepBatch(
-        sequences=tuple(data), group=tuple(range(12)), positions=tuple((i, 0) for i in range(12)),
-    )  # fmt: skip
-    metrics = it.step(batch, lambda: None)
+    metrics = it.step(sequences(torch.float32), never_stop)
     assert metrics["learner/learning_rate"] == 0
     for a, b in zip(before, it.policy.parameters(), strict=True):
         assert torch.equal(a, b)
