@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from rlkit.errors import ConfigError
 from rlkit.learner.checkpoint import steps
 
 # Keys that may change between two parts of one run: they change neither what is trained nor on what.
-FREE_KEYS = ("telemetry", "checkpoint", "resume", "output_dir", "name", "steps", "evaluation")
-FREE_KEYS_OF_REWARD = ("workers", "timeout_s", "sandbox", "max_unscored_frac")
+FREE_KEYS = (
+    "telemetry", "checkpoint", "resume", "output_dir", "name", "steps", "evaluation",
+    "reward.workers", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -24,7 +27,7 @@ class RunFolder:
     """An open, locked run folder."""
 
     path: Path
-    resuming: bool
+    resuming: bool  # there is a checkpoint to go on from
     lock: filelock.BaseFileLock
 
     @property
@@ -45,7 +48,8 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> RunFolder:
     path = Path(config.output_dir) / config.name
     if config.resume == "never" and path.exists() and any(path.iterdir()):
         with _lock(path):
-            path.rename(_free_name(path))
+            places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            path.rename(next(place for place in places if not place.exists()))
     lock = _lock(path)
     try:
         resuming = bool(steps(path / "checkpoints"))
@@ -74,34 +78,20 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (other := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return other
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> {"a.b.c": leaf}; an empty mapping is a leaf."""
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
+    return {k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -> None:
-    before, now = flatten(stored), flatten(resolved)
-    free = (*FREE_KEYS, *(f"reward.{key}" for key in FREE_KEYS_OF_REWARD))
-    changed = [
-        key
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
-    ]
+    before, now = _leaves(stored), _leaves(resolved)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changed = [k for k in keys if not any(f"{k}.".startswith(f"{free}.") for free in FREE_KEYS)]
     if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if changed[1:] else ""
+        key, *others = changed
+        more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
         problem = f"{path} holds a run with {key} = {before.get(key)!r}{more}"
         fix = "set another name, or resume=never to move the old run aside"
         raise ConfigError(problem, key=key, value=now.get(key), expected="the run's own recipe", fix=fix)
