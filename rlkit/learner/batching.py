@@ -7,13 +7,15 @@ sum over tokens, however it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlkit.types import BoolArray, FloatArray, IntArray, Prompt, Rollout
 
@@ -123,29 +125,28 @@ def collate(
     `weights`: sequence -> weight of each of its tokens in the update's loss.
     """
     chosen = [sequences[i] for i in indices]
-    width = max(s.total_tokens for s in chosen)
-    input_ids = np.zeros((len(chosen), width), dtype=np.int64)
-    positions, targets, behavior = [], [], []
-    for row, s in enumerate(chosen):
-        input_ids[row, : s.total_tokens] = np.concatenate([s.prompt_token_ids, s.token_ids])
-        at = np.flatnonzero(s.loss_mask)
-        # The hidden state one before a token predicts it.
-        positions.append(row * width + len(s.prompt_token_ids) - 1 + at)
-        targets.append(s.token_ids[at])
-        behavior.append(s.behavior_logprobs[at])
     counts = [s.loss_tokens for s in chosen]
+    tokens = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
+    input_ids = pad_sequence(tokens, batch_first=True)
+    width = input_ids.shape[1]
+    # The hidden state one before a token predicts it.
+    first = [row * width + len(s.prompt_token_ids) - 1 for row, s in enumerate(chosen)]
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=input_ids,
         position_ids=torch.arange(width).expand(len(chosen), -1).contiguous(),
-        head_positions=torch.from_numpy(np.concatenate(positions)).long(),
-        targets=torch.from_numpy(np.concatenate(targets)).long(),
+        head_positions=_joined(f + np.flatnonzero(s.loss_mask) for f, s in zip(first, chosen, strict=True)),
+        targets=_joined(s.token_ids[s.loss_mask] for s in chosen),
         sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
-        behavior_logprobs=torch.from_numpy(np.concatenate(behavior)),
+        behavior_logprobs=_joined(s.behavior_logprobs[s.loss_mask] for s in chosen),
         advantages=torch.from_numpy(np.repeat([s.advantage for s in chosen], counts)),
         weights=torch.from_numpy(np.repeat([weights[i] for i in indices], counts)),
         counts=counts,
         counted=counted,
     )
+
+
+def _joined(parts: Iterable[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(parts)))
 
 
 def split_updates(group: Sequence[int], updates: int) -> list[list[int]]:

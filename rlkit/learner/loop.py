@@ -7,6 +7,7 @@ in this process, between learner steps, on the learner's own weights.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from accelerate.utils import broadcast_object_list
 
@@ -32,33 +33,30 @@ from rlkit.telemetry.sinks import Telemetry
 from rlkit.types import Group
 
 
+@dataclass
 class Trainer:
     """Everything rank 0 drives; see `run`."""
 
-    def __init__(
-        self,
-        session: Session,
-        folder: RunFolder,
-        learner: Learner,
-        prompts: PromptSet,
-        held_out: dict[str, PromptSet],
-        buffer: SqlBuffer,
-        pool: VerifierPool,
-        telemetry: Telemetry,
-    ) -> None:
-        config = session.config
-        self.session, self.config, self.folder = session, config, folder
-        self.learner, self.buffer, self.pool, self.telemetry = learner, buffer, pool, telemetry
-        self.prompts, self.held_out = prompts, held_out
-        self.order = PromptOrder(len(prompts), config.seed, config.data.train.shuffle)
+    session: Session
+    folder: RunFolder
+    learner: Learner
+    prompts: PromptSet
+    held_out: dict[str, PromptSet]
+    buffer: SqlBuffer
+    pool: VerifierPool
+    telemetry: Telemetry
+
+    def __post_init__(self) -> None:
+        self.config = config = self.session.config
+        self.order = PromptOrder(len(self.prompts), config.seed, config.data.train.shuffle)
         self.advantage: Advantage = build(config.algorithm.advantage, key="algorithm.advantage")
         self.budget: Budget = build(config.budget, key="budget")
-        self.engine = session.engine(learner.model)
+        self.engine = self.session.engine(self.learner.model)
         self.worker = RolloutWorker(
-            buffer,
+            self.buffer,
             self.engine,
-            pool,
-            session.sampling(config.rollout.temperature, config.seed),
+            self.pool,
+            self.session.sampling(config.rollout.temperature, config.seed),
             worker_id="embedded-0",
             capacity=config.prompts_per_step * config.samples_per_prompt,
             lease_timeout_s=config.rollout.lease_timeout_s,
@@ -68,11 +66,11 @@ class Trainer:
         self.updates_of_step = 0  # optimiser steps at the last published step
         self.started = time.perf_counter()  # less the seconds of earlier parts of the run
 
-    def resume(self, state: checkpoints.TrainerState) -> None:
+    def resume(self, previous: checkpoints.Checkpoint) -> None:
         """Go on from a checkpoint's counters."""
-        self.step = self.saved_step = state.step
-        self.updates_of_step = state.optimizer_steps
-        self.started -= state.seconds
+        self.step = self.saved_step = previous.step
+        self.updates_of_step = previous.optimizer_steps
+        self.started -= previous.seconds
 
     async def run(self) -> None:
         """Train up to `config.steps`; on any exit the last finished step is in a checkpoint.
@@ -213,14 +211,15 @@ class Trainer:
         """Checkpoint the last finished step and commit it in the buffer; returns seconds."""
         started = time.perf_counter()
         watermark = self.buffer.watermark()
-        state = checkpoints.TrainerState(
+        checkpoints.save(
+            self.folder.checkpoints,
+            self.learner,
+            self.session.tokenizer,
             step=self.step,
-            optimizer_steps=self.learner.optimizer_steps,
             seconds=started - self.started,
             watermark=watermark,
+            keep=self.config.checkpoint.keep,
         )
-        keep = self.config.checkpoint.keep
-        checkpoints.save(self.folder.checkpoints, self.learner, self.session.tokenizer, state, keep=keep)
         self.buffer.commit(watermark)
         self.saved_step = self.step
         return time.perf_counter() - started

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,51 +23,44 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RunFolder:
     """An open, locked run folder."""
 
     path: Path
     resuming: bool  # there is a checkpoint to go on from
-    lock: filelock.BaseFileLock
 
     @property
     def checkpoints(self) -> Path:
         """Folder of step_N checkpoints."""
         return self.path / "checkpoints"
 
-    def close(self) -> None:
-        """Let another process have the folder."""
-        self.lock.release()
 
-
-def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> RunFolder:
-    """Make or reopen <output_dir>/<name>, write config.yaml, take the lock.
+@contextlib.contextmanager
+def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock.
 
     Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
     """
     path = Path(config.output_dir) / config.name
     if config.resume == "never" and path.exists() and any(path.iterdir()):
-        with _lock(path):
+        with _locked(path):
             places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
             path.rename(next(place for place in places if not place.exists()))
-    lock = _lock(path)
-    try:
-        resuming = bool(steps(path / "checkpoints"))
+    with _locked(path):
+        folder = RunFolder(path, resuming=bool(steps(path / "checkpoints")))
         stored = path / "config.yaml"
-        if resuming and stored.exists():
+        if folder.resuming and stored.exists():
             _match(yaml.safe_load(stored.read_text()), resolved, path)
         stored.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
-    except BaseException:
-        lock.release()
-        raise
-    return RunFolder(path=path, resuming=resuming, lock=lock)
+        yield folder
 
 
-def _lock(path: Path) -> filelock.BaseFileLock:
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock", timeout=0)
         lock.acquire()
     except filelock.Timeout as error:
         fix = "wait for that run to end, or set another name"
@@ -75,7 +69,10 @@ def _lock(path: Path) -> filelock.BaseFileLock:
         problem = f"the run folder cannot be written: {error.strerror or error}"
         fix = "set output_dir to a folder you can write to"
         raise ConfigError(problem, key="output_dir", value=str(path), fix=fix) from error
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
+from rlkit.data.sft import ExampleSet
 from rlkit.errors import ConfigError
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
 from rlkit.learner.policy import Policy
@@ -155,7 +156,7 @@ async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int 
         )  # fmt: skip
 
 
-def message_of(left_out: Mapping[str, int], name: str, kept: int) -> str:
+def message_of(name: str, rows: PromptSet | ExampleSet) -> str:
     """One line about the rows of a data set that were left out."""
-    lost = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    return f"{name}: {kept} prompts; left out: {lost}"
+    lost = ", ".join(f"{count} {reason}" for reason, count in rows.left_out.items()) or "none"
+    return f"{name}: {len(rows)} prompts; left out: {lost}"

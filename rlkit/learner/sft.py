@@ -92,7 +92,7 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     examples = load_examples(sft.data, session.tokenizer, sft.max_completion_tokens, "sft.data")
     sequences = [_sequence(example, number) for number, example in enumerate(examples.examples)]
     if accelerator.is_main_process:
-        print(message_of(examples.left_out, "sft.data", len(examples)))
+        print(message_of("sft.data", examples))
     previous = checkpoints.newest(folder / "checkpoints")
     source = config.model if previous is None else model_at(config.model, previous.path)
     objective = Objective(
@@ -103,14 +103,13 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     step = done = 0
     if previous is not None:
         previous.restore(learner)
-        step = done = previous.state.step
-        started -= previous.state.seconds
+        step = done = previous.step
+        started -= previous.seconds
 
     def save() -> None:
         if accelerator.is_main_process:
-            seconds = time.perf_counter() - started
-            state = checkpoints.TrainerState(step=step, optimizer_steps=learner.optimizer_steps, seconds=seconds)
-            checkpoints.save(folder / "checkpoints", learner, session.tokenizer, state, keep=1)
+            seconds, place = time.perf_counter() - started, folder / "checkpoints"
+            checkpoints.save(place, learner, session.tokenizer, step=step, seconds=seconds, keep=1)
         accelerator.wait_for_everyone()
 
     with contextlib.ExitStack() as stack:
@@ -162,9 +161,9 @@ def _exclusive(folder: Path, check_stop: Callable[[], None]) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while not lock.is_locked:
+            check_stop()
             with contextlib.suppress(filelock.Timeout):
                 lock.acquire(timeout=0.5)
-            check_stop()
             if not lock.is_locked and time.monotonic() > deadline:
                 problem = f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start"
                 raise RlkitError(problem, key="sft.cache_dir", value=str(folder), fix="end the process that holds it")

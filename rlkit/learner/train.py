@@ -38,7 +38,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
             if not session.accelerator.is_main_process:
                 _follow(dataclasses.replace(session, check_stop=never_stop))
                 return
-            with contextlib.closing(open_run_folder(config, resolved)) as folder:
+            with open_run_folder(config, resolved) as folder:
                 _lead(session, folder)
                 write_summary(folder.path)
                 if config.telemetry.report:
@@ -57,7 +57,7 @@ def _lead(session: Session, folder: RunFolder) -> None:
     previous = checkpoints.newest(folder.checkpoints)
     train, held_out = session.prompt_sets()
     for name, prompts in {"data.train": train, **held_out}.items():
-        print(message_of(prompts.left_out, name, len(prompts)))
+        print(message_of(name, prompts))
         if name != "data.train" and (shared := train.shared_with(prompts)):
             print(f"{name}: {shared} prompts are among the training prompts as well")
     with contextlib.ExitStack() as stack:
@@ -75,20 +75,20 @@ def _lead(session: Session, folder: RunFolder) -> None:
             keep_payloads=config.buffer.keep_payloads,
         )
         stack.enter_context(contextlib.closing(buffer))
-        buffer.rollback(previous.state.watermark or START if previous else START)
+        buffer.rollback(previous.watermark or START if previous else START)
         telemetry = Telemetry.open(
             config.telemetry,
             folder.path,
             name=config.name,
             total_steps=config.steps,
             config=dict(session.resolved),
-            resume_step=None if not folder.resuming else 0 if previous is None else previous.state.step,
+            resume_step=None if not folder.resuming else 0 if previous is None else previous.step,
         )
         stack.enter_context(telemetry)
         trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, telemetry)
         if previous is not None:
-            trainer.resume(previous.state)
-            print(f"resuming from {previous.path} (step {previous.state.step})")
+            trainer.resume(previous)
+            print(f"resuming from {previous.path} (step {previous.step})")
         asyncio.run(trainer.run())
 
 

@@ -31,7 +31,7 @@ from rlkit.learner.batching import (
     plan_microbatches,
     share_of_rank,
     split_updates,
-)  # fmt: skip
+)
 from rlkit.learner.policy import Policy
 
 
@@ -118,26 +118,22 @@ class Meter:
         return means | dict(zip(peaks, tops, strict=True))
 
 
+@dataclass(eq=False)
 class Learner:
     """Holds the policy, its optimiser and the objective; `step` is collective over ranks."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        reference: nn.Module | None,
-        objective: Objective,
-        config: LearnerConfig,
-        accelerator: Accelerator,
-        total_steps: int,
-    ) -> None:
-        self.accelerator = accelerator
-        self.config = config
-        self.objective = objective
-        self.reference = reference
-        self.total_updates = total_steps * config.updates_per_step
-        self.optimizer_steps = 0
-        self.model = policy.model
-        self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(policy, config))
+    policy: Policy
+    reference: Policy | None
+    objective: Objective
+    config: LearnerConfig
+    accelerator: Accelerator
+    total_steps: int
+    optimizer_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = self.policy.model
+        optimizer = make_optimizer(self.policy, self.config)
+        self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
 
     def step(self, sequences: Sequence[TrainingSequence], check_stop: Callable[[], None]) -> dict[str, float]:
         """Train on a batch; returns metrics, equal on every rank.
@@ -150,7 +146,7 @@ class Learner:
         parts = self.anchored([self.microbatches(sequences, indices) for indices in updates])
         meter, norms = Meter(), []
         for number, part in enumerate(parts):
-            rate = learning_rate(self.optimizer_steps, self.config, self.total_updates)
+            rate = learning_rate(self.optimizer_steps, self.config, self.total_steps * self.config.updates_per_step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             first = number == 0
