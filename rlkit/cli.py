@@ -109,7 +109,7 @@ def _run_recipe(command: str, options: argparse.Namespace, texts: list[str]) -> 
 
         result = sft(config, raw)
     elif command == "eval":
-        from rlkit.evaluation.run import main as evaluate
+        from rlkit.evaluation.evaluate import main as evaluate
 
         result = evaluate(config, raw, options.checkpoint)
     else:

@@ -10,13 +10,11 @@ optimiser step, on every rank:
     SequenceMeanTokenSum   w_i = 1 / B
     ConstantLength         w_i = 1 / (B max_length)
 
-The weights are known before the first forward pass, so micro-batches and ranks just add their
-sums: the gradient depends neither on how sequences are split nor on how many ranks there are.
-(A rank's gradient must then be summed, not averaged, or its loss multiplied by the rank count.)
+The weights are known before the first forward pass, so micro-batches and ranks just add their sums:
+the gradient depends neither on how sequences are split nor on how many ranks there are.
 
-A sequence of length 0 (fully masked, or padding that evens out micro-batches) has weight 0 and is
-not counted in B, so adding or removing one changes nothing. A sequence that is merely useless (its
-advantage is 0) has tokens and counts: pass its length even where its forward pass is skipped.
+A sequence of length 0 (fully masked) has weight 0 and is not counted in B. A sequence that is merely
+useless (its advantage is 0) has tokens and counts: pass its length even where its forward is skipped.
 
 Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is
 TokenMean (Yu et al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,

@@ -7,15 +7,13 @@ Divergence"):
     k2 = d^2 / 2            biased, small variance, >= 0
     k3 = exp(d) - 1 - d     unbiased, small variance, >= 0
 
-Values and gradients are two matters. As a loss on tokens sampled from pi, in expectation:
+Values and gradients are two matters. As a loss on tokens sampled from pi, in expectation (stale
+tokens bias each by the ratio, which is not applied here):
 
     grad k1 = grad logprob                    0: only noise. Refused as a penalty.
     grad k2 = -d grad logprob                 the gradient of KL(pi || ref)
     grad k3 = (1 - exp(d)) grad logprob       the gradient of KL(ref || pi), equal to the former to
                                               first order near pi = ref; what GRPO uses
-
-All of it holds for tokens sampled from the current policy; on stale tokens each is biased by the
-ratio, which is not applied here.
 
 In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0 beyond.
 """

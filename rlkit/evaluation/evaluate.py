@@ -1,14 +1,21 @@
-"""Evaluate the weights an engine serves on a held-out set."""
+"""Evaluation of the weights an engine serves on held-out sets, and `rlkit eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rewards.pool import VerifierPool
-from rlkit.config.schema import EvaluationConfig
+from rlkit.config.schema import Config, EvaluationConfig
+from rlkit.errors import CheckpointError, ConfigError
 from rlkit.evaluation.estimators import summarise
+from rlkit.learner import checkpoint as checkpoints
+from rlkit.learner.setup import Session, model_at, open_pool
 from rlkit.rollout.engine import Engine, sample
 from rlkit.rollout.scoring import score_rollouts
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
@@ -45,3 +52,32 @@ async def evaluate(
     out["truncated_frac"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
     out["unscored_frac"] = float(np.mean([v.score is None for v in verdicts]))
     return {f"eval/{name}/{key}": value for key, value in out.items()}
+
+
+def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -> int:
+    """`rlkit eval`: print one JSON object, the metrics of every held-out set at a checkpoint or the recipe's model."""
+    settings, source = config.evaluation, config.model
+    if not config.data.eval:
+        problem, expected = "this recipe has no held-out set", "at least one named set"
+        raise ConfigError(problem, key="data.eval", value={}, expected=expected)
+    if checkpoint is not None:
+        if not checkpoint.is_dir():
+            problem, expected = "no such checkpoint", "a folder checkpoints/step_N"
+            raise CheckpointError(problem, key="--checkpoint", value=str(checkpoint), expected=expected)
+        if (checkpoint / checkpoints.MANIFEST).exists():
+            checkpoints.verify(checkpoint)
+        source = model_at(config.model, checkpoint)
+    session = Session.open(config, resolved, source=source)
+    _, held_out = session.prompt_sets()
+    engine = session.engine(session.model(source, config.seed).to(session.accelerator.device))
+    sampling = session.sampling(settings.temperature, settings.seed)
+
+    async def all_sets() -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, prompts in held_out.items():
+            metrics |= await evaluate(name, prompts.prompts, engine, pool, sampling, settings)
+        return metrics
+
+    with open_pool(config.reward) as pool:
+        print(json.dumps(asyncio.run(all_sets()), indent=1))
+    return 0

@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,16 +113,13 @@ def _flush(path: Path) -> None:
 
 
 def save(
-    folder: Path,
-    learner: Learner,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    step: int,
-    seconds: float,
-    watermark: Watermark | None = None,
-    keep: int,
+    folder: Path, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Mapping[str, Any], *, keep: int
 ) -> None:
-    """Write <folder>/step_N atomically and remove all but the newest `keep`."""
+    """Write <folder>/step_N atomically and remove all but the newest `keep`.
+
+    `progress` has the step, the seconds so far and the buffer's watermark (None for a warm start).
+    """
+    step = progress["step"]
     final = folder / f"step_{step}"
     draft = folder / f".step_{step}.{os.getpid()}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,12 +130,7 @@ def save(
         learner.model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
         tensors, others = _rng_state()
-        state = {
-            "step": step,
-            "optimizer_steps": learner.optimizer_steps,
-            "seconds": seconds,
-            "watermark": watermark and asdict(watermark),
-        }
+        state = {**progress, "optimizer_steps": learner.optimizer_steps}
         save_file(_optimizer_tensors(learner), draft / "trainer" / "optimizer.safetensors")
         save_file(tensors, draft / "trainer" / "rng.safetensors")
         (draft / "trainer" / "state.json").write_text(json.dumps({"state": state, "rng": others}))

@@ -13,10 +13,8 @@ multiplies it into both gradients at once:
 
 The blockwise log-sum-exp and the recomputing backward pass are those of cut cross-entropy (Wijmans
 et al., arXiv 2411.09009), without its gradient filter: nothing is skipped, so the result is exact
-for every upstream gradient. Four matrix products instead of the plain path's three.
-
-The vocabulary is the outer loop: each slice of the weight is read once a pass and its gradient
-written once, and only the small [n, H] gradient of the hidden states is accumulated over slices.
+for every upstream gradient. The vocabulary is the outer loop: each slice of the weight is read once
+a pass and its gradient written once; only the [n, H] gradient of the hidden states is accumulated.
 """
 
 from __future__ import annotations

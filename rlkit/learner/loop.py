@@ -7,7 +7,8 @@ in this process, between learner steps, on the learner's own weights.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
@@ -23,7 +24,6 @@ from rlkit.errors import TrainingError
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
-from rlkit.learner.run_folder import RunFolder
 from rlkit.learner.setup import Session
 from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.worker import RolloutWorker
@@ -38,7 +38,7 @@ class Trainer:
     """Everything rank 0 drives; see `run`."""
 
     session: Session
-    folder: RunFolder
+    folder: Path
     learner: Learner
     prompts: PromptSet
     held_out: dict[str, PromptSet]
@@ -117,13 +117,15 @@ class Trainer:
         # With several ranks a step is not left half way: the others would wait in a collective.
         metrics |= self.learner.step(sequences, self.session.check_stop if ranks == 1 else never_stop)
         trained = time.perf_counter()
-        await self.publish([g.ordinal for g in groups])
+        version = self.buffer.next_version()
+        self.buffer.publish(version, [g.ordinal for g in groups])
+        await self.engine.update_weights(version, None)
         self.step += 1
         self.updates_of_step = self.learner.optimizer_steps
         published = time.perf_counter()
         if config.telemetry.save_rollouts:
             advantages = {(s.group, s.index): s.advantage for s in sequences}
-            path = self.folder.path / "rollouts" / f"step_{self.step}.parquet"
+            path = self.folder / "rollouts" / f"step_{self.step}.parquet"
             write_rollouts(path, self.step, rows_of(groups, advantages))
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
         ended = time.perf_counter()
@@ -144,22 +146,19 @@ class Trainer:
 
     async def collect(self, clock: dict[str, float]) -> tuple[list[Group], int]:
         """Take `prompts_per_step` groups with enough scored samples; refuse and replace the others."""
-        minimum = self.advantage.minimum_group_size
         usable: list[Group] = []
         dropped: list[Group] = []
-        while len(usable) < self.config.prompts_per_step:
+        while missing := self.config.prompts_per_step - len(usable):
             self.request()
-            taken = self.buffer.take(self.config.prompts_per_step - len(usable))
-            while taken is None:
+            while (taken := self.buffer.take(missing)) is None:
                 report = await self.worker.run_once()
                 if report is None:
                     states = self.buffer.stats().states
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
                 clock["time/generate"] += report.generate_seconds
                 clock["time/score"] += report.score_wait_seconds
-                taken = self.buffer.take(self.config.prompts_per_step - len(usable))
             for group in taken:
-                enough = len(usable_samples(group)) >= minimum
+                enough = len(usable_samples(group)) >= self.advantage.minimum_group_size
                 (usable if enough else dropped).append(group)
                 if not enough:
                     self.buffer.drop([group.ordinal], "too few scored samples")
@@ -169,34 +168,24 @@ class Trainer:
     def _check_scored(self, groups: list[Group]) -> None:
         verdicts = [v for g in groups for v in g.verdicts]
         reasons = [v.reason or "no reason given" for v in verdicts if v.score is None]
-        share = len(reasons) / len(verdicts)
-        if share > self.config.reward.max_unscored_frac:
+        share, limit = len(reasons) / len(verdicts), self.config.reward.max_unscored_frac
+        if share > limit:
             most = max(set(reasons), key=reasons.count)
             problem = f"{share:.0%} of {len(verdicts)} samples could not be scored; most often: {most}"
             fix = "look at the reward on one row; raise reward.timeout_s if it is slow"
-            limit = self.config.reward.max_unscored_frac
             raise TrainingError(problem, key="reward.max_unscored_frac", value=limit, fix=fix)
 
     def request(self) -> None:
         """Ask for as many groups as admission allows, in prompt order."""
-        count = self.buffer.capacity()
         first = self.buffer.stats().next_ordinal
-        per_step = self.config.prompts_per_step
-        while count > 0:
-            ordinals = range(first, first + min(count, per_step))
+        last = first + self.buffer.capacity()
+        while first < last:
+            ordinals = range(first, min(last, first + self.config.prompts_per_step))
             prompts = [self.prompts.prompts[self.order.index(k)] for k in ordinals]
-            total = len(prompts) * self.config.samples_per_prompt
-            samples = self.budget([p.id for p in prompts], total)
+            samples = self.budget([p.id for p in prompts], len(prompts) * self.config.samples_per_prompt)
             wanted = zip(ordinals, prompts, samples, strict=True)
             self.buffer.request([GroupRequest(ordinal=k, prompt=p, samples=n) for k, p, n in wanted])
-            first += len(prompts)
-            count -= len(prompts)
-
-    async def publish(self, ordinals: list[int]) -> None:
-        """The weights after this step are a new version; the engine serves it from now on."""
-        version = self.buffer.next_version()
-        self.buffer.publish(version, ordinals)
-        await self.engine.update_weights(version, None)
+            first = ordinals.stop
 
     async def evaluate(self) -> None:
         """Evaluate every held-out set at the present weights and log it."""
@@ -211,15 +200,9 @@ class Trainer:
         """Checkpoint the last finished step and commit it in the buffer; returns seconds."""
         started = time.perf_counter()
         watermark = self.buffer.watermark()
-        checkpoints.save(
-            self.folder.checkpoints,
-            self.learner,
-            self.session.tokenizer,
-            step=self.step,
-            seconds=started - self.started,
-            watermark=watermark,
-            keep=self.config.checkpoint.keep,
-        )
+        progress = {"step": self.step, "seconds": started - self.started, "watermark": asdict(watermark)}
+        place, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+        checkpoints.save(place, self.learner, self.session.tokenizer, progress, keep=keep)
         self.buffer.commit(watermark)
         self.saved_step = self.step
         return time.perf_counter() - started

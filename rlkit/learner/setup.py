@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +23,7 @@ from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.data.sft import ExampleSet
-from rlkit.errors import ConfigError
+from rlkit.errors import ConfigError, Interrupted
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
 from rlkit.learner.policy import Policy
 from rlkit.learner.update import Learner, Objective, never_stop
@@ -105,6 +107,42 @@ class Session:
         needed = any(getattr(target, "needs_reference", True) for target in targets)
         held_out = {k: load_prompts(d, self.tokenizer, f"data.eval.{k}", needed) for k, d in data.eval.items()}
         return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
+
+
+def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
+    """Run `body(check_stop)`; return 0, or 128 + signal number after SIGINT or SIGTERM, as a shell reports it.
+
+    The first signal is acted on at the next safe point, a second one at once.
+    `check_stop` raises Interrupted once a signal has arrived. It is called between stretches of
+    generation, before a step's first update and between evaluation batches: places where the run
+    can be left as it was at the last finished step.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        # os.write: print is not safe inside a signal handler.
+        if received:
+            os.write(sys.stderr.fileno(), b"\nsecond signal: leaving at once\n")
+            os._exit(128 + number)
+        received.append(number)
+        name = signal.Signals(number).name
+        os.write(sys.stderr.fileno(), f"\n{name}: stopping at the next safe point\n".encode())
+
+    def check_stop() -> None:
+        if received:
+            name = signal.Signals(received[0]).name
+            raise Interrupted(f"stopped by {name}; the same command goes on from the checkpoint")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        body(check_stop)
+    except Interrupted as stopped:
+        print(stopped)
+        return 128 + received[0]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0
 
 
 def start_accelerator(config: LearnerConfig) -> Accelerator:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +20,20 @@ import filelock
 import numpy as np
 
 from rlkit.algorithms.aggregation import TokenMean
-from rlkit.algorithms.base import LossInputs, LossOutput
 from rlkit.algorithms.kl import NoKL
+from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
-from rlkit.config.schema import Config, LearnerConfig, ModelConfig, SftConfig
-from rlkit.data.sft import Example, batches, load_examples
+from rlkit.config.schema import Config, ModelConfig, SftConfig
+from rlkit.data.sft import batches, load_examples
 from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.batching import TrainingSequence
-from rlkit.learner.setup import Session, message_of, model_at
-from rlkit.learner.stopping import interruptible
+from rlkit.learner.setup import Session, interruptible, message_of, model_at
 from rlkit.learner.update import Learner, Objective
 from rlkit.telemetry.sinks import Telemetry
 
 LOCK_DEADLINE_S = 3600.0
 LOGGED = {"policy/loss": "sft/loss", "policy/grad_norm": "sft/grad_norm", "learner/learning_rate": "sft/learning_rate"}
-
-
-@dataclass(frozen=True, slots=True)
-class NegativeLogLikelihood:
-    """L_t = -log p(token t): supervised fine-tuning as a loss of the learner."""
-
-    def __call__(self, inputs: LossInputs) -> LossOutput:
-        """All tensors [n]; advantages and anchors are not looked at."""
-        return LossOutput(per_token=-inputs.logprobs)
 
 
 def cache_key(config: Config) -> str:
@@ -90,16 +79,28 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     started = time.perf_counter()
     config, accelerator = session.config, session.accelerator
     examples = load_examples(sft.data, session.tokenizer, sft.max_completion_tokens, "sft.data")
-    sequences = [_sequence(example, number) for number, example in enumerate(examples.examples)]
+    sequences = [
+        TrainingSequence(
+            prompt_token_ids=example.prompt_ids,
+            token_ids=example.completion_ids,
+            behavior_logprobs=np.zeros(len(example.completion_ids), dtype=np.float32),
+            loss_mask=np.ones(len(example.completion_ids), dtype=np.bool_),
+            group=number,
+            advantage=1.0,
+        )
+        for number, example in enumerate(examples.examples)
+    ]
     if accelerator.is_main_process:
         print(message_of("sft.data", examples))
     previous = checkpoints.newest(folder / "checkpoints")
     source = config.model if previous is None else model_at(config.model, previous.path)
-    objective = Objective(
-        loss=NegativeLogLikelihood(), aggregation=TokenMean(), kl=NoKL(), old_policy=RecomputeAnchor()
-    )
+    # With an advantage of 1 the policy gradient's loss is the negative log-likelihood.
+    objective = Objective(loss=PolicyGradientLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RecomputeAnchor())
     policy = session.policy(session.model(source, sft.seed), temperature=1.0)
-    learner = Learner(policy, None, objective, _learner_config(sft, config.learner), accelerator, sft.steps)
+    same = ("learning_rate", "schedule", "warmup_steps", "betas", "weight_decay", "max_grad_norm")
+    values = {name: getattr(sft, name) for name in (*same, "max_tokens_per_microbatch")}
+    settings = dataclasses.replace(config.learner, **values, updates_per_step=1)
+    learner = Learner(policy, None, objective, settings, accelerator, sft.steps)
     step = done = 0
     if previous is not None:
         previous.restore(learner)
@@ -108,8 +109,8 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
 
     def save() -> None:
         if accelerator.is_main_process:
-            seconds, place = time.perf_counter() - started, folder / "checkpoints"
-            checkpoints.save(place, learner, session.tokenizer, step=step, seconds=seconds, keep=1)
+            progress = {"step": step, "seconds": time.perf_counter() - started, "watermark": None}
+            checkpoints.save(folder / "checkpoints", learner, session.tokenizer, progress, keep=1)
         accelerator.wait_for_everyone()
 
     with contextlib.ExitStack() as stack:
@@ -133,24 +134,6 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
             if step > done:
                 save()
             raise
-
-
-def _sequence(example: Example, number: int) -> TrainingSequence:
-    length = len(example.completion_ids)
-    return TrainingSequence(
-        prompt_token_ids=example.prompt_ids,
-        token_ids=example.completion_ids,
-        behavior_logprobs=np.zeros(length, dtype=np.float32),
-        loss_mask=np.ones(length, dtype=np.bool_),
-        group=number,
-    )
-
-
-def _learner_config(sft: SftConfig, learner: LearnerConfig) -> LearnerConfig:
-    """The learner's settings with the warm start's optimisation."""
-    same = ("learning_rate", "schedule", "warmup_steps", "betas", "weight_decay", "max_grad_norm")
-    values = {name: getattr(sft, name) for name in (*same, "max_tokens_per_microbatch")}
-    return dataclasses.replace(learner, **values, updates_per_step=1)
 
 
 @contextlib.contextmanager

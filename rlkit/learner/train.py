@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
+import yaml
 from accelerate.utils import broadcast_object_list
 
 from rlkit.buffer.protocol import Watermark
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.schema import Config
+from rlkit.errors import ConfigError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.loop import Trainer
-from rlkit.learner.run_folder import RunFolder, open_run_folder
-from rlkit.learner.setup import Session, message_of, model_at, open_pool, preflight
+from rlkit.learner.setup import Session, interruptible, message_of, model_at, open_pool, preflight
 from rlkit.learner.sft import start_model
-from rlkit.learner.stopping import interruptible
 from rlkit.learner.update import Learner, never_stop
 from rlkit.telemetry.environment import write_environment
 from rlkit.telemetry.report import write_report
@@ -27,6 +29,11 @@ from rlkit.telemetry.sinks import Telemetry
 from rlkit.telemetry.summary import print_summary, write_summary
 
 START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
+# Keys that may change between two parts of one run: they change neither what is trained nor on what.
+FREE_KEYS = (
+    "telemetry", "checkpoint", "resume", "output_dir", "name", "steps", "evaluation",
+    "reward.workers", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
+)  # fmt: skip
 
 
 def main(config: Config, resolved: Mapping[str, Any]) -> int:
@@ -40,21 +47,21 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
                 return
             with open_run_folder(config, resolved) as folder:
                 _lead(session, folder)
-                write_summary(folder.path)
+                write_summary(folder)
                 if config.telemetry.report:
-                    write_report(folder.path)
-                print_summary(folder.path)
+                    write_report(folder)
+                print_summary(folder)
         finally:
             session.accelerator.end_training()
 
     return interruptible(train)
 
 
-def _lead(session: Session, folder: RunFolder) -> None:
+def _lead(session: Session, folder: Path) -> None:
     """Rank 0. Whatever bad input can break is tried before minutes go into a warm start."""
     config = session.config
-    write_environment(folder.path)
-    previous = checkpoints.newest(folder.checkpoints)
+    write_environment(folder)
+    previous = checkpoints.newest(folder / "checkpoints")
     train, held_out = session.prompt_sets()
     for name, prompts in {"data.train": train, **held_out}.items():
         print(message_of(name, prompts))
@@ -67,8 +74,8 @@ def _lead(session: Session, folder: RunFolder) -> None:
         if session.accelerator.num_processes > 1:
             stack.callback(broadcast_object_list, [None], from_process=0)
         buffer = SqlBuffer(
-            config.buffer.url or f"sqlite:///{(folder.path / 'buffer.db').absolute()}",
-            payload_dir=folder.path / "payloads",
+            config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}",
+            payload_dir=folder / "payloads",
             prompts_per_step=config.prompts_per_step,
             max_staleness=config.max_staleness,
             slice_samples=config.rollout.slice_samples,
@@ -78,11 +85,11 @@ def _lead(session: Session, folder: RunFolder) -> None:
         buffer.rollback(previous.watermark or START if previous else START)
         telemetry = Telemetry.open(
             config.telemetry,
-            folder.path,
+            folder,
             name=config.name,
             total_steps=config.steps,
             config=dict(session.resolved),
-            resume_step=None if not folder.resuming else 0 if previous is None else previous.step,
+            resume_step=None if previous is None else previous.step,
         )
         stack.enter_context(telemetry)
         trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, telemetry)
@@ -111,3 +118,60 @@ def _open_learner(session: Session, previous: checkpoints.Checkpoint | None) -> 
     if previous is not None:
         previous.restore(learner)
     return learner
+
+
+@contextlib.contextmanager
+def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Path]:
+    """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock.
+
+    Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
+    """
+    path = Path(config.output_dir) / config.name
+    if config.resume == "never" and path.exists() and any(path.iterdir()):
+        with _locked(path):
+            places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            path.rename(next(place for place in places if not place.exists()))
+    with _locked(path):
+        stored = path / "config.yaml"
+        if checkpoints.steps(path / "checkpoints") and stored.exists():
+            _match(yaml.safe_load(stored.read_text()), resolved, path)
+        stored.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
+        yield path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = filelock.FileLock(path / ".lock", timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        fix = "wait for that run to end, or set another name"
+        raise ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix) from error
+    except OSError as error:
+        problem = f"the run folder cannot be written: {error.strerror or error}"
+        fix = "set output_dir to a folder you can write to"
+        raise ConfigError(problem, key="output_dir", value=str(path), fix=fix) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> {"a.b.c": leaf}; an empty mapping is a leaf."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -> None:
+    before, now = _leaves(stored), _leaves(resolved)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changed = [k for k in keys if not any(f"{k}.".startswith(f"{free}.") for free in FREE_KEYS)]
+    if changed:
+        key, *others = changed
+        more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
+        problem = f"{path} holds a run with {key} = {before.get(key)!r}{more}"
+        fix = "set another name, or resume=never to move the old run aside"
+        raise ConfigError(problem, key=key, value=now.get(key), expected="the run's own recipe", fix=fix)

@@ -4,10 +4,9 @@ A row's token at position t is drawn by inverse CDF from one uniform number that
 and position alone. So a run is reproducible, resumes on the same draws, can be cut anywhere and go on,
 and finished rows can be dropped from a batch without changing the others.
 
-`KeyedSampler` is a logits processor that draws the token itself and leaves only it finite; greedy
-selection by `generate` then picks it. It also records the log-probability of the draw under the full
-(untruncated) distribution at the sampling temperature: the behaviour log-prob. No [batch, steps,
-vocabulary] tensor is kept.
+`KeyedSampler` draws the token itself and leaves only it finite, which greedy selection by `generate`
+then picks; it records the log-prob of the draw under the full (untruncated) distribution at the
+sampling temperature: the behaviour log-prob. No [batch, steps, vocabulary] tensor is kept.
 """
 
 from __future__ import annotations

@@ -197,9 +197,6 @@ class EmbeddedEngine:
         if self.generating:
             problem, fix = "the embedded engine cannot change weights while it generates", "update between steps"
             raise EngineError(problem, key="version", value=version, expected="an idle engine", fix=fix)
-        if snapshot is not None:
-            problem = "the embedded engine shares the learner's weights and loads no snapshot"
-            raise EngineError(problem, key="snapshot", value=str(snapshot), expected="None")
         self.version = version
 
     async def close(self) -> None:
