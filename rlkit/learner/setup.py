@@ -54,9 +54,8 @@ class Session:
         source: ModelConfig | None = None,
     ) -> Session:
         """Start this rank; the tokenizer is that of `source`, or else of the recipe's model."""
-        return cls(
-            config, resolved, start_accelerator(config.learner), load_tokenizer(source or config.model), check_stop
-        )
+        accelerator = start_accelerator(config.learner)
+        return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
 
     def model(self, source: ModelConfig, seed: int) -> PreTrainedModel:
         """A model in the recipe's dtype, on the CPU; `seed` is that of weights made new."""
@@ -69,14 +68,10 @@ class Session:
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""
-        config, pieces = self.config, self.config.algorithm
-        objective = Objective(
-            loss=build(pieces.loss, key="algorithm.loss"),
-            aggregation=build(pieces.aggregation, key="algorithm.aggregation"),
-            kl=build(pieces.kl, key="algorithm.kl"),
-            old_policy=build(config.old_policy, key="old_policy"),
-            entropy_coefficient=pieces.entropy_coefficient,
-        )
+        config = self.config
+        pieces = {k: build(getattr(config.algorithm, k), key=f"algorithm.{k}") for k in ("loss", "aggregation", "kl")}
+        old_policy = build(config.old_policy, key="old_policy")
+        objective = Objective(**pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient)
         policy = self.policy(self.model(source, config.seed), config.rollout.temperature)
         reference = None
         if objective.kl.needs_reference:

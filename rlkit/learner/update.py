@@ -76,14 +76,9 @@ def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
+    # `Learner.step` sets the learning rate before every update.
     first, second = config.betas
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=(first, second),
-        eps=config.epsilon,
-        fused=True,
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(first, second), eps=config.epsilon, fused=True)
 
 
 class Meter:

@@ -4,7 +4,6 @@ import os
 import sys
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from test_learner_gradients import learner, sequences
 
@@ -22,6 +21,7 @@ it.config.max_tokens_per_microbatch = 40
 data = sequences(dtype)
 [micro] = it.anchored([it.microbatches(data, range(len(data)))])
 it.accumulate(micro, Meter(), never_stop, first=True)
-if Accelerator().is_main_process:
+if it.accelerator.is_main_process:
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
     save_file({"gradient": flat}, sys.argv[2])
+it.accelerator.end_training()

@@ -43,17 +43,20 @@ class ClippedLoss:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
         advantages = inputs.advantages
         log_ratio, ratio = clamped_ratio(inputs.logprobs, inputs.old_logprobs)
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        loss = torch.maximum(-ratio * advantages, -clipped * advantages)
+        loss, metrics = surrogate(ratio, advantages, self.clip_low, self.clip_high)
         if self.dual_clip is not None:
             loss = torch.where(advantages < 0, torch.minimum(loss, -self.dual_clip * advantages), loss)
-        with torch.no_grad():
-            metrics = {
-                "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - self.clip_low)).float(),
-                "policy/clip_frac/high": ((advantages > 0) & (ratio > 1 + self.clip_high)).float(),
-                "policy/kl_old": ratio - 1 - log_ratio,
-            }
-        return LossOutput(per_token=loss, metrics=metrics)
+        kl_old = (ratio - 1 - log_ratio).detach()
+        return LossOutput(per_token=loss, metrics=metrics | {"policy/kl_old": kl_old})
+
+
+def surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """max(-r A, -clip(r) A) and whether the clip took the gradient away, all [n]."""
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(-ratio * advantages, -clipped * advantages), {
+        "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - clip_low)).float(),
+        "policy/clip_frac/high": ((advantages > 0) & (ratio > 1 + clip_high)).float(),
+    }
 
 
 def clamped_ratio(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
