@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "budget": {"budget", "types", "errors"},
     "buffer": {"buffer", "types", "errors"},
     "telemetry": BASE | {"telemetry"},
+    "experiments": BASE | {"telemetry", "experiments"},
     "rollout": BASE | {"rollout", "buffer"},
     "evaluation": PIECES | {"rollout", "evaluation", "learner"},
     "learner": PROCESSES,

@@ -10,13 +10,11 @@ optimiser step, on every rank:
     SequenceMeanTokenSum   w_i = 1 / B
     ConstantLength         w_i = 1 / (B max_length)
 
-The weights are known before the first forward pass, so micro-batches and ranks just add their
-sums: the gradient depends neither on how sequences are split nor on how many ranks there are.
-(A rank's gradient must then be summed, not averaged, or its loss multiplied by the rank count.)
+The weights are known before the first forward pass, so micro-batches and ranks just add their sums:
+the gradient depends neither on how sequences are split nor on how many ranks there are.
 
-A sequence of length 0 (fully masked, or padding that evens out micro-batches) has weight 0 and is
-not counted in B, so adding or removing one changes nothing. A sequence that is merely useless (its
-advantage is 0) has tokens and counts: pass its length even where its forward pass is skipped.
+A sequence of length 0 (fully masked) has weight 0 and is not counted in B. A sequence that is merely
+useless (its advantage is 0) has tokens and counts: pass its length even where its forward is skipped.
 
 Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is
 TokenMean (Yu et al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
@@ -25,12 +23,14 @@ arXiv 2503.20783).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlkit.errors import ConfigError, TrainingError
+from rlkit.algorithms.base import in_range
+from rlkit.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,7 @@ class TokenMean:
 
     def __call__(self, lengths: Tensor) -> Tensor:
         """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
-        lengths = _checked(lengths)
-        return _where_tokens(lengths, lengths.sum().expand_as(lengths))
+        return _weights(lengths, lambda o, b: o.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,7 @@ class SequenceMeanTokenMean:
 
     def __call__(self, lengths: Tensor) -> Tensor:
         """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
-        lengths = _checked(lengths)
-        return _where_tokens(lengths, lengths * _sequences(lengths))
+        return _weights(lengths, lambda o, b: b * o)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,7 @@ class SequenceMeanTokenSum:
 
     def __call__(self, lengths: Tensor) -> Tensor:
         """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
-        lengths = _checked(lengths)
-        return _where_tokens(lengths, _sequences(lengths).expand_as(lengths))
+        return _weights(lengths, lambda o, b: b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +71,19 @@ class ConstantLength:
     max_length: int
 
     def __post_init__(self) -> None:
-        if self.max_length < 1:
-            fix = "max_length=${rollout.max_completion_tokens}"
-            raise ConfigError("out of range", key="max_length", value=self.max_length, expected="1 or more", fix=fix)
+        in_range("max_length", self.max_length, 1)
 
     def __call__(self, lengths: Tensor) -> Tensor:
         """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
-        lengths = _checked(lengths)
-        return _where_tokens(lengths, (_sequences(lengths) * self.max_length).expand_as(lengths))
+        return _weights(lengths, lambda o, b: b * self.max_length)
 
 
-def _checked(lengths: Tensor) -> Tensor:
-    out = lengths.detach().to(torch.float64)
-    if out.dim() != 1 or not bool((torch.isfinite(out) & (out >= 0)).all()):
+def _weights(lengths: Tensor, denominator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """1 / denominator(lengths, B) where a sequence has tokens, 0 elsewhere; no division by 0 on the way."""
+    counts = lengths.detach().to(torch.float64)
+    if counts.dim() != 1 or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
         expected = "one finite count >= 0 a sequence, shape [N]"
         raise TrainingError("not lengths of sequences", key="lengths", value=lengths.tolist(), expected=expected)
-    return out
-
-
-def _sequences(lengths: Tensor) -> Tensor:
-    """B, the sequences that have a token, 0-dim float64."""
-    return (lengths > 0).sum().to(torch.float64)
-
-
-def _where_tokens(lengths: Tensor, denominator: Tensor) -> Tensor:
-    """1 / denominator where a sequence has tokens, 0 elsewhere; no division by 0 on the way."""
-    kept = lengths > 0
-    return torch.where(kept, 1.0 / denominator.masked_fill(~kept, 1.0), 0.0)
+    kept = counts > 0
+    divisor = denominator(counts, kept.sum().to(torch.float64)).expand_as(counts)
+    return torch.where(kept, 1.0 / divisor.masked_fill(~kept, 1.0), 0.0)

@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from rlkit.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageInputs:
@@ -79,7 +81,12 @@ class LossOutput:
 
 
 class Loss(Protocol):
-    """Per-token surrogate. A sequence-level loss sums over `sequence` inside; groups may be split."""
+    """Per-token surrogate. A sequence-level loss sums over `sequence` inside; groups may be split.
+
+    Optional attributes of the class, False where missing:
+        needs_fresh_samples: refused with stale tokens or several updates a step.
+        proportional_to_advantage: a sequence with A = 0 has loss and gradient 0, so it need not be computed.
+    """
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """Return the loss of every token."""
@@ -108,11 +115,6 @@ class OldPolicy(Protocol):
         """Old log-probs of every sequence, [T_i] each; `rescore` is a no-grad forward of the policy."""
 
 
-def group_count(group: Tensor) -> int:
-    """Number of groups in a [N] index; 0 for an empty one."""
-    return int(group.max()) + 1 if len(group) else 0
-
-
 def group_sum(values: Tensor, group: Tensor, count: int) -> Tensor:
     """Sum of `values` [N] within each group, [count]."""
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, group, values)
@@ -120,8 +122,7 @@ def group_sum(values: Tensor, group: Tensor, count: int) -> Tensor:
 
 def group_mean(values: Tensor, group: Tensor, count: int) -> Tensor:
     """Mean of `values` [N] within each group, [count]; 0 for an empty group."""
-    sizes = group_sum(torch.ones_like(values), group, count)
-    return group_sum(values, group, count) / sizes.clamp_min(1)
+    return group_sum(values, group, count) / group_sum(torch.ones_like(values), group, count).clamp_min(1)
 
 
 def constant_groups(values: Tensor, group: Tensor, count: int) -> Tensor:
@@ -130,7 +131,20 @@ def constant_groups(values: Tensor, group: Tensor, count: int) -> Tensor:
     Exact comparison, not a variance: (0.1 + 0.1 + 0.1) / 3 is not 0.1 in floating point.
     """
     low = torch.full((count,), torch.inf, dtype=values.dtype, device=values.device)
-    high = -low
-    low = low.scatter_reduce(0, group, values, "amin")
-    high = high.scatter_reduce(0, group, values, "amax")
-    return low == high
+    high = (-low).scatter_reduce(0, group, values, "amax")
+    return low.scatter_reduce(0, group, values, "amin") == high
+
+
+def centred_scores(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
+    """scores [N] less their group's mean, exactly 0 where a group is constant; and every group's size."""
+    scores, group = inputs.scores, inputs.group
+    sizes = group.bincount()
+    centred = scores - group_mean(scores, group, len(sizes))[group]
+    return centred.masked_fill(constant_groups(scores, group, len(sizes))[group], 0.0), sizes
+
+
+def in_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise ConfigError unless low <= value <= high (nan is not) and value is finite."""
+    if not (low <= value <= high and value < float("inf")):
+        expected = f"a finite number >= {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        raise ConfigError("out of range", key=key, value=value, expected=expected)

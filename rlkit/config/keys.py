@@ -134,3 +134,10 @@ def _unknown(path: str, parent: str, known: list[str], value: object, where: str
     expected = f"one of {', '.join(known)}" + (f" (in {parent})" if parent else "")
     fix = "python -m rlkit.config.reference lists all keys (docs/config.md)"
     return ConfigError(f"no such key{where}.{near}", key=path, value=value, expected=expected, fix=fix)
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> {"a.b.c": leaf}; an empty mapping is a leaf."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in leaves(value, f"{prefix}.{key}".lstrip(".")).items()}

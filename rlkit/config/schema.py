@@ -180,6 +180,8 @@ class LearnerConfig(OptimizerConfig):
     """AdamW epsilon."""
     updates_per_step: int = number(1, 1)
     """Optimiser steps on one batch; groups are split between them whole."""
+    skip_zero_advantage: bool = True
+    """Do not compute sequences that add exactly 0 to the gradient (dead groups, without KL and entropy terms)."""
     logprob_chunk_tokens: int = number(1024, 1)
     """Tokens whose logits exist at a time in the log-prob head."""
     mixed_precision: str = choice("auto", "no", "bf16")

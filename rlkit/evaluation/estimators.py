@@ -25,14 +25,10 @@ class Estimate:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error of per-prompt values."""
-    n = len(values)
-    if n == 0:
-        return Estimate(value=float("nan"), standard_error=float("nan"), prompts=0)
-    mean = sum(values) / n
-    if n == 1:
-        return Estimate(value=mean, standard_error=float("nan"), prompts=1)
-    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    return Estimate(value=mean, standard_error=sqrt(variance / n), prompts=n)
+    n, nan = len(values), float("nan")
+    mean = sum(values) / n if n else nan
+    variance = sum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else nan
+    return Estimate(value=mean, standard_error=sqrt(variance / n) if n > 1 else nan, prompts=n)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -52,15 +48,11 @@ def majority_score(verdicts: Sequence[Verdict], score: Sequence[float]) -> float
     answers is wrong, and it was judged. Samples of one answer share their mean score.
     """
     votes = Counter(v.answer for v in verdicts if v.answer is not None)
-    if not votes:
-        return 0.0
-    top = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == top]
     means = []
-    for winner in winners:
+    for winner in (answer for answer, count in votes.items() if count == max(votes.values())):
         own = [s for v, s in zip(verdicts, score, strict=True) if v.answer == winner]
         means.append(sum(own) / len(own))
-    return sum(means) / len(means)
+    return sum(means) / len(means) if means else 0.0
 
 
 def summarise(
@@ -73,8 +65,9 @@ def summarise(
     depends on the number of samples. "Correct" is a score of at least `correct_at`.
     """
     ks = sorted({2**j for j in range(samples.bit_length()) if 2**j <= samples} | {samples})
-    values: dict[str, list[float]] = {f"avg@{samples}": []}
-    values |= {f"pass@{k}": [] for k in ks} | {f"maj@{samples}": []}
+    values: dict[str, list[float]] = {
+        name: [] for name in (f"avg@{samples}", *(f"pass@{k}" for k in ks), f"maj@{samples}")
+    }
     for verdicts in verdicts_by_prompt:
         scored = [v for v in verdicts if v.score is not None]
         raw = [v.score if part is None else v.parts.get(part) for v in scored]

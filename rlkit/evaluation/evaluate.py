@@ -1,42 +1,24 @@
-"""Evaluate the weights an engine serves on a held-out set."""
+"""Evaluation of the weights an engine serves on held-out sets, and `rlkit eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rewards.pool import VerifierPool
-from rlkit.config.schema import EvaluationConfig
-from rlkit.evaluation.estimators import Estimate, summarise
-from rlkit.rollout.engine import Engine, GenerationRequest
+from rlkit.config.schema import Config, EvaluationConfig
+from rlkit.errors import CheckpointError, ConfigError
+from rlkit.evaluation.estimators import summarise
+from rlkit.learner import checkpoint as checkpoints
+from rlkit.learner.setup import Session, model_at, open_pool
+from rlkit.rollout.engine import Engine, sample
 from rlkit.rollout.scoring import score_rollouts
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Result on one set: estimates by name, and everything they come from, aligned."""
-
-    name: str
-    estimates: dict[str, Estimate]
-    prompts: tuple[Prompt, ...]
-    rollouts: tuple[tuple[Rollout, ...], ...]
-    verdicts: tuple[tuple[Verdict, ...], ...]
-
-    def metrics(self) -> dict[str, float]:
-        """eval/<set>/<estimate>, eval/<set>/<estimate>_se, and lengths and shares of the set."""
-        out: dict[str, float] = {}
-        for key, value in self.estimates.items():
-            out[f"eval/{self.name}/{key}"] = value.value
-            out[f"eval/{self.name}/{key}_se"] = value.standard_error
-        flat = [r for row in self.rollouts for r in row]
-        unscored = [v.score is None for row in self.verdicts for v in row]
-        out[f"eval/{self.name}/length/mean"] = float(np.mean([len(r.token_ids) for r in flat]))
-        out[f"eval/{self.name}/truncated_frac"] = float(np.mean([r.finish_reason == "length" for r in flat]))
-        out[f"eval/{self.name}/unscored_frac"] = float(np.mean(unscored))
-        return out
 
 
 async def evaluate(
@@ -46,33 +28,56 @@ async def evaluate(
     pool: VerifierPool,
     sampling: SamplingParams,
     config: EvaluationConfig,
-) -> Evaluation:
+) -> dict[str, float]:
     """Draw `config.samples` completions of every prompt, score them and summarise.
 
-    Draws are keyed by (config.seed, position in the set, sample): two checkpoints see the same
+    Returns eval/<name>/<estimate>, eval/<name>/<estimate>_se, and lengths and shares of the set.
+    Draws are keyed by (sampling.seed, position in the set, sample): two checkpoints see the same
     random numbers, so that their difference has less noise.
     """
     k = config.samples
-    rollouts: list[list[Rollout]] = []
-    verdicts: list[list[Verdict]] = []
+    rollouts: list[Rollout] = []
+    verdicts: list[Verdict] = []
     stride = max(1, config.batch_samples // k)
     for start in range(0, len(prompts), stride):
-        part = prompts[start : start + stride]
-        requests = [
-            GenerationRequest(ordinal=start + i, index=j, prompt_token_ids=p.token_ids)
-            for i, p in enumerate(part)
-            for j in range(k)
-        ]
-        done = [r async for r in engine.generate(requests, sampling)]
-        done.sort(key=lambda r: (r.ordinal, r.index))
-        scored = await score_rollouts(pool, [prompts[r.ordinal] for r in done], done)
-        for i in range(len(part)):
-            rollouts.append(done[i * k : (i + 1) * k])
-            verdicts.append(scored[i * k : (i + 1) * k])
-    return Evaluation(
-        name=name,
-        estimates=summarise(verdicts, samples=k, correct_at=config.correct_at, part=config.part),
-        prompts=tuple(prompts),
-        rollouts=tuple(tuple(r) for r in rollouts),
-        verdicts=tuple(tuple(v) for v in verdicts),
-    )
+        done = await sample(engine, prompts[start : start + stride], k, sampling, first=start)
+        rollouts += done
+        verdicts += await score_rollouts(pool, [prompts[r.ordinal] for r in done], done)
+    by_prompt = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
+    out = {}
+    for key, value in summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part).items():
+        out[key] = value.value
+        out[f"{key}_se"] = value.standard_error
+    out["length/mean"] = float(np.mean([len(r.token_ids) for r in rollouts]))
+    out["truncated_frac"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
+    out["unscored_frac"] = float(np.mean([v.score is None for v in verdicts]))
+    return {f"eval/{name}/{key}": value for key, value in out.items()}
+
+
+def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -> int:
+    """`rlkit eval`: print one JSON object, the metrics of every held-out set at a checkpoint or the recipe's model."""
+    settings, source = config.evaluation, config.model
+    if not config.data.eval:
+        problem, expected = "this recipe has no held-out set", "at least one named set"
+        raise ConfigError(problem, key="data.eval", value={}, expected=expected)
+    if checkpoint is not None:
+        if not checkpoint.is_dir():
+            problem, expected = "no such checkpoint", "a folder checkpoints/step_N"
+            raise CheckpointError(problem, key="--checkpoint", value=str(checkpoint), expected=expected)
+        if (checkpoint / checkpoints.MANIFEST).exists():
+            checkpoints.verify(checkpoint)
+        source = model_at(config.model, checkpoint)
+    session = Session.open(config, resolved, source=source)
+    _, held_out = session.prompt_sets()
+    engine = session.engine(session.model(source, config.seed).to(session.accelerator.device))
+    sampling = session.sampling(settings.temperature, settings.seed)
+
+    async def all_sets() -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, prompts in held_out.items():
+            metrics |= await evaluate(name, prompts.prompts, engine, pool, sampling, settings)
+        return metrics
+
+    with open_pool(config.reward) as pool:
+        print(json.dumps(asyncio.run(all_sets()), indent=1))
+    return 0

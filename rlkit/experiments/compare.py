@@ -20,9 +20,9 @@ from matplotlib.figure import Figure as Drawing
 from rich.console import Console
 from rich.table import Table
 
+from rlkit.config.keys import leaves
 from rlkit.errors import RlkitError, nearest
 from rlkit.experiments.statistics import Figure, improvement_probability, over_seeds, paired_difference
-from rlkit.learner.run_folder import flatten
 from rlkit.telemetry.figures import CYCLE, STYLE, new_figure
 from rlkit.telemetry.record import EvalCurve, RunRecord, load_run
 
@@ -127,7 +127,7 @@ def compare(variants: Sequence[Variant], metric: str, baseline: str) -> list[Com
 
 def differing_keys(variants: Sequence[Variant]) -> dict[str, list[str]]:
     """Settings that are not the same in every run -> their values by variant."""
-    configs = [flatten(run.config) for variant in variants for run in variant.runs.values()]
+    configs = [leaves(run.config) for variant in variants for run in variant.runs.values()]
     names = [variant.name for variant in variants for _ in variant.runs]
     differing = {}
     for key in sorted({key for config in configs for key in config}):

@@ -1,1 +1,1 @@
-"""learner"""
+"""The learner: forward, batching, updates, checkpoints, the training loop and the warm start."""

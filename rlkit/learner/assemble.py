@@ -1,9 +1,9 @@
-"""From taken groups to a step's training batch: scores, advantages and what to report of them."""
+"""From taken groups to a step's training sequences: scores, advantages and what to report of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,79 +11,47 @@ import torch
 from rlkit.algorithms.base import Advantage, AdvantageInputs, constant_groups
 from rlkit.errors import TrainingError
 from rlkit.learner.batching import TrainingSequence
-from rlkit.types import Group
+from rlkit.types import Group, Rollout, Verdict
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepBatch:
-    """Sequences of a learner step with their groups; N sequences."""
-
-    sequences: tuple[TrainingSequence, ...]
-    group: tuple[int, ...]  # [N] ascending
-    positions: tuple[tuple[int, int], ...]  # [N] (ordinal, sample index)
-
-
-def usable_samples(group: Group) -> int:
+def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
     """Samples of a group that have a score and at least one token in the loss."""
-    return sum(
-        v.score is not None and bool(r.loss_mask.any()) for r, v in zip(group.rollouts, group.verdicts, strict=True)
-    )
+    pairs = zip(group.rollouts, group.verdicts, strict=True)
+    return [(r, v) for r, v in pairs if v.score is not None and r.loss_mask.any()]
 
 
 def assemble(
     groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int]
-) -> tuple[StepBatch, dict[str, float]]:
-    """Scored samples of `groups` -> batch with advantages, and metrics of rewards and groups.
+) -> tuple[list[TrainingSequence], dict[str, float]]:
+    """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
     `steps_of`: step of every version that sampled; a token's lag is `step` minus that.
     Unscored samples are left out of the batch and of every mean; they count in
     reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more.
     """
-    sequences, group_index, positions, scores = [], [], [], []
+    usable = [(number, g, r, v) for number, g in enumerate(groups) for r, v in usable_samples(g)]
+    sequences = [TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
     parts: dict[str, list[float]] = {}
-    for number, group in enumerate(groups):
-        for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True):
-            if verdict.score is None or not rollout.loss_mask.any():
-                continue
-            sequences.append(
-                TrainingSequence(
-                    prompt_token_ids=group.prompt.token_ids,
-                    token_ids=rollout.token_ids,
-                    behavior_logprobs=rollout.behavior_logprobs,
-                    loss_mask=rollout.loss_mask,
-                    versions=rollout.versions(),
-                )
-            )
-            group_index.append(number)
-            positions.append((group.ordinal, rollout.index))
-            scores.append(verdict.score)
-            for name, value in verdict.parts.items():
-                parts.setdefault(name, []).append(float("nan") if value is None else value)
+    for _, _, _, verdict in usable:
+        for name, value in verdict.parts.items():
+            parts.setdefault(name, []).append(float("nan") if value is None else value)
     inputs = AdvantageInputs(
-        scores=torch.tensor(scores, dtype=torch.float64),
-        group=torch.tensor(group_index, dtype=torch.int64),
+        scores=torch.tensor([v.score for _, _, _, v in usable], dtype=torch.float64),
+        group=torch.tensor([number for number, _, _, _ in usable], dtype=torch.int64),
         lengths=torch.tensor([s.loss_tokens for s in sequences], dtype=torch.float64),
-        parts={
-            name: torch.tensor(values, dtype=torch.float64)
-            for name, values in parts.items()
-            if len(values) == len(scores)
-        },
+        parts={k: torch.tensor(v, dtype=torch.float64) for k, v in parts.items() if len(v) == len(usable)},
     )
     advantages = advantage(inputs)
     if advantages.shape != inputs.scores.shape or not torch.isfinite(advantages).all():
         expected = f"shape {tuple(inputs.scores.shape)}, finite; got {tuple(advantages.shape)}"
         problem, name = "the advantage must give one finite number a sequence", type(advantage).__name__
         raise TrainingError(problem, key="algorithm.advantage", value=name, expected=expected)
-    batch = StepBatch(
-        sequences=tuple(replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)),
-        group=tuple(group_index),
-        positions=tuple(positions),
-    )
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
-    return batch, _metrics(groups, inputs, advantages) | {
+    metrics = _metrics(groups, inputs, advantages) | {
         "off_policy/lag/mean": sum(n * lag for n, lag in spans) / sum(n for n, _ in spans),
         "off_policy/lag/max": float(max(lag for _, lag in spans)),
     }
+    return [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)], metrics
 
 
 def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor) -> dict[str, float]:

@@ -7,14 +7,17 @@ sum over tokens, however it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rlkit.types import BoolArray, FloatArray, IntArray
+from rlkit.types import BoolArray, FloatArray, IntArray, Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +28,22 @@ class TrainingSequence:
     token_ids: IntArray  # [T]
     behavior_logprobs: FloatArray  # [T]
     loss_mask: BoolArray  # [T]
-    versions: IntArray  # [T]
+    group: int  # ordinal of its group, which stays whole when a step is split into updates
+    index: int = 0  # which of the group's samples it is
     advantage: float = 0.0
+
+    @classmethod
+    def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> TrainingSequence:
+        """A rollout of `prompt` to train on."""
+        return cls(
+            prompt_token_ids=prompt.token_ids,
+            token_ids=rollout.token_ids,
+            behavior_logprobs=rollout.behavior_logprobs,
+            loss_mask=rollout.loss_mask,
+            group=rollout.ordinal,
+            index=rollout.index,
+            advantage=advantage,
+        )
 
     @property
     def total_tokens(self) -> int:
@@ -41,30 +58,33 @@ class TrainingSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One forward pass over the sequences `indices`; n = their loss tokens, end to end.
+    """One forward pass over some sequences; n = their loss tokens, end to end.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
         input_ids      [[7, 8, 1, 2], [9, 3, 0, 0]]
         head_positions [1, 2, 4]         (the hidden states that predict 1, 2 and 3)
         targets        [1, 2, 3]
         sequence       [0, 0, 1]
+        counts         [2, 1]
     """
 
-    indices: tuple[int, ...]  # positions in the step's list of sequences
     input_ids: Tensor  # [B, L] right padded
     position_ids: Tensor  # [B, L]
     head_positions: Tensor  # [n]
     targets: Tensor  # [n]
     sequence: Tensor  # [n]
+    behavior_logprobs: Tensor  # [n]
+    advantages: Tensor  # [n]
+    weights: Tensor  # [n] of every token in the update's loss
+    counts: list[int]  # [B] loss tokens of every sequence
+    old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
-        tensors = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "head_positions", "targets", "sequence")
-        }
-        return MicroBatch(indices=self.indices, counted=self.counted, **tensors)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -97,39 +117,42 @@ def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[li
     return filled[rank::world]
 
 
-def collate(sequences: Sequence[TrainingSequence], indices: Sequence[int], *, counted: bool = True) -> MicroBatch:
-    """Right-pad sequences[indices] (with token 0, never attended to) and index their loss tokens."""
+def collate(
+    sequences: Sequence[TrainingSequence], indices: Sequence[int], weights: Mapping[int, float], *, counted: bool = True
+) -> MicroBatch:
+    """Right-pad sequences[indices] (with token 0, never attended to) and lay their loss tokens end to end.
+
+    `weights`: sequence -> weight of each of its tokens in the update's loss.
+    """
     chosen = [sequences[i] for i in indices]
-    width = max(s.total_tokens for s in chosen)
-    input_ids = np.zeros((len(chosen), width), dtype=np.int64)
-    positions, targets, owner = [], [], []
-    for row, s in enumerate(chosen):
-        input_ids[row, : s.total_tokens] = np.concatenate([s.prompt_token_ids, s.token_ids])
-        at = np.flatnonzero(s.loss_mask)
-        # The hidden state one before a token predicts it.
-        positions.append(row * width + len(s.prompt_token_ids) - 1 + at)
-        targets.append(s.token_ids[at])
-        owner.append(np.full(len(at), row))
+    counts = [s.loss_tokens for s in chosen]
+    tokens = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
+    input_ids = pad_sequence(tokens, batch_first=True)
+    width = input_ids.shape[1]
+    # The hidden state one before a token predicts it.
+    first = [row * width + len(s.prompt_token_ids) - 1 for row, s in enumerate(chosen)]
     return MicroBatch(
-        indices=tuple(indices),
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=input_ids,
         position_ids=torch.arange(width).expand(len(chosen), -1).contiguous(),
-        head_positions=torch.from_numpy(np.concatenate(positions)).long(),
-        targets=torch.from_numpy(np.concatenate(targets)).long(),
-        sequence=torch.from_numpy(np.concatenate(owner)).long(),
+        head_positions=_joined(f + np.flatnonzero(s.loss_mask) for f, s in zip(first, chosen, strict=True)),
+        targets=_joined(s.token_ids[s.loss_mask] for s in chosen),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
+        behavior_logprobs=_joined(s.behavior_logprobs[s.loss_mask] for s in chosen),
+        advantages=torch.from_numpy(np.repeat([s.advantage for s in chosen], counts)),
+        weights=torch.from_numpy(np.repeat([weights[i] for i in indices], counts)),
+        counts=counts,
         counted=counted,
     )
+
+
+def _joined(parts: Iterable[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(parts)))
 
 
 def split_updates(group: Sequence[int], updates: int) -> list[list[int]]:
     """Split sequences into `updates` lists by whole groups, in order; sizes differ by one group at most.
 
-    `group` gives each sequence's group, ascending. Fewer groups than updates: fewer lists.
+    `group` gives each sequence's group. Fewer groups than updates: fewer lists.
     """
-    ids = sorted(set(group))
-    parts = [part.tolist() for part in np.array_split(np.array(ids), updates) if len(part)]
-    member = {g: number for number, part in enumerate(parts) for g in part}
-    out: list[list[int]] = [[] for _ in parts]
-    for index, g in enumerate(group):
-        out[member[g]].append(index)
-    return out
+    parts = np.array_split(np.array(list(dict.fromkeys(group))), updates)
+    return [[i for i, g in enumerate(group) if g in part] for part in parts if len(part)]

@@ -13,12 +13,14 @@ loading, every file is compared with the manifest first. Nothing is pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,73 +29,59 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlkit.buffer.protocol import Watermark
 from rlkit.errors import CheckpointError
+from rlkit.learner.update import Learner
 
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerState:
-    """Everything of a run that is not a tensor. `watermark` None for a warm start."""
+class Checkpoint:
+    """A verified checkpoint on disk. `watermark` None for a warm start."""
 
+    path: Path
     step: int
     optimizer_steps: int
     seconds: float
-    watermark: Watermark | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A verified checkpoint on disk."""
-
-    path: Path
-    state: TrainerState
+    watermark: Watermark | None
     optimizer: Mapping[str, Tensor]
     rng: tuple[Mapping[str, Tensor], list[Any]]
+
+    def restore(self, learner: Learner) -> None:
+        """Optimiser, counter and generators, into a learner whose weights are this checkpoint's already.
+
+        Raises CheckpointError if it belongs to another model.
+        """
+        by_name = dict(learner.model.named_parameters())
+        unknown = {key.split("/", 1)[1] for key in self.optimizer} ^ set(by_name)
+        if self.optimizer and unknown:
+            problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
+            raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
+        for key, tensor in self.optimizer.items():
+            kind, name = key.split("/", 1)
+            # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
+            place = tensor if tensor.ndim == 0 else tensor.to(by_name[name].device)
+            learner.optimizer.state[by_name[name]][kind] = place.clone()
+        learner.optimizer_steps = self.optimizer_steps
+        _restore_rng(*self.rng)
 
 
 def checksum(path: Path) -> str:
     """xxh3-128 of a file."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
-    """Optimiser state as {"exp_avg/<parameter>": tensor}; `names` maps id(parameter) to its name."""
+def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
+    """Optimiser state as {"exp_avg/<parameter>": tensor}; tied parameters once."""
     out = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            out[f"{key}/{names[id(parameter)]}"] = tensor.detach().cpu().contiguous()
+    for name, parameter in learner.model.named_parameters():
+        for key, value in learner.optimizer.state.get(parameter, {}).items():
+            out[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return out
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Inverse of `optimizer_tensors`; raises CheckpointError if it belongs to another model."""
-    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    unknown = {key.split("/", 1)[1] for key in tensors} ^ set(by_name)
-    if tensors and unknown:
-        problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
-        raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
-    for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
-        parameter = by_name[name]
-        # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
-        place = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
-        optimizer.state[parameter][kind] = place.clone()
-
-
-def parameter_names(model: torch.nn.Module) -> dict[int, str]:
-    """id(parameter) -> name, tied parameters once."""
-    return {id(p): name for name, p in model.named_parameters()}
 
 
 def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
@@ -106,9 +94,9 @@ def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
     return tensors, [[version, list(internal), gauss], [kind, *rest]]
 
 
-def restore_rng(rng: tuple[Mapping[str, Tensor], list[Any]]) -> None:
+def _restore_rng(tensors: Mapping[str, Tensor], others: list[Any]) -> None:
     """Set torch's, numpy's and Python's global generators (sampling itself is keyed, not drawn)."""
-    tensors, ((version, internal, gauss), (kind, *rest)) = rng
+    (version, internal, gauss), (kind, *rest) = others
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
@@ -125,35 +113,33 @@ def _flush(path: Path) -> None:
 
 
 def save(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    *,
-    keep: int,
-) -> Path:
-    """Write <folder>/step_N atomically and remove all but the newest `keep`; returns its path."""
-    final = folder / f"step_{state.step}"
-    draft = folder / f".step_{state.step}.{os.getpid()}.tmp"
+    folder: Path, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Mapping[str, Any], *, keep: int
+) -> None:
+    """Write <folder>/step_N atomically and remove all but the newest `keep`.
+
+    `progress` has the step, the seconds so far and the buffer's watermark (None for a warm start).
+    """
+    step = progress["step"]
+    final = folder / f"step_{step}"
+    draft = folder / f".step_{step}.{os.getpid()}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
     try:
         (draft / "trainer").mkdir(parents=True)
-        model.save_pretrained(draft, safe_serialization=True)
+        learner.model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
         tensors, others = _rng_state()
-        names = parameter_names(model)
-        save_file(optimizer_tensors(optimizer, names), draft / "trainer" / "optimizer.safetensors")
+        state = {**progress, "optimizer_steps": learner.optimizer_steps}
+        save_file(_optimizer_tensors(learner), draft / "trainer" / "optimizer.safetensors")
         save_file(tensors, draft / "trainer" / "rng.safetensors")
-        (draft / "trainer" / "state.json").write_text(json.dumps({"state": asdict(state), "rng": others}))
+        (draft / "trainer" / "state.json").write_text(json.dumps({"state": state, "rng": others}))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(draft)): [p.stat().st_size, checksum(p)] for p in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [draft, *draft.rglob("*")]:
             _flush(path)  # so that the rename never outruns the data
-        replaced = folder / f".step_{state.step}.replaced.tmp"
+        replaced = folder / f".step_{step}.replaced.tmp"
         if final.exists():
             final.rename(replaced)
         draft.rename(final)
@@ -164,7 +150,6 @@ def save(
         raise
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{old}")
-    return final
 
 
 def steps(folder: Path) -> list[int]:
@@ -176,39 +161,32 @@ def steps(folder: Path) -> list[int]:
 def verify(path: Path) -> None:
     """Compare every file with the manifest; CheckpointError names what is wrong and what to do."""
     others = [s for s in steps(path.parent) if path.parent / f"step_{s}" != path]
-    fix = (
-        f"delete {path} to go on from {path.parent / f'step_{others[-1]}'}"
-        if others
-        else "start again with resume=never (the run folder is moved aside, not deleted)"
-    )
-
-    def bad(problem: str, expected: str) -> CheckpointError:
-        return CheckpointError(problem, key="checkpoint", value=str(path), expected=expected, fix=fix)
-
+    fix = "start again with resume=never (the run folder is moved aside, not deleted)"
+    if others:
+        fix = f"delete {path} to go on from {path.parent / f'step_{others[-1]}'}"
+    wrong = partial(CheckpointError, key="checkpoint", value=str(path), fix=fix)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise bad(f"the manifest cannot be read: {error}", f"a complete checkpoint with {MANIFEST}") from error
+        expected = f"a complete checkpoint with {MANIFEST}"
+        raise wrong(f"the manifest cannot be read: {error}", expected=expected) from error
     for name, (expected_size, digest) in manifest.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != expected_size or checksum(path / name) != digest:
             found = "missing" if size is None else f"{size} bytes"
-            raise bad(f"{name} is corrupt ({found}, {expected_size} bytes were written)", f"the checksum in {MANIFEST}")
+            problem = f"{name} is corrupt ({found}, {expected_size} bytes were written)"
+            raise wrong(problem, expected=f"the checksum in {MANIFEST}")
 
 
 def load(path: Path) -> Checkpoint:
     """Verify and read a checkpoint's trainer part; the model is read by `from_pretrained(path)`."""
     verify(path)
     raw = json.loads((path / "trainer" / "state.json").read_text())
-    state = raw["state"]
+    state, trainer = raw["state"], path / "trainer"
     if state["watermark"] is not None:
         state["watermark"] = Watermark(**state["watermark"])
-    return Checkpoint(
-        path=path,
-        state=TrainerState(**state),
-        optimizer=load_file(path / "trainer" / "optimizer.safetensors"),
-        rng=(load_file(path / "trainer" / "rng.safetensors"), raw["rng"]),
-    )
+    rng = load_file(trainer / "rng.safetensors"), raw["rng"]
+    return Checkpoint(path=path, optimizer=load_file(trainer / "optimizer.safetensors"), rng=rng, **state)
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -13,10 +13,8 @@ multiplies it into both gradients at once:
 
 The blockwise log-sum-exp and the recomputing backward pass are those of cut cross-entropy (Wijmans
 et al., arXiv 2411.09009), without its gradient filter: nothing is skipped, so the result is exact
-for every upstream gradient. Four matrix products instead of the plain path's three.
-
-The vocabulary is the outer loop: each slice of the weight is read once a pass and its gradient
-written once, and only the small [n, H] gradient of the hidden states is accumulated over slices.
+for every upstream gradient. The vocabulary is the outer loop: each slice of the weight is read once
+a pass and its gradient written once; only the [n, H] gradient of the hidden states is accumulated.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlkit.algorithms.base import in_range
 from rlkit.errors import ConfigError, TrainingError
 
 # exp() of this is exactly 0 in float32 and float64; it stands in for -inf where p * log p -> 0.
@@ -55,9 +54,8 @@ def selected_logprobs(
         targets: [n] int64, in [0, V).
         bias: [V] or None.
         temperature: the sampling temperature, > 0, no unit.
-        chunk_tokens: most tokens whose logits exist at a time.
-        chunk_vocab: most vocabulary entries whose logits exist at a time. Scratch memory is
-            chunk_tokens * chunk_vocab * 4 bytes (twice that with entropy), plus
+        chunk_tokens, chunk_vocab: most tokens and vocabulary entries whose logits exist at a time.
+            Scratch memory is chunk_tokens * chunk_vocab * 4 bytes (twice that with entropy), plus
             chunk_vocab * H * 8 bytes where the weight is not float32.
         with_entropy: also return the entropy.
         entropy_grad: let gradients flow through the entropy; otherwise it is detached.
@@ -68,17 +66,22 @@ def selected_logprobs(
         inputs' dtype and whatever the autocast state; gradients arrive in the inputs' dtypes.
 
     Raises:
-        ConfigError: temperature or a chunk size out of range, or `entropy_grad` without
-            `with_entropy`.
+        ConfigError: temperature or chunk size out of range, or `entropy_grad` without `with_entropy`.
         TrainingError: shapes or dtypes that do not fit, or a target outside [0, V).
     """
-    _check_settings(temperature, chunk_tokens, chunk_vocab, with_entropy, entropy_grad)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError("out of range", key="temperature", value=temperature, expected="a finite number > 0")
+    in_range("chunk_tokens", chunk_tokens, 1)
+    in_range("chunk_vocab", chunk_vocab, 1)
+    if entropy_grad and not with_entropy:
+        fix = "set with_entropy=True"
+        raise ConfigError("there is no entropy to take a gradient through", key="entropy_grad", value=True, fix=fix)
     _check_tensors(hidden, weight, targets, bias)
+    tiling = temperature, chunk_tokens, chunk_vocab
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets, temperature, chunk_tokens, chunk_vocab, with_entropy,
-            entropy_grad,
-        )  # fmt: skip
+            hidden, weight, bias, targets, tiling, with_entropy, entropy_grad
+        )
     return logprobs, entropy
 
 
@@ -100,9 +103,8 @@ class _Tiles:
             self.hidden = self.hidden / temperature
         if bias is not None:
             self.bias = bias.detach().to(self.dtype) / temperature
-        self._cast = None
-        if weight.dtype != self.dtype:
-            self._cast = self.new(self.chunk_vocab, weight.shape[1])
+        narrower = weight.dtype != self.dtype
+        self._cast = self.new(self.chunk_vocab, weight.shape[1]) if narrower else None
         self._logits = self.new(self.chunk_tokens * self.chunk_vocab)
 
     def new(self, *shape: int) -> Tensor:
@@ -150,10 +152,9 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        temperature: float, chunk_tokens: int, chunk_vocab: int, with_entropy: bool,
-        entropy_grad: bool,
+        tiling: tuple[float, int, int], with_entropy: bool, entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        tiles = _Tiles(hidden, weight, bias, temperature, chunk_tokens, chunk_vocab)
+        tiles = _Tiles(hidden, weight, bias, *tiling)
         n = tiles.tokens
         # The lowest finite number, not -inf: a first slice that is all -inf must not make nan.
         peak = tiles.new(n, 1).fill_(torch.finfo(tiles.dtype).min)
@@ -181,7 +182,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         lse = (peak + total.log()).squeeze(1)
         entropy = (total.log() - moment / total).squeeze(1) if with_entropy else None
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy if entropy_grad else None)
-        ctx.settings = temperature, chunk_tokens, chunk_vocab
+        ctx.tiling = tiling
         if entropy is not None and not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return selected.squeeze(1) - lse, entropy
@@ -190,9 +191,9 @@ class _SelectedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        temperature, chunk_tokens, chunk_vocab = ctx.settings
+        temperature = ctx.tiling[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        tiles = _Tiles(hidden, weight, bias, temperature, chunk_tokens, chunk_vocab)
+        tiles = _Tiles(hidden, weight, bias, *ctx.tiling)
         lse, grad_logprobs = lse.unsqueeze(1), grad_logprobs.unsqueeze(1)
         # Gradient with respect to z = row_scale * tile. Without an entropy gradient the upstream
         # gradient is a factor of the whole row, so no tile has to be multiplied by it.
@@ -202,7 +203,9 @@ class _SelectedLogprobs(torch.autograd.Function):
             scratch = tiles.new(tiles.chunk_tokens * tiles.chunk_vocab)
             row_scale = torch.full_like(row_scale, -1.0 / temperature)
         grad_hidden = torch.zeros_like(tiles.hidden) if want_hidden else None
-        grad_weight = _gradient_like(weight, tiles.tokens) if want_weight else None
+        # Every element of the weight's gradient is written below, unless there is no token.
+        storage = weight.new_empty if tiles.tokens else weight.new_zeros
+        grad_weight = storage(weight.shape) if want_weight else None
         grad_bias = tiles.new(tiles.vocab).zero_() if want_bias else None
         scaled_hidden = hidden.to(tiles.dtype) * row_scale if want_weight else None
         sums = None  # gradient of one slice of the weight, where the weight's dtype is narrower
@@ -234,44 +237,23 @@ class _SelectedLogprobs(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(row_scale).to(hidden.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
-
-
-def _gradient_like(weight: Tensor, tokens: int) -> Tensor:
-    """Storage for the weight's gradient; every element is written unless there is no token."""
-    make = torch.empty if tokens else torch.zeros
-    return make(weight.shape, dtype=weight.dtype, device=weight.device)
-
-
-def _check_settings(
-    temperature: float, chunk_tokens: int, chunk_vocab: int, with_entropy: bool, entropy_grad: bool
-) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError("out of range", key="temperature", value=temperature, expected="a finite number > 0")
-    for key, value in (("chunk_tokens", chunk_tokens), ("chunk_vocab", chunk_vocab)):
-        if value < 1:
-            raise ConfigError("a tile must hold a logit", key=key, value=value, expected="1 or more")
-    if entropy_grad and not with_entropy:
-        fix = "set with_entropy=True"
-        raise ConfigError("there is no entropy to take a gradient through", key="entropy_grad", value=True, fix=fix)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    n = hidden.shape[0] if hidden.dim() else None
-    vocab = weight.shape[0] if weight.dim() else None
-    floats = hidden.is_floating_point() and weight.is_floating_point()
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
     fits = (
-        hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
-        and targets.shape == (n,) and targets.dtype == torch.int64
-        and (bias is None or (bias.shape == (vocab,) and bias.is_floating_point()))
+        [t.dim() for t in tensors.values()] == [2, 2, 1, 1][: len(tensors)]
+        and hidden.shape[1] == weight.shape[1] and len(targets) == len(hidden)
+        and (bias is None or len(bias) == len(weight)) and targets.dtype == torch.int64
+        and all(t.is_floating_point() for name, t in tensors.items() if name != "targets")
     )  # fmt: skip
-    if not (fits and floats):
-        tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
-        got = {k: (str(t.dtype), *t.shape) for k, t in tensors.items() if t is not None}
+    if not fits:
+        got = {name: (str(t.dtype), *t.shape) for name, t in tensors.items()}
         expected = "float hidden [n, H], float weight [V, H], int64 targets [n], float bias [V]"
         raise TrainingError("head inputs do not fit together", key="shapes", value=got, expected=expected)
     # One synchronisation a call: a stray target would otherwise be read as the logit 0.
-    if n and bool(((targets < 0) | (targets >= weight.shape[0])).any()):
+    if len(targets) and bool(((targets < 0) | (targets >= len(weight))).any()):
         found = f"{int(targets.min())}..{int(targets.max())}"
-        expected = f"0..{weight.shape[0] - 1}, without padding and ignored positions (such as -100)"
+        expected = f"0..{len(weight) - 1}, without padding and ignored positions (such as -100)"
         raise TrainingError("token ids outside the vocabulary", key="targets", value=found, expected=expected)

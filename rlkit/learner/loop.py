@@ -7,68 +7,70 @@ in this process, between learner steps, on the learner's own weights.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.pool import VerifierPool
 from rlkit.algorithms.base import Advantage
 from rlkit.budget.uniform import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
-from rlkit.config.schema import Config
+from rlkit.config.components import build
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet
 from rlkit.errors import TrainingError
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
-from rlkit.learner.assemble import StepBatch, assemble, usable_samples
-from rlkit.learner.run_folder import RunFolder
-from rlkit.learner.update import Learner
-from rlkit.rollout.engine import Engine
+from rlkit.learner.assemble import assemble, usable_samples
+from rlkit.learner.setup import Session
+from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.worker import RolloutWorker
 from rlkit.telemetry.environment import peak_memory_gb
 from rlkit.telemetry.rollouts import rows_of, write_rollouts
 from rlkit.telemetry.sinks import Telemetry
-from rlkit.types import Group, SamplingParams
+from rlkit.types import Group
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass
 class Trainer:
     """Everything rank 0 drives; see `run`."""
 
-    config: Config
-    folder: RunFolder
-    accelerator: Accelerator
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    session: Session
+    folder: Path
     learner: Learner
-    advantage: Advantage
-    budget: Budget
     prompts: PromptSet
-    order: PromptOrder
     held_out: dict[str, PromptSet]
     buffer: SqlBuffer
-    engine: Engine
     pool: VerifierPool
-    worker: RolloutWorker
     telemetry: Telemetry
-    check_stop: Callable[[], None]
-    evaluation_sampling: SamplingParams
-    step: int = 0
-    seconds: float = 0.0  # of earlier parts of the run
-    saved_step: int | None = None
-    updates_of_step: int = 0  # optimiser steps at the last published step
-    started: float = field(default_factory=time.perf_counter)
 
-    def resume(self, state: checkpoints.TrainerState) -> None:
+    def __post_init__(self) -> None:
+        self.config = config = self.session.config
+        self.order = PromptOrder(len(self.prompts), config.seed, config.data.train.shuffle)
+        self.advantage: Advantage = build(config.algorithm.advantage, key="algorithm.advantage")
+        self.budget: Budget = build(config.budget, key="budget")
+        self.engine = self.session.engine(self.learner.model)
+        self.worker = RolloutWorker(
+            self.buffer,
+            self.engine,
+            self.pool,
+            self.session.sampling(config.rollout.temperature, config.seed),
+            worker_id="embedded-0",
+            capacity=config.prompts_per_step * config.samples_per_prompt,
+            lease_timeout_s=config.rollout.lease_timeout_s,
+        )
+        self.step = 0
+        self.saved_step: int | None = None
+        self.updates_of_step = 0  # optimiser steps at the last published step
+        self.started = time.perf_counter()  # less the seconds of earlier parts of the run
+
+    def resume(self, previous: checkpoints.Checkpoint) -> None:
         """Go on from a checkpoint's counters."""
-        self.step = self.saved_step = state.step
-        self.updates_of_step = state.optimizer_steps
-        self.seconds = state.seconds
+        self.step = self.saved_step = previous.step
+        self.updates_of_step = previous.optimizer_steps
+        self.started -= previous.seconds
 
     async def run(self) -> None:
         """Train up to `config.steps`; on any exit the last finished step is in a checkpoint.
@@ -76,11 +78,12 @@ class Trainer:
         Raises Interrupted at a safe point after a signal, TrainingError when it cannot go on.
         """
         config = self.config
+        await self.engine.update_weights(self.buffer.watermark().version, None)
         try:
             if self.step == 0 and config.evaluation.at_start:
                 await self.evaluate()
             while self.step < config.steps:
-                self.check_stop()
+                self.session.check_stop()
                 metrics = await self.train_step()
                 if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
                     metrics["time/checkpoint"] = self.save()
@@ -96,41 +99,44 @@ class Trainer:
             if untouched and self.saved_step != self.step and self.step > 0:
                 self.save()
             raise
+        finally:
+            await self.engine.close()
 
     async def train_step(self) -> dict[str, float]:
         """One batch through the whole cycle; returns its metrics."""
         config = self.config
         started = time.perf_counter()
-        clock: dict[str, float] = {"generate": 0.0, "score": 0.0}
+        clock = {"time/generate": 0.0, "time/score": 0.0}
         groups, dropped = await self.collect(clock)
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
-        batch, metrics = assemble(groups, self.advantage, self.step, self.buffer.steps_of(sampled))
-        alone = self.accelerator.num_processes == 1
-        if not alone:
-            broadcast_object_list([batch], from_process=0)
-        metrics |= self.learner.step(batch, self.check_stop if alone else _carry_on)
+        sequences, metrics = assemble(groups, self.advantage, self.step, self.buffer.steps_of(sampled))
+        ranks = self.session.accelerator.num_processes
+        if ranks > 1:
+            broadcast_object_list([sequences], from_process=0)
+        # With several ranks a step is not left half way: the others would wait in a collective.
+        metrics |= self.learner.step(sequences, self.session.check_stop if ranks == 1 else never_stop)
         trained = time.perf_counter()
-        await self.publish([g.ordinal for g in groups])
+        version = self.buffer.next_version()
+        self.buffer.publish(version, [g.ordinal for g in groups])
+        await self.engine.update_weights(version, None)
         self.step += 1
         self.updates_of_step = self.learner.optimizer_steps
         published = time.perf_counter()
         if config.telemetry.save_rollouts:
-            advantages = {p: s.advantage for p, s in zip(batch.positions, batch.sequences, strict=True)}
-            path = self.folder.path / "rollouts" / f"step_{self.step}.parquet"
+            advantages = {(s.group, s.index): s.advantage for s in sequences}
+            path = self.folder / "rollouts" / f"step_{self.step}.parquet"
             write_rollouts(path, self.step, rows_of(groups, advantages))
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
         ended = time.perf_counter()
-        metrics |= {
+        metrics |= clock | {
             "off_policy/dropped": float(dropped),
             "time/wait_rollout": collected - started,
-            "time/generate": clock["generate"],
-            "time/score": clock["score"],
             "time/learner": trained - collected,
             "time/weight_sync": published - trained,
             "time/step": ended - started,
             "perf/tokens_per_s": tokens / (ended - started),
-            "perf/tokens_per_s_per_device": tokens / (ended - started) / self.accelerator.num_processes,
+            "perf/tokens_per_s_per_device": tokens / (ended - started) / ranks,
             "perf/peak_mem_gb": peak_memory_gb(),
         }
         if config.learner.updates_per_step == 1 and config.max_staleness == 0:
@@ -140,22 +146,19 @@ class Trainer:
 
     async def collect(self, clock: dict[str, float]) -> tuple[list[Group], int]:
         """Take `prompts_per_step` groups with enough scored samples; refuse and replace the others."""
-        minimum = self.advantage.minimum_group_size
         usable: list[Group] = []
         dropped: list[Group] = []
-        while len(usable) < self.config.prompts_per_step:
+        while missing := self.config.prompts_per_step - len(usable):
             self.request()
-            taken = self.buffer.take(self.config.prompts_per_step - len(usable))
-            while taken is None:
+            while (taken := self.buffer.take(missing)) is None:
                 report = await self.worker.run_once()
                 if report is None:
                     states = self.buffer.stats().states
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
-                clock["generate"] += report.generate_seconds
-                clock["score"] += report.score_wait_seconds
-                taken = self.buffer.take(self.config.prompts_per_step - len(usable))
+                clock["time/generate"] += report.generate_seconds
+                clock["time/score"] += report.score_wait_seconds
             for group in taken:
-                enough = usable_samples(group) >= minimum
+                enough = len(usable_samples(group)) >= self.advantage.minimum_group_size
                 (usable if enough else dropped).append(group)
                 if not enough:
                     self.buffer.drop([group.ordinal], "too few scored samples")
@@ -165,69 +168,41 @@ class Trainer:
     def _check_scored(self, groups: list[Group]) -> None:
         verdicts = [v for g in groups for v in g.verdicts]
         reasons = [v.reason or "no reason given" for v in verdicts if v.score is None]
-        share = len(reasons) / len(verdicts)
-        if share > self.config.reward.max_unscored_frac:
+        share, limit = len(reasons) / len(verdicts), self.config.reward.max_unscored_frac
+        if share > limit:
             most = max(set(reasons), key=reasons.count)
             problem = f"{share:.0%} of {len(verdicts)} samples could not be scored; most often: {most}"
             fix = "look at the reward on one row; raise reward.timeout_s if it is slow"
-            limit = self.config.reward.max_unscored_frac
             raise TrainingError(problem, key="reward.max_unscored_frac", value=limit, fix=fix)
 
     def request(self) -> None:
         """Ask for as many groups as admission allows, in prompt order."""
-        count = self.buffer.capacity()
         first = self.buffer.stats().next_ordinal
-        per_step = self.config.prompts_per_step
-        while count > 0:
-            ordinals = range(first, first + min(count, per_step))
+        last = first + self.buffer.capacity()
+        while first < last:
+            ordinals = range(first, min(last, first + self.config.prompts_per_step))
             prompts = [self.prompts.prompts[self.order.index(k)] for k in ordinals]
-            total = len(prompts) * self.config.samples_per_prompt
-            samples = self.budget([p.id for p in prompts], total)
+            samples = self.budget([p.id for p in prompts], len(prompts) * self.config.samples_per_prompt)
             wanted = zip(ordinals, prompts, samples, strict=True)
             self.buffer.request([GroupRequest(ordinal=k, prompt=p, samples=n) for k, p, n in wanted])
-            first += len(prompts)
-            count -= len(prompts)
-
-    async def publish(self, ordinals: list[int]) -> None:
-        """The weights after this step are a new version; the engine serves it from now on."""
-        version = self.buffer.next_version()
-        self.buffer.publish(version, ordinals)
-        await self.engine.update_weights(version, None)
+            first = ordinals.stop
 
     async def evaluate(self) -> None:
         """Evaluate every held-out set at the present weights and log it."""
+        config = self.config.evaluation
+        sampling = self.session.sampling(config.temperature, config.seed)
         for name, prompts in self.held_out.items():
             started = time.perf_counter()
-            sampling, config = self.evaluation_sampling, self.config.evaluation
-            result = await evaluate(name, prompts.prompts, self.engine, self.pool, sampling, config)
-            self.telemetry.log(self.step, result.metrics() | {"time/eval": time.perf_counter() - started})
+            metrics = await evaluate(name, prompts.prompts, self.engine, self.pool, sampling, config)
+            self.telemetry.log(self.step, metrics | {"time/eval": time.perf_counter() - started})
 
     def save(self) -> float:
         """Checkpoint the last finished step and commit it in the buffer; returns seconds."""
         started = time.perf_counter()
         watermark = self.buffer.watermark()
-        state = checkpoints.TrainerState(
-            step=self.step,
-            optimizer_steps=self.learner.optimizer_steps,
-            seconds=self.seconds + started - self.started,
-            watermark=watermark,
-        )
-        place, keep = self.folder.checkpoints, self.config.checkpoint.keep
-        checkpoints.save(place, self.model, self.tokenizer, self.learner.optimizer, state, keep=keep)
+        progress = {"step": self.step, "seconds": started - self.started, "watermark": asdict(watermark)}
+        place, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+        checkpoints.save(place, self.learner, self.session.tokenizer, progress, keep=keep)
         self.buffer.commit(watermark)
         self.saved_step = self.step
         return time.perf_counter() - started
-
-
-def follow(accelerator: Accelerator, learner: Learner) -> None:
-    """Ranks other than 0: train on every batch rank 0 sends, until it sends None."""
-    while True:
-        message: list[StepBatch | None] = [None]
-        broadcast_object_list(message, from_process=0)
-        if message[0] is None:
-            return
-        learner.step(message[0], _carry_on)
-
-
-def _carry_on() -> None:
-    """With several ranks a step is not left half way: the others would wait in a collective."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,6 @@ from rlkit.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 _FROM_MODEL_CONFIG = {"dtype": "model.dtype", "attn_implementation": "model.attention"}
@@ -28,15 +29,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     end-of-sequence token for it: masks are made from lengths, never from token ids, so a real
     end-of-sequence token is never taken for padding.
 
-    Raises `ConfigError` when there is none or it cannot be loaded.
+    Raises `ConfigError` when it cannot be made or loaded.
     """
-    alphabet = config.alphabet
-    tokenizer = _pretrained_tokenizer(config) if alphabet is None else character_tokenizer(alphabet)
+    from transformers import AutoTokenizer
+
+    name, key = config.tokenizer or config.path, "model.path" if config.tokenizer is None else "model.tokenizer"
+    if config.alphabet is not None:
+        tokenizer = character_tokenizer(config.alphabet)
+    else:
+        assert name is not None  # config.verify
+        with _loading("a tokenizer", name, key) as folder:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     if tokenizer.eos_token_id is None:
         problem = "it has no end-of-sequence token: completions would never end"
-        raise ConfigError(problem, key="model.tokenizer", value=config.tokenizer or config.path)
+        raise ConfigError(problem, key="model.tokenizer", value=name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -101,42 +109,15 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    if name not in _DTYPES:
-        expected = f"auto, {', '.join(_DTYPES)}"
-        raise ConfigError(f"unknown dtype.{nearest(name, _DTYPES)}", key="model.dtype", value=name, expected=expected)
-    return _DTYPES[name]
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Number of weights; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _pretrained_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    key = "model.path" if config.tokenizer is None else "model.tokenizer"
-    name = config.tokenizer or config.path
-    if name is None:
-        expected = "model.tokenizer (folder or hub name) or model.alphabet"
-        problem = "no tokenizer is given and there is no pretrained model to take one from"
-        raise ConfigError(problem, key="model.tokenizer", value=None, expected=expected)
-    folder = _locate(name, key)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(name, key, "a tokenizer", error) from error
-    return tokenizer
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = _locate(name, "model.path")
     # Typed loosely: the stubs do not know that output_loading_info makes it a pair.
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
-    model: PreTrainedModel
-    try:
+    with _loading("a model in safetensors", name, "model.path") as folder:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _disable_dropout(settings)
         model, report = from_pretrained(
@@ -148,32 +129,36 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise _load_error(name, "model.path", "a model in safetensors", error) from error
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
         problem = f"{len(absent)} weights are missing or of another shape, the first: {', '.join(absent[:3])}"
         expected = "all weights of the architecture that its config.json names"
         raise ConfigError(problem, key="model.path", value=name, expected=expected)
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _new_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    architecture = dict(config.architecture or {})
+    _check_architecture(architecture)
+    filled = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER} | {"vocab_size": len(tokenizer)}
     from_config: Any = AutoModelForCausalLM.from_config
-    settings = _new_config(dict(config.architecture or {}), tokenizer)
-    _disable_dropout(settings)
     # Only the CPU generator is seeded and put back: torch.manual_seed would reseed CUDA's too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
+            settings = AutoConfig.for_model(**architecture, **filled)
+            _disable_dropout(settings)
             model: PreTrainedModel = from_config(settings, dtype=torch.float32, attn_implementation=config.attention)
         # Architectures check their settings by any kind of error, KeyError to RuntimeError.
         except Exception as error:
-            raise _architecture_error(config.architecture, error) from error
+            problem = f"the model cannot be made: {type(error).__name__}: {error}"
+            expected = "settings that fit together and a model with a causal language-model head"
+            raise ConfigError(problem, key="model.architecture", value=architecture, expected=expected) from error
     # Parameters only: a cast of the buffers would round rotary frequencies.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -181,19 +166,15 @@ def _new_model(
     return model
 
 
-def _new_config(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING, AutoConfig
+def _check_architecture(architecture: dict[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
 
-    model_type = architecture.pop("model_type", None)
-    type_key = "model.architecture.model_type"
+    model_type, type_key = architecture.get("model_type"), "model.architecture.model_type"
     if model_type not in CONFIG_MAPPING:
-        hint = nearest(str(model_type), CONFIG_MAPPING)
-        expected = "a transformers model type, e.g. qwen3 or llama"
-        raise ConfigError(
-            f"transformers has no such model type.{hint}", key=type_key, value=model_type, expected=expected
-        )
-    kind = CONFIG_MAPPING[model_type]
-    known = {*kind.__dataclass_fields__, *kind.attribute_map}
+        problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
+        raise ConfigError(problem, key=type_key, value=model_type, expected="a model type, e.g. qwen3 or llama")
+    kind = CONFIG_MAPPING[str(model_type)]
+    known = {"model_type", *kind.__dataclass_fields__, *kind.attribute_map}
     if "vocab_size" not in known:
         problem = "it is not a plain language model: its config has no vocab_size"
         raise ConfigError(problem, key=type_key, value=model_type)
@@ -209,12 +190,6 @@ def _new_config(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase
             problem, fix = "importance ratios need dropout off", "set it to 0"
         if problem:
             raise ConfigError(problem, key=f"model.architecture.{name}", value=value, fix=fix)
-    filled = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER if name != "vocab_size"}
-    try:
-        return AutoConfig.for_model(model_type, **architecture, **filled, vocab_size=len(tokenizer))
-    # See above: any kind of error.
-    except Exception as error:
-        raise _architecture_error({"model_type": model_type, **architecture}, error) from error
 
 
 def _disable_dropout(settings: PreTrainedConfig) -> None:
@@ -224,34 +199,27 @@ def _disable_dropout(settings: PreTrainedConfig) -> None:
             setattr(settings, name, 0.0)
 
 
-def _locate(name: str, key: str) -> str:
-    """An existing folder, expanded, or a name that can be one on the hub."""
+@contextlib.contextmanager
+def _loading(what: str, name: str, key: str) -> Iterator[str]:
+    """Yield an existing folder, expanded, or a name that can be one on the hub; explain what goes wrong there."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
+    if path.is_file():
         raise ConfigError("this is a file", key=key, value=name, expected="a folder or hub name")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-        expected = f"a folder; relative paths start at {Path.cwd()}"
-        raise ConfigError(f"no such folder.{nearest(path.name, siblings)}", key=key, value=name, expected=expected)
-    offline_unless_reachable()
-    return name
-
-
-def _load_error(name: str, key: str, what: str, error: Exception) -> ConfigError:
-    reason = f"{type(error).__name__}: {error}"
-    if Path(name).expanduser().is_dir():
-        problem = f"{what} cannot be loaded from this folder: {reason}"
-        return ConfigError(problem, key=key, value=name, expected=f"{what} (no pickled weights, no remote code)")
-    problem = f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name ({reason})"
-    fix = "offline: download the model to a folder once and give its path"
-    return ConfigError(
-        problem, key=key, value=name, expected="a folder, or a hub name in reach or in the cache", fix=fix
-    )
-
-
-def _architecture_error(architecture: dict[str, Any] | None, error: Exception) -> ConfigError:
-    expected = "settings that fit together and a model with a causal language-model head"
-    problem = f"the model cannot be made: {type(error).__name__}: {error}"
-    return ConfigError(problem, key="model.architecture", value=architecture, expected=expected)
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+            expected = f"a folder; relative paths start at {Path.cwd()}"
+            raise ConfigError(f"no such folder.{nearest(path.name, siblings)}", key=key, value=name, expected=expected)
+        offline_unless_reachable()
+    try:
+        yield str(path) if path.is_dir() else name
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        if path.is_dir():
+            problem = f"{what} cannot be loaded from this folder: {reason}"
+            expected, fix = f"{what} (no pickled weights, no remote code)", None
+        else:
+            problem = f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name ({reason})"
+            expected = "a folder, or a hub name in reach or in the cache"
+            fix = "offline: download the model to a folder once and give its path"
+        raise ConfigError(problem, key=key, value=name, expected=expected, fix=fix) from error

@@ -15,12 +15,7 @@ from rlkit.learner.logprobs import selected_logprobs
 
 # Settings by which an architecture changes its logits after the head; the chunked head does not apply
 # them, so such a model is refused unless the setting is at its neutral value.
-LOGIT_TRANSFORMS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
+NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
 
 class Policy(nn.Module):
@@ -31,7 +26,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
-        for name, neutral in LOGIT_TRANSFORMS.items():
+        for name, neutral in NEUTRAL.items():
             value = getattr(model.config, name, neutral)
             if value is not None and value != neutral:
                 problem = "this architecture rescales its logits, which the log-prob head does not"
@@ -60,10 +55,8 @@ class Policy(nn.Module):
         Returns:
             logprobs [n] and entropies [n], float32 or wider, in nats.
         """
-        hidden = self.model.get_decoder()(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        head = self.model.get_output_embeddings()
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         logprobs, entropy = selected_logprobs(
             hidden.flatten(0, 1).index_select(0, head_positions),
             head.weight,

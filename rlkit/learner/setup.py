@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,15 +22,121 @@ from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
-from rlkit.errors import ConfigError
-from rlkit.learner.model import load_model, resolve_dtype
+from rlkit.errors import ConfigError, Interrupted
+from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
 from rlkit.learner.policy import Policy
-from rlkit.learner.update import Learner, Objective
-from rlkit.rollout.scoring import reference_rollout, score_rollouts
+from rlkit.learner.update import Learner, Objective, never_stop
+from rlkit.rollout.engine import Engine
+from rlkit.rollout.scoring import score_references
 from rlkit.types import Prompt, SamplingParams
 
 # How long ranks wait for rank 0 (which samples, scores and evaluates alone) before they give up.
 RANK_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What every command works with, on one rank."""
+
+    config: Config
+    resolved: Mapping[str, Any]  # the same as plain values, for files and sinks
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    check_stop: Callable[[], None]
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        resolved: Mapping[str, Any],
+        check_stop: Callable[[], None] = never_stop,
+        source: ModelConfig | None = None,
+    ) -> Session:
+        """Start this rank; the tokenizer is that of `source`, or else of the recipe's model."""
+        accelerator = start_accelerator(config.learner)
+        return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
+
+    def model(self, source: ModelConfig, seed: int) -> PreTrainedModel:
+        """A model in the recipe's dtype, on the CPU; `seed` is that of weights made new."""
+        dtype = resolve_dtype(self.config.model.dtype, self.accelerator.device)
+        return load_model(source, self.tokenizer, dtype, seed)
+
+    def policy(self, model: PreTrainedModel, temperature: float) -> Policy:
+        """A model with the log-prob head."""
+        return Policy(model, temperature=temperature, chunk_tokens=self.config.learner.logprob_chunk_tokens)
+
+    def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
+        """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""
+        config = self.config
+        pieces = {k: build(getattr(config.algorithm, k), key=f"algorithm.{k}") for k in ("loss", "aggregation", "kl")}
+        old_policy = build(config.old_policy, key="old_policy")
+        objective = Objective(**pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient)
+        policy = self.policy(self.model(source, config.seed), config.rollout.temperature)
+        reference = None
+        if objective.kl.needs_reference:
+            frozen = self.model(start, config.seed).requires_grad_(False)
+            reference = self.policy(frozen, config.rollout.temperature).to(self.accelerator.device)
+        return Learner(policy, reference, objective, config.learner, self.accelerator, config.steps)
+
+    def engine(self, model: PreTrainedModel) -> Engine:
+        """The recipe's inference engine, on the weights of `model`."""
+        component = build(self.config.rollout.engine, key="rollout.engine")
+        engine: Engine = component.open(model, self.tokenizer, self.check_stop)
+        return engine
+
+    def sampling(self, temperature: float, seed: int) -> SamplingParams:
+        """Sampling with the recipe's limits and stops."""
+        return SamplingParams(
+            temperature=temperature,
+            max_tokens=self.config.rollout.max_completion_tokens,
+            seed=seed,
+            stop_token_ids=(int(self.tokenizer.eos_token_id),),
+            stop_strings=tuple(self.config.rollout.stop),
+        )
+
+    def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
+        """Training prompts and the held-out sets. A reward without `needs_reference = False` needs one."""
+        data, rewards = self.config.data, self.config.reward.rewards
+        targets = [import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in rewards.items()]
+        needed = any(getattr(target, "needs_reference", True) for target in targets)
+        held_out = {k: load_prompts(d, self.tokenizer, f"data.eval.{k}", needed) for k, d in data.eval.items()}
+        return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
+
+
+def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
+    """Run `body(check_stop)`; return 0, or 128 + signal number after SIGINT or SIGTERM, as a shell reports it.
+
+    The first signal is acted on at the next safe point, a second one at once.
+    `check_stop` raises Interrupted once a signal has arrived. It is called between stretches of
+    generation, before a step's first update and between evaluation batches: places where the run
+    can be left as it was at the last finished step.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        # os.write: print is not safe inside a signal handler.
+        if received:
+            os.write(sys.stderr.fileno(), b"\nsecond signal: leaving at once\n")
+            os._exit(128 + number)
+        received.append(number)
+        name = signal.Signals(number).name
+        os.write(sys.stderr.fileno(), f"\n{name}: stopping at the next safe point\n".encode())
+
+    def check_stop() -> None:
+        if received:
+            name = signal.Signals(received[0]).name
+            raise Interrupted(f"stopped by {name}; the same command goes on from the checkpoint")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        body(check_stop)
+    except Interrupted as stopped:
+        print(stopped)
+        return 128 + received[0]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0
 
 
 def start_accelerator(config: LearnerConfig) -> Accelerator:
@@ -48,35 +158,6 @@ def start_accelerator(config: LearnerConfig) -> Accelerator:
     return Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
 
 
-def load_learner(
-    config: Config,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    source: ModelConfig,
-    start: ModelConfig,
-) -> tuple[PreTrainedModel, Learner]:
-    """Model and learner from `source`; a reference model, where the KL needs one, from `start`."""
-    dtype = resolve_dtype(config.model.dtype, accelerator.device)
-    pieces = config.algorithm
-    objective = Objective(
-        loss=build(pieces.loss, key="algorithm.loss"),
-        aggregation=build(pieces.aggregation, key="algorithm.aggregation"),
-        kl=build(pieces.kl, key="algorithm.kl"),
-        old_policy=build(config.old_policy, key="old_policy"),
-        entropy_coefficient=pieces.entropy_coefficient,
-    )
-
-    def policy(model: PreTrainedModel) -> Policy:
-        return Policy(model, temperature=config.rollout.temperature, chunk_tokens=config.learner.logprob_chunk_tokens)
-
-    model = load_model(source, tokenizer, dtype, config.seed)
-    reference = None
-    if objective.kl.needs_reference:
-        reference = policy(load_model(start, tokenizer, dtype, config.seed).requires_grad_(False))
-        reference = reference.to(accelerator.device)
-    return model, Learner(policy(model), reference, objective, config.learner, accelerator, config.steps)
-
-
 def model_at(model: ModelConfig, path: Path) -> ModelConfig:
     """The same model settings, with weights and tokenizer of a checkpoint folder."""
     return dataclasses.replace(model, path=str(path), architecture=None, tokenizer=None, alphabet=None)
@@ -90,49 +171,24 @@ def open_pool(config: RewardConfig) -> VerifierPool:
         raise ConfigError(str(error), key="reward", value=list(config.rewards)) from error
 
 
-def load_prompt_sets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, dict[str, PromptSet]]:
-    """Training prompts and the held-out sets. A reward may say `needs_reference = False`; default is that it does."""
-    rewards = {f"reward.rewards.{name}": spec["_target_"] for name, spec in config.reward.rewards.items()}
-    needed = any(getattr(import_target(path, key), "needs_reference", True) for key, path in rewards.items())
-    held_out = {
-        name: load_prompts(dataset, tokenizer, f"data.eval.{name}", needed)
-        for name, dataset in config.data.eval.items()
-    }
-    return load_prompts(config.data.train, tokenizer, "data.train", needed), held_out
-
-
-def sampling_params(
-    tokenizer: PreTrainedTokenizerBase, config: Config, *, temperature: float, seed: int
-) -> SamplingParams:
-    """Sampling with the recipe's limits and stops."""
-    return SamplingParams(
-        temperature=temperature,
-        max_tokens=config.rollout.max_completion_tokens,
-        seed=seed,
-        stop_token_ids=(int(tokenizer.eos_token_id),),
-        stop_strings=tuple(config.rollout.stop),
-    )
-
-
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
     """Score the reference answers of the first prompts: a reward that cannot judge is found before any training.
 
     Raises ConfigError if a reward gives NaN for any of them, or no score for all of them.
     """
-    probes = prompts[:count]
-    verdicts = await score_rollouts(pool, probes, [reference_rollout(p) for p in probes])
-    reasons = [v.reason or "no reason given" for v in verdicts if v.score is None]
+    scores = await score_references(pool, prompts[:count])
+    reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "nan" in r.lower()]
-    if not_a_number or len(reasons) == len(probes):
+    if not_a_number or len(reasons) == len(scores):
         why = (not_a_number or reasons)[0]
         raise ConfigError(
-            f"no score for {len(reasons)} of {len(probes)} completions that are the reference answer: {why}",
+            f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer: {why}",
             key="reward.rewards", value=sorted(set(reasons))[:3], expected="a finite number for each",
             fix="call the reward on one row by hand, or look at its settings and the references",
         )  # fmt: skip
 
 
-def message_of(left_out: Mapping[str, int], name: str, kept: int) -> str:
+def message_of(name: str, kept: int, left_out: Mapping[str, int]) -> str:
     """One line about the rows of a data set that were left out."""
     lost = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     return f"{name}: {kept} prompts; left out: {lost}"

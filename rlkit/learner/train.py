@@ -4,176 +4,167 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import filelock
+import yaml
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
 
-from rewards.pool import VerifierPool
 from rlkit.buffer.protocol import Watermark
 from rlkit.buffer.sql import SqlBuffer
-from rlkit.config.components import build
+from rlkit.config.keys import leaves
 from rlkit.config.schema import Config
-from rlkit.data.order import PromptOrder
-from rlkit.errors import Interrupted
+from rlkit.errors import ConfigError
 from rlkit.learner import checkpoint as checkpoints
-from rlkit.learner.loop import Trainer, follow
-from rlkit.learner.model import load_tokenizer
-from rlkit.learner.run_folder import RunFolder, open_run_folder
-from rlkit.learner.setup import (
-    load_learner,
-    load_prompt_sets,
-    message_of,
-    model_at,
-    open_pool,
-    preflight,
-    sampling_params,
-    start_accelerator,
-)  # fmt: skip
+from rlkit.learner.loop import Trainer
+from rlkit.learner.setup import Session, interruptible, message_of, model_at, open_pool, preflight
 from rlkit.learner.sft import start_model
-from rlkit.learner.stopping import StopSignals
-from rlkit.learner.update import Learner
-from rlkit.rollout.worker import RolloutWorker
+from rlkit.learner.update import Learner, never_stop
 from rlkit.telemetry.environment import write_environment
 from rlkit.telemetry.report import print_summary, write_report, write_summary
 from rlkit.telemetry.sinks import Telemetry
 
 START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
+# Keys that may change between two parts of one run: they change neither what is trained nor on what.
+FREE_KEYS = (
+    "telemetry", "checkpoint", "resume", "output_dir", "name", "steps", "evaluation",
+    "reward.workers", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
+)  # fmt: skip
 
 
 def main(config: Config, resolved: Mapping[str, Any]) -> int:
     """Train a recipe; returns 0, or 128 + signal number after SIGINT or SIGTERM."""
-    accelerator = start_accelerator(config.learner)
-    with StopSignals() as signals:
+
+    def train(check_stop: Callable[[], None]) -> None:
+        session = Session.open(config, resolved, check_stop)
         try:
-            if accelerator.is_main_process:
-                with contextlib.closing(open_run_folder(config, resolved)) as folder:
-                    _lead(config, resolved, folder, accelerator, signals.check)
-                    write_summary(folder.path)
-                    if config.telemetry.report:
-                        write_report(folder.path)
-                    print_summary(folder.path)
-            else:
-                _follow(config, resolved, accelerator)
-        except Interrupted as stopped:
-            print(stopped)
-            return signals.exit_code
+            if not session.accelerator.is_main_process:
+                _follow(dataclasses.replace(session, check_stop=never_stop))
+                return
+            with open_run_folder(config, resolved) as folder:
+                _lead(session, folder)
+                write_summary(folder)
+                if config.telemetry.report:
+                    write_report(folder)
+                print_summary(folder)
         finally:
-            accelerator.end_training()
-    return 0
+            session.accelerator.end_training()
+
+    return interruptible(train)
 
 
-def _lead(
-    config: Config,
-    resolved: Mapping[str, Any],
-    folder: RunFolder,
-    accelerator: Accelerator,
-    check_stop: Callable[[], None],
-) -> None:
+def _lead(session: Session, folder: Path) -> None:
     """Rank 0. Whatever bad input can break is tried before minutes go into a warm start."""
-    write_environment(folder.path)
-    previous = checkpoints.newest(folder.checkpoints)
-    tokenizer = load_tokenizer(config.model)
-    train, held_out = load_prompt_sets(config, tokenizer)
+    config = session.config
+    write_environment(folder)
+    previous = checkpoints.newest(folder / "checkpoints")
+    train, held_out = session.prompt_sets()
     for name, prompts in {"data.train": train, **held_out}.items():
-        print(message_of(prompts.left_out, name, len(prompts)))
+        print(message_of(name, len(prompts), prompts.left_out))
         if name != "data.train" and (shared := train.shared_with(prompts)):
             print(f"{name}: {shared} prompts are among the training prompts as well")
     with contextlib.ExitStack() as stack:
-        pool: VerifierPool = stack.enter_context(open_pool(config.reward))
+        pool = stack.enter_context(open_pool(config.reward))
         asyncio.run(preflight(pool, train.prompts))
-        start = start_model(config, resolved, accelerator, check_stop)
-        source = start if previous is None else model_at(start, previous.path)
-        model, learner = load_learner(config, accelerator, tokenizer, source, start)
-        if accelerator.num_processes > 1:
+        learner = _open_learner(session, previous)
+        if session.accelerator.num_processes > 1:
             stack.callback(broadcast_object_list, [None], from_process=0)
-        buffer = stack.enter_context(contextlib.closing(_open_buffer(config, folder)))
-        buffer.rollback(previous.state.watermark or START if previous else START)
-        telemetry = stack.enter_context(
-            Telemetry.open(
-                config.telemetry,
-                folder.path,
-                name=config.name,
-                total_steps=config.steps,
-                config=dict(resolved),
-                resume_step=None if not folder.resuming else 0 if previous is None else previous.state.step,
-            )
+        buffer = SqlBuffer(
+            config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}",
+            payload_dir=folder / "payloads",
+            prompts_per_step=config.prompts_per_step,
+            max_staleness=config.max_staleness,
+            slice_samples=config.rollout.slice_samples,
+            keep_payloads=config.buffer.keep_payloads,
         )
-        engine = build(config.rollout.engine, key="rollout.engine").open(model, tokenizer, check_stop)
-        sampling = sampling_params(tokenizer, config, temperature=config.rollout.temperature, seed=config.seed)
-        evaluation = config.evaluation
-        trainer = Trainer(
-            config=config,
-            folder=folder,
-            accelerator=accelerator,
-            model=model,
-            tokenizer=tokenizer,
-            learner=learner,
-            advantage=build(config.algorithm.advantage, key="algorithm.advantage"),
-            budget=build(config.budget, key="budget"),
-            prompts=train,
-            order=PromptOrder(len(train), config.seed, config.data.train.shuffle),
-            held_out=held_out,
-            buffer=buffer,
-            engine=engine,
-            pool=pool,
-            worker=RolloutWorker(
-                buffer,
-                engine,
-                pool,
-                sampling,
-                worker_id="embedded-0",
-                capacity=config.prompts_per_step * config.samples_per_prompt,
-                lease_timeout_s=config.rollout.lease_timeout_s,
-            ),
-            telemetry=telemetry,
-            check_stop=check_stop,
-            evaluation_sampling=sampling_params(
-                tokenizer, config, temperature=evaluation.temperature, seed=evaluation.seed
-            ),
+        stack.enter_context(contextlib.closing(buffer))
+        buffer.rollback(previous.watermark or START if previous else START)
+        telemetry = Telemetry.open(
+            config.telemetry,
+            folder,
+            name=config.name,
+            total_steps=config.steps,
+            config=dict(session.resolved),
+            resume_step=previous.step if previous else 0,  # rows beyond it are of a lineage that is gone
         )
+        stack.enter_context(telemetry)
+        trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, telemetry)
         if previous is not None:
-            restore(learner, model, previous)
-            trainer.resume(previous.state)
-            print(f"resuming from {previous.path} (step {previous.state.step})")
-        asyncio.run(_run(trainer))
+            trainer.resume(previous)
+            print(f"resuming from {previous.path} (step {previous.step})")
+        asyncio.run(trainer.run())
 
 
-async def _run(trainer: Trainer) -> None:
-    await trainer.engine.update_weights(trainer.buffer.watermark().version, None)
-    try:
-        await trainer.run()
-    finally:
-        await trainer.engine.close()
+def _follow(session: Session) -> None:
+    """Ranks other than 0: train on every batch rank 0 sends, until it sends None."""
+    config = session.config
+    learner = _open_learner(session, checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints"))
+    while True:
+        message: list[Any] = [None]
+        broadcast_object_list(message, from_process=0)
+        if message[0] is None:
+            return
+        learner.step(message[0], never_stop)
 
 
-def restore(learner: Learner, model: PreTrainedModel, previous: checkpoints.Checkpoint) -> None:
-    """Optimiser, counters and generators of a checkpoint whose weights the model has already."""
-    checkpoints.restore_optimizer(learner.optimizer, checkpoints.parameter_names(model), previous.optimizer)
-    checkpoints.restore_rng(previous.rng)
-    learner.optimizer_steps = previous.state.optimizer_steps
-
-
-def _follow(config: Config, resolved: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """Ranks other than 0."""
-    start = start_model(config, resolved, accelerator, lambda: None)
-    previous = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints")
-    source = start if previous is None else model_at(start, previous.path)
-    model, learner = load_learner(config, accelerator, load_tokenizer(config.model), source, start)
+def _open_learner(session: Session, previous: checkpoints.Checkpoint | None) -> Learner:
+    """The learner at the start of the run, or at its newest checkpoint."""
+    start = start_model(session)
+    learner = session.learner(start if previous is None else model_at(start, previous.path), start)
     if previous is not None:
-        restore(learner, model, previous)
-    follow(accelerator, learner)
+        previous.restore(learner)
+    return learner
 
 
-def _open_buffer(config: Config, folder: RunFolder) -> SqlBuffer:
-    return SqlBuffer(
-        config.buffer.url or f"sqlite:///{(folder.path / 'buffer.db').absolute()}",
-        payload_dir=folder.path / "payloads",
-        prompts_per_step=config.prompts_per_step,
-        max_staleness=config.max_staleness,
-        slice_samples=config.rollout.slice_samples,
-        keep_payloads=config.buffer.keep_payloads,
-    )
+@contextlib.contextmanager
+def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Path]:
+    """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock.
+
+    Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
+    """
+    path = Path(config.output_dir) / config.name
+    if config.resume == "never" and path.exists() and any(path.iterdir()):
+        with _locked(path):
+            places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            path.rename(next(place for place in places if not place.exists()))
+    with _locked(path):
+        stored = path / "config.yaml"
+        if checkpoints.steps(path / "checkpoints") and stored.exists():
+            _match(yaml.safe_load(stored.read_text()), resolved, path)
+        stored.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
+        yield path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = filelock.FileLock(path / ".lock", timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        fix = "wait for that run to end, or set another name"
+        raise ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix) from error
+    except OSError as error:
+        problem = f"the run folder cannot be written: {error.strerror or error}"
+        fix = "set output_dir to a folder you can write to"
+        raise ConfigError(problem, key="output_dir", value=str(path), fix=fix) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -> None:
+    before, now = leaves(stored), leaves(resolved)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changed = [k for k in keys if not any(f"{k}.".startswith(f"{free}.") for free in FREE_KEYS)]
+    if changed:
+        key, *others = changed
+        more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
+        problem = f"{path} holds a run with {key} = {before.get(key)!r}{more}"
+        fix = "set another name, or resume=never to move the old run aside"
+        raise ConfigError(problem, key=key, value=now.get(key), expected="the run's own recipe", fix=fix)

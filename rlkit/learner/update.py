@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,6 @@ from rlkit.algorithms.base import Aggregation, Loss, LossInputs, OldPolicy
 from rlkit.algorithms.kl import KL
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError
-from rlkit.learner.assemble import StepBatch
 from rlkit.learner.batching import (
     MicroBatch,
     TrainingSequence,
@@ -32,7 +32,7 @@ from rlkit.learner.batching import (
     share_of_rank,
     split_updates,
 )
-from rlkit.learner.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
+from rlkit.learner.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,41 @@ class Objective:
     kl: KL
     old_policy: OldPolicy
     entropy_coefficient: float = 0.0
+
+
+def never_stop() -> None:
+    """A `check_stop` for stretches that are not left half way."""
+
+
+def learning_rate(step: int, config: LearnerConfig, total_steps: int) -> float:
+    """Learning rate at optimiser step `step` (0-based).
+
+    It rises linearly to the peak over `warmup_steps`; then it is constant, or goes linearly or by a
+    half-cosine down to 0 at `total_steps`.
+
+    Example: peak 1, warmup_steps=2, total_steps=4, linear: 0.5, 1.0, 1.0, 0.5.
+    """
+    warmup, share = config.warmup_steps, 1.0
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if step < warmup:
+        share = (step + 1) / warmup
+    elif config.schedule == "linear":
+        share = 1.0 - progress
+    elif config.schedule == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * share
+
+
+def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; norms, biases and other vectors are not decayed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # `Learner.step` sets the learning rate before every update.
+    first, second = config.betas
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(first, second), eps=config.epsilon, fused=True)
 
 
 class Meter:
@@ -65,168 +100,151 @@ class Meter:
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and maxima over all ranks; every rank must hold the same names."""
+
+        def table(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+
         names, peaks = sorted(self.sums), sorted(self.maxima)
-        if accelerator.num_processes == 1:
-            totals = [self.sums[n] for n in names]
-            tops = [self.maxima[n] for n in peaks]
-        else:
-            device = accelerator.device
-            table = torch.tensor([self.sums[n] for n in names], dtype=torch.float64, device=device)
-            totals = accelerator.reduce(table, "sum").tolist()
-            top = torch.tensor([self.maxima[n] for n in peaks], dtype=torch.float64, device=device)
-            tops = accelerator.gather(top[None]).amax(dim=0).tolist() if peaks else []
+        totals = accelerator.reduce(table([self.sums[n] for n in names]), "sum").tolist()
         means = {n: s / c for n, (s, c) in zip(names, totals, strict=True) if c}
+        if not peaks:
+            return means
+        tops = accelerator.gather(table([[self.maxima[n] for n in peaks]])).amax(dim=0).tolist()
         return means | dict(zip(peaks, tops, strict=True))
 
 
-def token_tensor(values: Sequence[Tensor], sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> Tensor:
-    """Lay per-sequence values [T_i] end to end as [n], loss tokens only."""
-    return torch.cat([values[i][torch.from_numpy(sequences[i].loss_mask)] for i in indices] or [torch.empty(0)])
-
-
+@dataclass(eq=False)
 class Learner:
     """Holds the policy, its optimiser and the objective; `step` is collective over ranks."""
 
-    def __init__(
-        self,
-        policy: nn.Module,
-        reference: nn.Module | None,
-        objective: Objective,
-        config: LearnerConfig,
-        accelerator: Accelerator,
-        total_steps: int,
-    ) -> None:
-        self.accelerator = accelerator
-        self.config = config
-        self.objective = objective
-        self.reference = reference
-        self.total_updates = total_steps * config.updates_per_step
-        self.optimizer_steps = 0
-        optimizer = make_optimizer(
-            policy,
-            learning_rate=config.learning_rate,
-            betas=config.betas,
-            epsilon=config.epsilon,
-            weight_decay=config.weight_decay,
-        )
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+    policy: Policy
+    reference: Policy | None
+    objective: Objective
+    config: LearnerConfig
+    accelerator: Accelerator
+    total_steps: int
+    optimizer_steps: int = 0
 
-    def step(self, batch: StepBatch, check_stop: Callable[[], None]) -> dict[str, float]:
+    def __post_init__(self) -> None:
+        self.model = self.policy.model
+        optimizer = make_optimizer(self.policy, self.config)
+        self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
+        alone = self.reference is None and self.objective.entropy_coefficient == 0
+        proportional = getattr(self.objective.loss, "proportional_to_advantage", False)
+        self.skips_zero_advantage = self.config.skip_zero_advantage and alone and proportional
+
+    def step(self, sequences: Sequence[TrainingSequence], check_stop: Callable[[], None]) -> dict[str, float]:
         """Train on a batch; returns metrics, equal on every rank.
 
         `check_stop` may raise only before the first optimiser update, so that weights are never
         left between the updates of a step. Raises TrainingError on a non-finite gradient.
         """
-        sequences = batch.sequences
         self.policy.train()
-        updates = split_updates(batch.group, self.config.updates_per_step)
-        parts = [self._local_microbatches(sequences, indices) for indices in updates]
-        weights = self._weights(sequences, updates)
-        local = sorted({i for part in parts for micro in part for i in micro.indices})
-        old = self._old_logprobs(sequences, parts, local, updates=len(updates))
-        meter = Meter()
-        norms = []
+        updates = split_updates([s.group for s in sequences], self.config.updates_per_step)
+        parts = self.anchored([self.microbatches(sequences, indices) for indices in updates])
+        meter, norms = Meter(), []
         for number, part in enumerate(parts):
-            rate = self.config.learning_rate * learning_rate_factor(
-                self.optimizer_steps,
-                schedule=self.config.schedule,
-                warmup_steps=self.config.warmup_steps,
-                total_steps=self.total_updates,
-            )
-            set_learning_rate(self.optimizer, rate)
-            self.accumulate(
-                sequences, part, weights, old, meter,
-                check_stop if number == 0 else _never_stop,
-                first=number == 0,
-            )  # fmt: skip
+            rate = learning_rate(self.optimizer_steps, self.config, self.total_steps * self.config.updates_per_step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            first = number == 0
+            self.accumulate(part, meter, check_stop if first else never_stop, first=first)
             norms.append(self._apply())
-        metrics = meter.reduce(self.accelerator)
-        metrics["policy/grad_norm"] = sum(norms) / len(norms)
-        metrics["learner/learning_rate"] = rate
-        metrics["learner/optimizer_steps"] = float(self.optimizer_steps)
-        metrics["learner/microbatches"] = float(sum(len(part) for part in parts))
-        return metrics
+        return meter.reduce(self.accelerator) | {
+            "policy/grad_norm": sum(norms) / len(norms),
+            "learner/learning_rate": rate,
+            "learner/optimizer_steps": float(self.optimizer_steps),
+            "learner/microbatches": float(sum(len(part) for part in parts)),
+        }
+
+    def weights(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> dict[int, float]:
+        """Sequence -> weight of its tokens, in an update on sequences[indices]."""
+        lengths = torch.tensor([sequences[i].loss_tokens for i in indices], dtype=torch.float64)
+        return dict(zip(indices, self.objective.aggregation(lengths).tolist(), strict=True))
+
+    def microbatches(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> list[MicroBatch]:
+        """This rank's part of an update on sequences[indices].
+
+        Where nothing but A L acts on a token, sequences with A = 0 (dead groups) add exactly 0: they count in the
+        weights' denominators and are not computed. One is kept if all are, so that the optimiser sees a gradient.
+        """
+        weights = self.weights(sequences, indices)
+        if self.skips_zero_advantage:
+            shortest = min(indices, key=lambda i: sequences[i].total_tokens)
+            indices = [i for i in indices if sequences[i].advantage != 0.0] or [shortest]
+        lengths = [sequences[i].total_tokens for i in indices]
+        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch)
+        share = share_of_rank(plan, self.accelerator.process_index, self.accelerator.num_processes)
+        return [collate(sequences, [indices[j] for j in part], weights, counted=counted) for part, counted in share]
+
+    def anchored(self, parts: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
+        """The updates' micro-batches with the anchor's log-probs, unless those equal the current ones."""
+        anchor = self.objective.old_policy
+        if anchor.uses_current_weights and len(parts) == 1:
+            return parts
+        everything = [micro for part in parts for micro in part]
+        behavior = [one for micro in everything for one in micro.behavior_logprobs.split(micro.counts)]
+        old = iter(anchor(behavior, lambda: [one for micro in everything for one in self._rescore(micro)]))
+        return [
+            [replace(micro, old_logprobs=torch.cat([next(old) for _ in micro.counts])) for micro in part]
+            for part in parts
+        ]
+
+    @torch.no_grad()
+    def _rescore(self, micro: MicroBatch) -> list[Tensor]:
+        logprobs, _ = self._forward(self.policy, micro.to(self.accelerator.device))
+        return list(logprobs.cpu().split(micro.counts))
 
     def accumulate(
-        self,
-        sequences: Sequence[TrainingSequence],
-        microbatches: Sequence[MicroBatch],
-        weights: Mapping[int, float],
-        old: Mapping[int, Tensor] | None,
-        meter: Meter,
-        check_stop: Callable[[], None],
-        *,
-        first: bool,
+        self, microbatches: Sequence[MicroBatch], meter: Meter, check_stop: Callable[[], None], *, first: bool
     ) -> None:
         """Back-propagate one update's loss, micro-batch by micro-batch, into the gradients."""
-        behavior = [torch.from_numpy(s.behavior_logprobs) for s in sequences]
         for number, micro in enumerate(microbatches):
             check_stop()
             last = number == len(microbatches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
-                loss = self._loss(sequences, micro, weights, old, behavior, meter, first=first)
+                loss = self._loss(micro.to(self.accelerator.device), meter, first=first)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def _loss(
-        self,
-        sequences: Sequence[TrainingSequence],
-        micro: MicroBatch,
-        weights: Mapping[int, float],
-        old: Mapping[int, Tensor] | None,
-        behavior: Sequence[Tensor],
-        meter: Meter,
-        *,
-        first: bool,
-    ) -> Tensor:
-        device = self.accelerator.device
-        here = micro.to(device)
+    def _loss(self, micro: MicroBatch, meter: Meter, *, first: bool) -> Tensor:
         entropy_coefficient = self.objective.entropy_coefficient
-        logprobs, entropy = self._forward(self.policy, here, entropy_grad=entropy_coefficient != 0)
-        mu = token_tensor(behavior, sequences, micro.indices).to(logprobs)
-        anchor = logprobs.detach()
-        if old is not None:
-            anchor = torch.cat([old[i] for i in micro.indices]).to(logprobs)
-        per_sequence = [sequences[i].advantage for i in micro.indices]
-        per_token_weight = [weights[i] for i in micro.indices]
+        logprobs, entropy = self._forward(self.policy, micro, entropy_grad=entropy_coefficient != 0)
+        behavior = micro.behavior_logprobs.to(logprobs)
         out = self.objective.loss(
             LossInputs(
                 logprobs=logprobs,
-                old_logprobs=anchor,
-                behavior_logprobs=mu,
-                advantages=torch.tensor(per_sequence, device=device).to(logprobs)[here.sequence],
-                sequence=here.sequence,
-                sequences=len(micro.indices),
+                old_logprobs=logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs.to(logprobs),
+                behavior_logprobs=behavior,
+                advantages=micro.advantages.to(logprobs),
+                sequence=micro.sequence,
+                sequences=len(micro.counts),
             )
         )
         objective = out.per_token
-        observed = dict(out.metrics) | {"policy/entropy": entropy.detach()}
+        observed = dict(out.metrics) | {"policy/loss": objective.detach(), "policy/entropy": entropy.detach()}
         if entropy_coefficient:
             objective = objective - entropy_coefficient * entropy
         if self.reference is not None:
             with torch.no_grad():
-                reference, _ = self._forward(self.reference, here)
+                reference, _ = self._forward(self.reference, micro)
             penalty = self.objective.kl(logprobs, reference)
             objective = objective + penalty.per_token
             observed |= penalty.metrics
-        if first:
-            # Before the first update the learner's weights are the ones the newest tokens came from.
-            difference = (logprobs.detach() - mu).double()
-            observed["mismatch/logprob_absdiff/mean"] = difference.abs()
-            observed["mismatch/kl"] = difference.exp() - 1 - difference
-        observed["policy/loss"] = out.per_token.detach()
         # A rank without a micro-batch of its own runs an uncounted one: it adds nothing, under the same names.
         counted = len(logprobs) if micro.counted else 0
+        if first:
+            # Before the first update the learner's weights are the ones the newest tokens came from.
+            difference = (logprobs.detach() - behavior).double()
+            observed["mismatch/logprob_absdiff/mean"] = difference.abs()
+            observed["mismatch/kl"] = difference.exp() - 1 - difference
+            meter.maximum("mismatch/logprob_absdiff/max", difference.abs()[:counted])
         for name, values in observed.items():
             meter.add(name, values[:counted])
-        if first:
-            meter.maximum("mismatch/logprob_absdiff/max", observed["mismatch/logprob_absdiff/mean"][:counted])
-        token_weight = torch.tensor(per_token_weight, device=device).to(logprobs)[here.sequence]
-        return (objective * token_weight).sum() * float(micro.counted)
+        return (objective * micro.weights.to(logprobs)).sum() * float(micro.counted)
 
     def _forward(self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        logprobs, entropy = policy(
-            micro.input_ids, micro.position_ids, micro.head_positions, micro.targets, entropy_grad
-        )
+        inputs = micro.input_ids, micro.position_ids, micro.head_positions, micro.targets
+        logprobs, entropy = policy(*inputs, entropy_grad)
         return logprobs, entropy
 
     def _apply(self) -> float:
@@ -240,51 +258,3 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
         return norm
-
-    def _local_microbatches(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> list[MicroBatch]:
-        lengths = [sequences[i].total_tokens for i in indices]
-        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return [
-            collate(sequences, [indices[j] for j in part], counted=counted)
-            for part, counted in share_of_rank(plan, rank, world)
-        ]
-
-    def _weights(self, sequences: Sequence[TrainingSequence], updates: Sequence[Sequence[int]]) -> dict[int, float]:
-        weights: dict[int, float] = {}
-        for indices in updates:
-            lengths = torch.tensor([sequences[i].loss_tokens for i in indices], dtype=torch.float64)
-            weights |= zip(indices, self.objective.aggregation(lengths).tolist(), strict=True)
-        return weights
-
-    def _old_logprobs(
-        self,
-        sequences: Sequence[TrainingSequence],
-        parts: Sequence[Sequence[MicroBatch]],
-        local: Sequence[int],
-        *,
-        updates: int,
-    ) -> dict[int, Tensor] | None:
-        """Anchor log-probs of this rank's sequences, loss tokens only; None: equal to the current."""
-        anchor = self.objective.old_policy
-        if anchor.uses_current_weights and updates == 1:
-            return None
-        behavior = [torch.from_numpy(sequences[i].behavior_logprobs[sequences[i].loss_mask]) for i in local]
-
-        def rescore() -> list[Tensor]:
-            scored = dict(self.rescore(micro for part in parts for micro in part))
-            return [scored[i] for i in local]
-
-        return dict(zip(local, anchor(behavior, rescore), strict=True))
-
-    @torch.no_grad()
-    def rescore(self, microbatches: Iterator[MicroBatch]) -> Iterator[tuple[int, Tensor]]:
-        """(sequence, its loss tokens' log-probs under the current weights), no gradient."""
-        for micro in microbatches:
-            logprobs, _ = self._forward(self.policy, micro.to(self.accelerator.device))
-            counts = torch.bincount(micro.sequence, minlength=len(micro.indices)).tolist()
-            yield from zip(micro.indices, logprobs.cpu().split(counts), strict=True)
-
-
-def _never_stop() -> None:
-    """Between the updates of one step there is no stopping."""

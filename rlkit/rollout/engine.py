@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams
+from rlkit.types import FloatArray, IntArray, Prompt, Rollout, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +46,15 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop the engine; idempotent."""
+
+
+async def sample(
+    engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams, *, first: int = 0
+) -> list[Rollout]:
+    """`samples` rollouts of every prompt, prompt by prompt; prompts have the ordinals first, first + 1, ..."""
+    requests = [
+        GenerationRequest(ordinal=ordinal, index=index, prompt_token_ids=prompt.token_ids)
+        for ordinal, prompt in enumerate(prompts, first)
+        for index in range(samples)
+    ]
+    return sorted([r async for r in engine.generate(requests, sampling)], key=lambda r: (r.ordinal, r.index))

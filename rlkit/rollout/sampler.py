@@ -4,21 +4,22 @@ A row's token at position t is drawn by inverse CDF from one uniform number that
 and position alone. So a run is reproducible, resumes on the same draws, can be cut anywhere and go on,
 and finished rows can be dropped from a batch without changing the others.
 
-`KeyedSampler` is a logits processor that draws the token itself and leaves only it finite; greedy
-selection by `generate` then picks it. It also records the log-probability of the draw under the full
-(untruncated) distribution at the sampling temperature: the behaviour log-prob. No [batch, steps,
-vocabulary] tensor is kept.
+`KeyedSampler` draws the token itself and leaves only it finite, which greedy selection by `generate`
+then picks; it records the log-prob of the draw under the full (untruncated) distribution at the
+sampling temperature: the behaviour log-prob. No [batch, steps, vocabulary] tensor is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+from rlkit.types import SamplingParams
 
 ROW_CHUNK_ELEMENTS = 1 << 22
 
@@ -52,20 +53,14 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     return torch.cat(tokens), torch.cat(logprobs)
 
 
+@dataclass(eq=False)
 class KeyedSampler(LogitsProcessor):
-    """Draws the next token of every row and records its log-prob; one instance a `generate` call.
+    """Draws the next token of every row and records its log-prob; one instance a `generate` call."""
 
-    Attributes:
-        uniforms: [B, max tokens] float64.
-        prompt_width: padded prompt length, so that position = width of input_ids - prompt_width.
-        logprobs: [B] tensors, one a step.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float) -> None:
-        self.uniforms = uniforms
-        self.prompt_width = prompt_width
-        self.temperature = temperature
-        self.logprobs: list[Tensor] = []
+    uniforms: Tensor  # [B, max_tokens] float64
+    prompt_width: int  # padded prompt length: position = width of input_ids - prompt_width
+    temperature: float
+    logprobs: list[Tensor] = field(default_factory=list)  # [B], one a step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Return scores with the drawn token at 0 and everything else at -inf, [B, V]."""
@@ -75,44 +70,37 @@ class KeyedSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
 
 
+@dataclass(eq=False)
 class StopTracker(StoppingCriteria):
     """Marks rows finished by a stop token, a stop string or their length, and keeps the lengths.
 
     The attribute `eos_token_id` makes `generate` pad rows after they finish.
     """
 
-    def __init__(
-        self,
-        lengths: Tensor,
-        prompt_width: int,
-        stop_token_ids: Sequence[int],
-        stop_strings: Sequence[str],
-        max_tokens: int,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.lengths = lengths
-        self.stopped = torch.zeros_like(lengths, dtype=torch.bool)
-        self.prompt_width = prompt_width
-        self.eos_token_id = torch.tensor(list(stop_token_ids), device=lengths.device)
-        self.stop_strings = tuple(stop_strings)
-        self.window = max((len(s) for s in stop_strings), default=0) + 8
-        self.max_tokens = max_tokens
-        self.tokenizer = tokenizer
+    lengths: Tensor  # [B] tokens generated
+    prompt_width: int
+    sampling: SamplingParams
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        self.stopped = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.eos_token_id = torch.tensor(list(self.sampling.stop_token_ids), device=self.lengths.device)
+        self.window = max(map(len, self.sampling.stop_strings), default=0) + 8
 
     @property
     def finished(self) -> Tensor:
         """[B] bool: stopped, or at the length limit."""
-        return self.stopped | (self.lengths >= self.max_tokens)
+        return self.stopped | (self.lengths >= self.sampling.max_tokens)
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:  # type: ignore[override]
         """Take note of the newest column; return which rows are done, [B] bool."""
         open_rows = ~self.finished
         self.lengths = self.lengths + open_rows.long()
         hit = torch.isin(input_ids[:, -1], self.eos_token_id)
-        if self.stop_strings:
+        if self.sampling.stop_strings:
+            start = max(self.prompt_width, input_ids.shape[1] - self.window)
             for row in torch.nonzero(open_rows & ~hit).flatten().tolist():
-                start = max(self.prompt_width, input_ids.shape[1] - self.window)
                 tail = self.tokenizer.decode(input_ids[row, start:])
-                hit[row] = any(s in tail for s in self.stop_strings)
+                hit[row] = any(s in tail for s in self.sampling.stop_strings)
         self.stopped = self.stopped | (open_rows & hit)
         return self.finished

@@ -13,15 +13,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlkit.errors import EngineError
+from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import KeyedSampler, StopTracker, uniforms
 from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
@@ -37,10 +39,9 @@ class TransformersEngine:
     """Rows generated at a time; bounds the key-value cache."""
 
     def __post_init__(self) -> None:
-        if self.compact_every < 1 or self.max_batch_samples < 1:
-            raise ValueError(
-                f"compact_every={self.compact_every}, max_batch_samples={self.max_batch_samples}: expected 1 or more"
-            )
+        for key, value in (("compact_every", self.compact_every), ("max_batch_samples", self.max_batch_samples)):
+            if value < 1:
+                raise ConfigError("out of range", key=key, value=value, expected="1 or more")
 
     def open(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None]
@@ -63,35 +64,23 @@ class _Batch:
     cache: Any = None  # transformers Cache
 
 
+@dataclass(slots=True)
 class EmbeddedEngine:
     """Implements `rlkit.rollout.engine.Engine` on a model of this process."""
 
-    def __init__(
-        self,
-        settings: TransformersEngine,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        check_stop: Callable[[], None],
-    ) -> None:
-        self.engine_id = "embedded-0"
-        self.settings = settings
-        self.model = model
-        self.tokenizer = tokenizer
-        self.check_stop = check_stop
-        self.pad_token_id = int(tokenizer.pad_token_id)
-        self._version = 0
-        self._generating = 0
-
-    @property
-    def version(self) -> int:
-        """Version of the shared weights."""
-        return self._version
+    settings: TransformersEngine
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    check_stop: Callable[[], None]
+    engine_id: str = "embedded-0"
+    version: int = 0  # of the shared weights
+    generating: int = 0  # calls of `generate` under way
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> AsyncGenerator[Rollout, None]:
         """Yield rollouts as they finish; raises what `check_stop` raises between stretches."""
-        self._generating += 1
+        self.generating += 1
         try:
             size = self.settings.max_batch_samples
             for start in range(0, len(requests), size):
@@ -102,26 +91,21 @@ class EmbeddedEngine:
                     for rollout in finished:
                         yield rollout
         finally:
-            self._generating -= 1
+            self.generating -= 1
 
     def _start(self, requests: list[GenerationRequest], sampling: SamplingParams) -> _Batch:
-        width = max(len(r.prompt_token_ids) for r in requests)
-        ids = np.full((len(requests), width), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(requests), width), dtype=np.int64)
-        for row, request in enumerate(requests):
-            tokens = request.prompt_token_ids
-            ids[row, width - len(tokens) :] = tokens
-            mask[row, width - len(tokens) :] = 1
+        left_padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        prompts = [torch.tensor(r.prompt_token_ids) for r in requests]
         draws = np.stack([uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens) for r in requests])
         device = self.model.device
         return _Batch(
             requests=requests,
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(mask).to(device),
+            input_ids=left_padded(prompts, padding_value=self.tokenizer.pad_token_id).to(device),
+            attention_mask=left_padded([torch.ones_like(p) for p in prompts]).to(device),
             uniforms=torch.from_numpy(draws).to(device),
             lengths=torch.zeros(len(requests), dtype=torch.long, device=device),
             logprobs=torch.empty(len(requests), 0, device=device),
-            prompt_width=width,
+            prompt_width=max(map(len, prompts)),
         )
 
     @torch.no_grad()
@@ -130,19 +114,18 @@ class EmbeddedEngine:
         done = batch.input_ids.shape[1] - batch.prompt_width
         count = min(self.settings.compact_every, sampling.max_tokens - done)
         sampler = KeyedSampler(batch.uniforms, batch.prompt_width, sampling.temperature)
-        tracker = StopTracker(
-            batch.lengths,
-            batch.prompt_width,
-            sampling.stop_token_ids,
-            sampling.stop_strings,
-            sampling.max_tokens,
-            self.tokenizer,
-        )
+        tracker = StopTracker(batch.lengths, batch.prompt_width, sampling, self.tokenizer)
         generated = batch.attention_mask.new_ones(len(batch.requests), done)
         mask = torch.cat([batch.attention_mask, generated], dim=1)
-        was_training = self.model.training
+        was_training, defaults = self.model.training, self.model.generation_config
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=count,
+            pad_token_id=self.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            use_cache=True,
+        )
         self.model.eval()
-        model_defaults = self.model.generation_config
         # generate() fills unset fields from the model's own generation config, where a repetition
         # penalty or top-k would bias the distribution: replace it for the call.
         self.model.generation_config = GenerationConfig()
@@ -152,18 +135,12 @@ class EmbeddedEngine:
                 batch.input_ids,
                 attention_mask=mask,
                 past_key_values=batch.cache,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=count,
-                    pad_token_id=self.pad_token_id,
-                    return_dict_in_generate=True,
-                    use_cache=True,
-                ),
+                generation_config=settings,
                 logits_processor=[sampler],
                 stopping_criteria=[tracker],
             )
         finally:
-            self.model.generation_config = model_defaults
+            self.model.generation_config = defaults
             self.model.train(was_training)
         steps = output.sequences.shape[1] - batch.input_ids.shape[1]
         batch.input_ids = output.sequences
@@ -173,10 +150,8 @@ class EmbeddedEngine:
         return self._compact(batch, tracker)
 
     def _compact(self, batch: _Batch, tracker: StopTracker) -> tuple[_Batch | None, list[Rollout]]:
-        finished = [
-            self._rollout(batch, row, stopped=bool(tracker.stopped[row]))
-            for row in torch.nonzero(tracker.finished).flatten().tolist()
-        ]
+        done = torch.nonzero(tracker.finished).flatten().tolist()
+        finished = [self._rollout(batch, row, stopped=bool(tracker.stopped[row])) for row in done]
         if not finished:
             return batch, []
         keep = torch.nonzero(~tracker.finished).flatten()
@@ -189,10 +164,8 @@ class EmbeddedEngine:
         return batch, finished
 
     def _rollout(self, batch: _Batch, row: int, *, stopped: bool) -> Rollout:
-        length = int(batch.lengths[row])
-        start = batch.prompt_width
-        tokens = batch.input_ids[row, start : start + length].cpu().numpy().astype(np.int64)
-        request = batch.requests[row]
+        request, length = batch.requests[row], int(batch.lengths[row])
+        tokens = batch.input_ids[row, batch.prompt_width :][:length].cpu().numpy().astype(np.int64)
         return Rollout(
             ordinal=request.ordinal,
             index=request.index,
@@ -200,7 +173,7 @@ class EmbeddedEngine:
             behavior_logprobs=batch.logprobs[row, :length].float().cpu().numpy(),
             loss_mask=np.ones(length, dtype=np.bool_),
             segments=np.zeros(length, dtype=np.int64),
-            version_spans=(VersionSpan(version=self._version, start=0, end=length),),
+            version_spans=(VersionSpan(version=self.version, start=0, end=length),),
             finish_reason="stop" if stopped else "length",
             engine_id=self.engine_id,
             text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
@@ -216,28 +189,15 @@ class EmbeddedEngine:
             with torch.no_grad():
                 logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
             table = torch.log_softmax(logits / temperature, dim=-1)
-            picked = table.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-            out.append(picked.cpu().numpy())
+            out.append(table.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu().numpy())
         return out
 
     async def update_weights(self, version: int, snapshot: Path | None) -> None:
         """The weights are shared: only the label changes. Refused while tokens are being sampled."""
-        if self._generating:
-            raise EngineError(
-                "the embedded engine cannot change weights while it generates",
-                key="version",
-                value=version,
-                expected="an idle engine",
-                fix="update between steps (max_staleness=0)",
-            )
-        if snapshot is not None:
-            raise EngineError(
-                "the embedded engine shares the learner's weights and loads no snapshot",
-                key="snapshot",
-                value=str(snapshot),
-                expected="None",
-            )
-        self._version = version
+        if self.generating:
+            problem, fix = "the embedded engine cannot change weights while it generates", "update between steps"
+            raise EngineError(problem, key="version", value=version, expected="an idle engine", fix=fix)
+        self.version = version
 
     async def close(self) -> None:
         """Nothing to stop."""

@@ -33,27 +33,17 @@ class WorkReport:
     score_wait_seconds: float  # after the last token, until the last verdict
 
 
+@dataclass(slots=True)
 class RolloutWorker:
     """Drives one engine and one verifier pool on slices of the buffer."""
 
-    def __init__(
-        self,
-        buffer: SqlBuffer,
-        engine: Engine,
-        pool: VerifierPool,
-        sampling: SamplingParams,
-        *,
-        worker_id: str,
-        capacity: int,
-        lease_timeout_s: float,
-    ) -> None:
-        self.buffer = buffer
-        self.engine = engine
-        self.pool = pool
-        self.sampling = sampling
-        self.worker_id = worker_id
-        self.capacity = capacity
-        self.lease_timeout_s = lease_timeout_s
+    buffer: SqlBuffer
+    engine: Engine
+    pool: VerifierPool
+    sampling: SamplingParams
+    worker_id: str
+    capacity: int  # samples of a round
+    lease_timeout_s: float
 
     async def run_once(self) -> WorkReport | None:
         """Lease up to `capacity` samples, generate, score and hand them in; None if there are none."""
@@ -63,12 +53,8 @@ class RolloutWorker:
         newest = max(lease.min_version for lease in leases)
         if self.engine.version < newest:
             self.buffer.release(leases)
-            raise EngineError(
-                f"engine {self.engine.engine_id} is behind the lease",
-                key="engine version",
-                value=self.engine.version,
-                expected=f"{newest} or newer",
-            )
+            problem, expected = f"engine {self.engine.engine_id} is behind the lease", f"{newest} or newer"
+            raise EngineError(problem, key="engine version", value=self.engine.version, expected=expected)
         started = time.perf_counter()
         held = {lease.lease_id: lease for lease in leases}
         renewing = asyncio.create_task(self._renew(held))

@@ -4,7 +4,6 @@ import os
 import sys
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from test_learner_gradients import learner, sequences
 
@@ -12,7 +11,7 @@ from rlkit.algorithms.aggregation import SequenceMeanTokenMean
 from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.losses.clipped import ClippedLoss
 from rlkit.algorithms.old_policy.rollout import RolloutAnchor
-from rlkit.learner.update import Meter, Objective
+from rlkit.learner.update import Meter, Objective, never_stop
 
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]
 objective = Objective(loss=ClippedLoss(), aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
@@ -20,11 +19,9 @@ it = learner(dtype, objective)
 assert it.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
 it.config.max_tokens_per_microbatch = 40
 data = sequences(dtype)
-everything = list(range(len(data)))
-micro = it._local_microbatches(data, everything)
-weights = it._weights(data, [everything])
-old = it._old_logprobs(data, [micro], sorted({i for m in micro for i in m.indices}), updates=2)
-it.accumulate(data, micro, weights, old, Meter(), lambda: None, first=True)
-if Accelerator().is_main_process:
+[micro] = it.anchored([it.microbatches(data, range(len(data)))])
+it.accumulate(micro, Meter(), never_stop, first=True)
+if it.accelerator.is_main_process:
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
     save_file({"gradient": flat}, sys.argv[2])
+it.accelerator.end_training()

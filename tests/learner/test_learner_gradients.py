@@ -14,13 +14,16 @@ from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenMean, TokenMean
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
 from rlkit.algorithms.kl import KLPenalty, NoKL
+from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
 from rlkit.algorithms.losses.clipped import ClippedLoss
+from rlkit.algorithms.losses.gspo import SequenceClippedLoss
+from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
 from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.learner.policy import Policy
-from rlkit.learner.update import Learner, Meter, Objective
+from rlkit.learner.update import Learner, Meter, Objective, never_stop
 
 MODEL = ModelConfig(
     architecture={
@@ -40,7 +43,7 @@ MODEL = ModelConfig(
 def sequences(dtype: torch.dtype) -> list[TrainingSequence]:
     rng = np.random.default_rng(0)
     out = []
-    for _i in range(12):
+    for number in range(12):
         length = int(rng.integers(1, 14))
         mask = rng.random(length) < 0.8
         mask[0] = True
@@ -50,28 +53,27 @@ def sequences(dtype: torch.dtype) -> list[TrainingSequence]:
                 token_ids=rng.integers(4, 16, length),
                 behavior_logprobs=rng.normal(-2.7, 0.2, length).astype(np.float32),
                 loss_mask=mask,
-                versions=np.zeros(length, dtype=np.int64),
+                group=number,
                 advantage=float(rng.normal()),
             )
         )
     return out
 
 
-def learner(dtype: torch.dtype, objective: Objective) -> Learner:
+def learner(dtype: torch.dtype, objective: Objective, config: LearnerConfig | None = None) -> Learner:
     tokenizer = load_tokenizer(MODEL)
     reference = None
     if objective.kl.needs_reference:
         frozen = load_model(MODEL, tokenizer, dtype, 1).requires_grad_(False)
         reference = Policy(frozen, temperature=0.7, chunk_tokens=8)
     policy = Policy(load_model(MODEL, tokenizer, dtype, 0), temperature=0.7, chunk_tokens=5)
-    return Learner(policy, reference, objective, LearnerConfig(), Accelerator(cpu=True), 1)
+    return Learner(policy, reference, objective, config or LearnerConfig(), Accelerator(cpu=True), 1)
 
 
 def gradient(it: Learner, data: list[TrainingSequence], parts: list[list[int]]) -> torch.Tensor:
-    weights = it._weights(data, [list(range(len(data)))])
-    micro = [collate(data, part) for part in parts]
-    old = it._old_logprobs(data, [micro], list(range(len(data))), updates=2)
-    it.accumulate(data, micro, weights, old, Meter(), lambda: None, first=True)
+    weights = it.weights(data, range(len(data)))
+    [micro] = it.anchored([[collate(data, part, weights) for part in parts]])
+    it.accumulate(micro, Meter(), never_stop, first=True)
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
     it.optimizer.zero_grad(set_to_none=True)
     return flat.clone()
@@ -116,10 +118,33 @@ def test_filler_adds_no_gradient():
     objective = Objective(loss=ClippedLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
     it = learner(torch.float64, objective)
     data = sequences(torch.float64)
-    weights = it._weights(data, [list(range(len(data)))])
-    filler = collate(data, [3], counted=False)
-    it.accumulate(data, [filler], weights, None, Meter(), lambda: None, first=True)
+    filler = collate(data, [3], it.weights(data, range(len(data))), counted=False)
+    it.accumulate([filler], Meter(), never_stop, first=True)
     assert all(float(p.grad.abs().max()) == 0 for p in it.policy.parameters())
+
+
+@pytest.mark.parametrize("loss", [ClippedLoss(), SequenceClippedLoss(), ClippedImportanceLoss(), PolicyGradientLoss()])
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16)])
+@pytest.mark.parametrize("dead", [range(3, 9), range(12), range(0)])
+def test_sequences_without_advantage_are_not_computed_and_change_nothing(loss, aggregation, dead):
+    data = [dataclasses.replace(s, advantage=0.0) if i in dead else s for i, s in enumerate(sequences(torch.float64))]
+    found = []
+    for skip in (True, False):
+        objective = Objective(loss=loss, aggregation=aggregation, kl=NoKL(), old_policy=RolloutAnchor())
+        it = learner(torch.float64, objective, LearnerConfig(skip_zero_advantage=skip))
+        [micro] = it.anchored([it.microbatches(data, range(12))])
+        it.accumulate(micro, Meter(), never_stop, first=True)
+        computed = sum(len(m.counts) for m in micro)
+        assert computed == (max(1, 12 - len(dead)) if skip else 12)
+        found.append(torch.cat([p.grad.flatten() for p in it.policy.parameters()]))
+    assert (found[0] - found[1]).norm() <= 1e-12 * found[1].norm()
+
+
+def test_terms_beside_the_loss_need_every_sequence():
+    parts = {"loss": ClippedLoss(), "aggregation": TokenMean(), "old_policy": RolloutAnchor()}
+    assert not learner(torch.float64, Objective(**parts, kl=KLPenalty(0.1))).skips_zero_advantage
+    assert not learner(torch.float64, Objective(**parts, kl=NoKL(), entropy_coefficient=0.1)).skips_zero_advantage
+    assert learner(torch.float64, Objective(**parts, kl=NoKL())).skips_zero_advantage
 
 
 def test_updates_split_by_whole_groups():
@@ -176,13 +201,7 @@ def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
     it = learner(torch.float32, objective)
     before = [p.detach().clone() for p in it.policy.parameters()]
     it.config = dataclasses.replace(it.config, learning_rate=0.0)
-    from rlkit.learner.assemble import StepBatch
-
-    data = sequences(torch.float32)
-    batch = StepBatch(
-        sequences=tuple(data), group=tuple(range(12)), positions=tuple((i, 0) for i in range(12)),
-    )  # fmt: skip
-    metrics = it.step(batch, lambda: None)
+    metrics = it.step(sequences(torch.float32), never_stop)
     assert metrics["learner/learning_rate"] == 0
     for a, b in zip(before, it.policy.parameters(), strict=True):
         assert torch.equal(a, b)

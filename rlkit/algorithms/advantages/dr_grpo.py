@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean
+from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,4 @@ class MeanCentredAdvantage:
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
-        scores, group = inputs.scores, inputs.group
-        count = group_count(group)
-        centred = scores - group_mean(scores, group, count)[group]
-        return centred.masked_fill(constant_groups(scores, group, count)[group], 0.0)
+        return centred_scores(inputs)[0]

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean, group_sum
+from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,7 @@ class GroupNormalizedAdvantage:
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
-        scores, group = inputs.scores, inputs.group
-        count = group_count(group)
-        centred = scores - group_mean(scores, group, count)[group]
-        sizes = group_sum(scores.new_ones(len(scores)), group, count)
-        variance = group_sum(centred.square(), group, count) / (sizes - 1).clamp_min(1)
-        normalised = centred / (variance.sqrt()[group] + self.epsilon)
-        return normalised.masked_fill(constant_groups(scores, group, count)[group], 0.0)
+        centred, sizes = centred_scores(inputs)
+        variance = group_sum(centred.square(), inputs.group, len(sizes)) / (sizes - 1).clamp_min(1)
+        normalised = centred / (variance.sqrt()[inputs.group] + self.epsilon)
+        return normalised.masked_fill(centred == 0, 0.0)  # 0 / 0 of a constant group, where epsilon is 0

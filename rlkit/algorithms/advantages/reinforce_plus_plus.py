@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean
+from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,7 @@ class BatchNormalizedGroupBaselineAdvantage:
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
-        scores, group = inputs.scores, inputs.group
-        count = group_count(group)
-        centred = scores - group_mean(scores, group, count)[group]
-        centred = centred.masked_fill(constant_groups(scores, group, count)[group], 0.0)
-        return whiten(centred, inputs.lengths, self.epsilon)
+        return whiten(centred_scores(inputs)[0], inputs.lengths, self.epsilon)
 
 
 def whiten(values: Tensor, lengths: Tensor, epsilon: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, constant_groups, group_count, group_mean, group_sum
+from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,6 @@ class LeaveOneOutAdvantage:
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
-        scores, group = inputs.scores, inputs.group
-        count = group_count(group)
-        sizes = group_sum(scores.new_ones(len(scores)), group, count)
-        centred = scores - group_mean(scores, group, count)[group]
-        advantages = centred * (sizes / (sizes - 1).clamp_min(1))[group]
-        return advantages.masked_fill(constant_groups(scores, group, count)[group], 0.0)
+        centred, sizes = centred_scores(inputs)
+        sizes = sizes.to(centred)
+        return centred * (sizes / (sizes - 1).clamp_min(1))[inputs.group]

@@ -10,25 +10,25 @@ away; here its weight is bounded and every token keeps one. In practice there is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from rlkit.algorithms.base import LossInputs, LossOutput
+from rlkit.algorithms.base import LossInputs, LossOutput, in_range
 from rlkit.algorithms.losses.clipped import clamped_ratio
-from rlkit.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class ClippedImportanceLoss:
     """Importance weight within [1 - clip_low, 1 + clip_high]."""
 
+    proportional_to_advantage: ClassVar[bool] = True
     clip_low: float = 1.0
     clip_high: float = 4.0
 
     def __post_init__(self) -> None:
-        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
-            if not 0 <= value <= high:
-                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+        in_range("clip_low", self.clip_low, 0, 1)
+        in_range("clip_high", self.clip_high, 0)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""

@@ -15,11 +15,12 @@ beyond). At r = 1 the gradient is that of -A logprob: the plain policy gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import LossInputs, LossOutput
+from rlkit.algorithms.base import LossInputs, LossOutput, in_range
 from rlkit.errors import ConfigError
 
 LOG_RATIO_LIMIT = 20.0
@@ -29,14 +30,14 @@ LOG_RATIO_LIMIT = 20.0
 class ClippedLoss:
     """Clip range [1 - clip_low, 1 + clip_high]; `dual_clip` None is off."""
 
+    proportional_to_advantage: ClassVar[bool] = True
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
 
     def __post_init__(self) -> None:
-        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
-            if not 0 <= value <= high:
-                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+        in_range("clip_low", self.clip_low, 0, 1)
+        in_range("clip_high", self.clip_high, 0)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ConfigError("out of range", key="dual_clip", value=self.dual_clip, expected="> 1, or null for off")
 
@@ -44,17 +45,20 @@ class ClippedLoss:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
         advantages = inputs.advantages
         log_ratio, ratio = clamped_ratio(inputs.logprobs, inputs.old_logprobs)
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        loss = torch.maximum(-ratio * advantages, -clipped * advantages)
+        loss, metrics = surrogate(ratio, advantages, self.clip_low, self.clip_high)
         if self.dual_clip is not None:
             loss = torch.where(advantages < 0, torch.minimum(loss, -self.dual_clip * advantages), loss)
-        with torch.no_grad():
-            metrics = {
-                "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - self.clip_low)).float(),
-                "policy/clip_frac/high": ((advantages > 0) & (ratio > 1 + self.clip_high)).float(),
-                "policy/kl_old": ratio - 1 - log_ratio,
-            }
-        return LossOutput(per_token=loss, metrics=metrics)
+        kl_old = (ratio - 1 - log_ratio).detach()
+        return LossOutput(per_token=loss, metrics=metrics | {"policy/kl_old": kl_old})
+
+
+def surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """max(-r A, -clip(r) A) and whether the clip took the gradient away, all [n]."""
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(-ratio * advantages, -clipped * advantages), {
+        "policy/clip_frac/low": ((advantages < 0) & (ratio < 1 - clip_low)).float(),
+        "policy/clip_frac/high": ((advantages > 0) & (ratio > 1 + clip_high)).float(),
+    }
 
 
 def clamped_ratio(logprobs: Tensor, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,37 +14,32 @@ Pair it with SequenceMeanTokenMean, with which sum_t L_it / |o_i| is the paper's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from rlkit.algorithms.base import LossInputs, LossOutput, group_mean
-from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT
-from rlkit.errors import ConfigError
+from rlkit.algorithms.base import LossInputs, LossOutput, group_mean, in_range
+from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT, surrogate
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceClippedLoss:
     """Clip range [1 - clip_low, 1 + clip_high] of the sequence's ratio."""
 
+    proportional_to_advantage: ClassVar[bool] = True
     clip_low: float = 3e-4
     clip_high: float = 4e-4
 
     def __post_init__(self) -> None:
-        for key, value, high in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, float("inf"))):
-            if not 0 <= value <= high:
-                raise ConfigError("out of range", key=key, value=value, expected=f"0 to {high}")
+        in_range("clip_low", self.clip_low, 0, 1)
+        in_range("clip_high", self.clip_high, 0)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
-        advantages, logprobs = inputs.advantages, inputs.logprobs
+        logprobs = inputs.logprobs
         log_ratio = logprobs.detach() - inputs.old_logprobs
         mean = group_mean(log_ratio, inputs.sequence, inputs.sequences)[inputs.sequence]
-        value = mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        ratio = value * (logprobs - logprobs.detach()).exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        metrics = {
-            "policy/clip_frac/low": ((advantages < 0) & (value < 1 - self.clip_low)).float(),
-            "policy/clip_frac/high": ((advantages > 0) & (value > 1 + self.clip_high)).float(),
-            "policy/kl_old": torch.expm1(log_ratio.clamp(max=LOG_RATIO_LIMIT)) - log_ratio,
-        }
-        return LossOutput(per_token=torch.maximum(-ratio * advantages, -clipped * advantages), metrics=metrics)
+        ratio = mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * (logprobs - logprobs.detach()).exp()
+        loss, metrics = surrogate(ratio, inputs.advantages, self.clip_low, self.clip_high)
+        kl_old = torch.expm1(log_ratio.clamp(max=LOG_RATIO_LIMIT)) - log_ratio
+        return LossOutput(per_token=loss, metrics=metrics | {"policy/kl_old": kl_old})

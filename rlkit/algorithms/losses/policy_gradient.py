@@ -19,6 +19,7 @@ class PolicyGradientLoss:
     """-A logprob, per token; for one update a step on samples of the current weights."""
 
     needs_fresh_samples: ClassVar[bool] = True
+    proportional_to_advantage: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]."""
