@@ -75,6 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def run() -> None:
+    """The process's entry point."""
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Of several ranks about one in ten aborts while Python is finalised, in threads of gloo (torch 2.13).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _dispatch(arguments: list[str]) -> int:
     grammar = parser()
     # Overrides may stand before and after options, which argparse's subcommands do not expect.

@@ -25,3 +25,4 @@ if it.accelerator.is_main_process:
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
     save_file({"gradient": flat}, sys.argv[2])
 it.accelerator.end_training()
+os._exit(0)  # as rlkit.cli.run does: threads of gloo abort some interpreters on their way out
