@@ -87,10 +87,6 @@ class VerifierPool:
         if sandbox == "limits":
             danger = "model output that a scorer evaluates can write files, open sockets and start processes"
             warnings.warn(f"sandbox=limits: {danger}; sandbox=strict prevents it", RuntimeWarning, stacklevel=2)
-        try:
-            line(plain)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise RewardError(f"reward settings must be plain JSON values: {error}") from error
         settings = (plain, workers, batch_size, timeout_s, start_timeout_s, max_restarts, sandbox, limits, paths)
         self._scorer = _Scorer(Setup(*settings, tempfile.mkdtemp(prefix="rewards-")))
         # Also at interpreter exit and when the pool is dropped unclosed.

@@ -46,6 +46,13 @@ class Advantage(Protocol):
         """Return [N] float64."""
 
 
+class GroupFilter(Protocol):
+    """Whether a scored group is trained on; one that is not is dropped, and the next prompt takes its place."""
+
+    def __call__(self, scores: Tensor) -> bool:
+        """scores [n] of the group's scored samples."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
     """What a loss sees of one micro-batch.

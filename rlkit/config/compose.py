@@ -78,6 +78,10 @@ def _composed(recipe: str, choices: list[str], library: Library) -> DictConfig:
             composed = compose(PRIMARY, overrides=choices)
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
+        absent = re.match(r"Could not override '([^']+)'\. No match", str(error))
+        if absent and any(choice.startswith(f"{absent[1]}=") for choice in choices):
+            # a group that the recipe does not name is added to it
+            return _composed(recipe, [re.sub(f"^(?={absent[1]}=)", "+", choice) for choice in choices], library)
         file = re.match(r"In '([^']+)'", str(error))
         raise _refused(error, f" in {library.find(file[1]) or file[1]}" if file else "") from error
     assert isinstance(merged, DictConfig)

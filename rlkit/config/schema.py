@@ -118,6 +118,12 @@ class AlgorithmConfig:
     """Penalty against the reference model (rlkit.algorithms.kl)."""
     entropy_coefficient: float = number(0.0)
     """Entropy bonus per token; 0 is off."""
+    group_filter: Component | None = None
+    """Which scored groups are trained on (rlkit.algorithms.group_filters); others are dropped and replaced."""
+    max_filter_draws: int = number(10, 1)
+    """Most groups drawn for a step, in multiples of prompts_per_step; then the step is filled unfiltered."""
+    mask_truncated: bool = False
+    """Completions cut at the limit count in the advantages and are not trained on (DAPO's overlong filter)."""
 
 
 @dataclass

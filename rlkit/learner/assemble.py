@@ -21,13 +21,20 @@ def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
 
 
 def assemble(
-    groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int]
+    groups: Sequence[Group],
+    advantage: Advantage,
+    step: int,
+    steps_of: Mapping[int, int],
+    *,
+    mask_truncated: bool = False,
 ) -> tuple[list[TrainingSequence], dict[str, float]]:
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
     `steps_of`: step of every version that sampled; a token's lag is `step` minus that.
     Unscored samples are left out of the batch and of every mean; they count in
-    reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more.
+    reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more. With
+    `mask_truncated` completions cut at the limit count in the advantages and in the metrics only, not in the batch
+    and so in no denominator; of a group whose completions are all cut, one stays with advantage 0.
     """
     usable = [(number, g, r, v) for number, g in enumerate(groups) for r, v in usable_samples(g)]
     sequences = [TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
@@ -51,7 +58,13 @@ def assemble(
         "off_policy/lag/mean": sum(n * lag for n, lag in spans) / sum(n for n, _ in spans),
         "off_policy/lag/max": float(max(lag for _, lag in spans)),
     }
-    return [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)], metrics
+    trained = [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)]
+    if mask_truncated:
+        cut = {(r.ordinal, r.index) for _, _, r, _ in usable if r.finish_reason == "length"}
+        whole = [s for s in trained if (s.group, s.index) not in cut]
+        left = {s.group: replace(s, advantage=0.0) for s in trained if s.group not in {x.group for x in whole}}
+        trained = [*whole, *left.values()]
+    return trained, metrics
 
 
 def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor) -> dict[str, float]:

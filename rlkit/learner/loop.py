@@ -10,10 +10,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from rewards.pool import VerifierPool
-from rlkit.algorithms.base import Advantage
+from rlkit.algorithms.base import Advantage, GroupFilter
 from rlkit.budget.uniform import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
@@ -31,6 +32,8 @@ from rlkit.telemetry.environment import peak_memory_gb
 from rlkit.telemetry.rollouts import rows_of, write_rollouts
 from rlkit.telemetry.sinks import Telemetry
 from rlkit.types import Group
+
+FILTERED = "refused by algorithm.group_filter"
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Trainer:
         self.config = config = self.session.config
         self.order = PromptOrder(len(self.prompts), config.seed, config.data.train.shuffle)
         self.advantage: Advantage = build(config.algorithm.advantage, key="algorithm.advantage")
+        chosen = config.algorithm.group_filter
+        self.group_filter: GroupFilter | None = build(chosen, key="algorithm.group_filter") if chosen else None
         self.budget: Budget = build(config.budget, key="budget")
         self.engine = self.session.engine(self.learner.model)
         self.worker = RolloutWorker(
@@ -107,10 +112,11 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         clock = {"time/generate": 0.0, "time/score": 0.0}
-        groups, dropped = await self.collect(clock)
+        groups, refused = await self.collect(clock)
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
-        sequences, metrics = assemble(groups, self.advantage, self.step, self.buffer.steps_of(sampled))
+        steps, mask = self.buffer.steps_of(sampled), config.algorithm.mask_truncated
+        sequences, metrics = assemble(groups, self.advantage, self.step, steps, mask_truncated=mask)
         ranks = self.session.accelerator.num_processes
         if ranks > 1:
             broadcast_object_list([sequences], from_process=0)
@@ -130,7 +136,8 @@ class Trainer:
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
         ended = time.perf_counter()
         metrics |= clock | {
-            "off_policy/dropped": float(dropped),
+            "off_policy/dropped": float(len(refused)),
+            "group/filtered_frac": refused.count(FILTERED) / (len(groups) + len(refused)),
             "time/wait_rollout": collected - started,
             "time/learner": trained - collected,
             "time/weight_sync": published - trained,
@@ -144,11 +151,13 @@ class Trainer:
             metrics = {k: v for k, v in metrics.items() if not k.startswith("policy/clip_frac/")}
         return metrics
 
-    async def collect(self, clock: dict[str, float]) -> tuple[list[Group], int]:
-        """Take `prompts_per_step` groups with enough scored samples; refuse and replace the others."""
+    async def collect(self, clock: dict[str, float]) -> tuple[list[Group], list[str]]:
+        """Take `prompts_per_step` groups to train on; refuse and replace the others, whose reasons are returned."""
+        wanted = self.config.prompts_per_step
         usable: list[Group] = []
-        dropped: list[Group] = []
-        while missing := self.config.prompts_per_step - len(usable):
+        drawn: list[Group] = []
+        refused: list[str] = []
+        while missing := wanted - len(usable):
             self.request()
             while (taken := self.buffer.take(missing)) is None:
                 report = await self.worker.run_once()
@@ -157,13 +166,25 @@ class Trainer:
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
                 clock["time/generate"] += report.generate_seconds
                 clock["time/score"] += report.score_wait_seconds
+            may_filter = len(drawn) < self.config.algorithm.max_filter_draws * wanted
             for group in taken:
-                enough = len(usable_samples(group)) >= self.advantage.minimum_group_size
-                (usable if enough else dropped).append(group)
-                if not enough:
-                    self.buffer.drop([group.ordinal], "too few scored samples")
-            self._check_scored([*usable, *dropped])
-        return usable, len(dropped)
+                if reason := self._refusal(group, may_filter):
+                    self.buffer.drop([group.ordinal], reason)
+                    refused.append(reason)
+                else:
+                    usable.append(group)
+            drawn += taken
+            self._check_scored(drawn)
+        return usable, refused
+
+    def _refusal(self, group: Group, may_filter: bool) -> str | None:
+        """Why a group is not trained on, or None."""
+        scores = torch.tensor([v.score for _, v in usable_samples(group)], dtype=torch.float64)
+        if len(scores) < max(1, self.advantage.minimum_group_size):
+            return "too few scored samples"
+        if may_filter and self.group_filter is not None and not self.group_filter(scores):
+            return FILTERED
+        return None
 
     def _check_scored(self, groups: list[Group]) -> None:
         verdicts = [v for g in groups for v in g.verdicts]

@@ -59,7 +59,7 @@ def test_overrides_around_options(
 ) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [quickstart, _self_]\nname: mine\n")
     seen: list[Any] = []
-    _stand_in(monkeypatch, "rlkit.evaluation.run", lambda *given: seen.append(given))
+    _stand_in(monkeypatch, "rlkit.evaluation.evaluate", lambda *given: seen.append(given))
     status, _, _ = run(
         "eval", "seed=5", "--config-dir", str(tmp_path), "recipe=mine", "--checkpoint", "c",
         "~algorithm.loss.dual_clip", capsys=capsys,

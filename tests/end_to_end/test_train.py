@@ -212,3 +212,19 @@ def test_a_users_reward_that_answers_nan_ends_the_run_with_its_name(tmp_path, ca
     assert main(["train", *bad]) == 2
     assert "NaN from reward 'mine'" in capsys.readouterr().err
     assert not list(tmp_path.glob("bad/rollouts/*"))
+
+
+def test_dynamic_sampling_replaces_dead_groups_and_resumes(tmp_path):
+    """DAPO, arXiv 2503.14476, section 3.2: every group of a step has unequal scores."""
+    arguments = settings(tmp_path, "run", "algorithm=dapo", "algorithm.max_filter_draws=50", "checkpoint.every_steps=2")
+    assert main(["train", *arguments, "steps=2"]) == 0
+    assert main(["train", *arguments, "steps=4"]) == 0
+    assert main(["train", *settings(tmp_path, "whole", *arguments[-2:], "algorithm=dapo", "steps=4")]) == 0
+    run = tmp_path / "run"
+    rows = [row for row in metrics(run) if "reward/mean" in row]
+    assert [row["group/dead_frac"] for row in rows] == [0.0] * 4
+    assert all(row["group/filtered_frac"] > 0 and row["off_policy/dropped"] > 0 for row in rows)
+    ordinals = trained(run)
+    assert len(ordinals) == 16 and ordinals == sorted(set(ordinals)) and ordinals[-1] > 15
+    assert ordinals == trained(tmp_path / "whole")
+    assert rows == [row for row in metrics(tmp_path / "whole") if "reward/mean" in row]

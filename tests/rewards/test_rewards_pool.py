@@ -207,7 +207,7 @@ def test_crash_loop_stops_with_the_last_words() -> None:
         ({}, "empty"),
         ({"bad": {"_target_": "user_rewards.BreaksAtStart", "how": "raise"}}, "no judge here"),
         ({"bad": {"_target_": "user_rewards.BreaksAtStart", "why": 1}}, "settings are how; 'why' is not one"),
-        ({"bad": {"_target_": "user_rewards.equals", "factor": object()}}, "plain JSON values"),
+        ({"bad": {"_target_": "user_rewards.equals", "factor": object()}}, "JSON values only"),
     ],
 )
 def test_worker_that_cannot_start_says_why(spec: Any, says: str) -> None:

@@ -1,0 +1,1 @@
+"""Which scored groups a step is trained on. One method a file."""
