@@ -181,8 +181,10 @@ class Keeper:
         try:
             code = zygote.process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(zygote.process.pid, signal.SIGKILL)
+            zygote.process.kill()
             code = zygote.process.wait(_KILL_S)
+        with contextlib.suppress(ProcessLookupError):  # its session: what it could not end itself
+            os.killpg(zygote.process.pid, signal.SIGKILL)
         death = why or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
         if self.zygote is zygote:  # else it was buried before
             self.zygote = None

@@ -116,6 +116,11 @@ class VerifierPool:
         zygote = self._scorer.keeper.zygote
         return None if zygote is None else zygote.process.pid
 
+    @property
+    def extracts_answers(self) -> bool:
+        """Whether any reward extracts the answers that majority voting counts."""
+        return any(weight.answers for weight in self._scorer.keeper.weights)
+
     def close(self) -> None:
         """End all processes; samples still waiting fail with RewardError."""
         self._finalizer()

@@ -25,6 +25,7 @@ class Weight:
     name: str
     value: float
     bounds: tuple[float, float] = (-_LARGEST, _LARGEST)
+    answers: bool = False  # whether the reward extracts answers to vote on
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def _checked(value: Any, weight: Weight) -> tuple[float | None, str | None]:
     if value is None:
         return None, f"reward {name!r} returned None"
     try:
-        number = float(value)
+        number = float(value if not isinstance(value, str | bytes) else "text")
     except (TypeError, ValueError):
         return None, f"reward {name!r} returned {type(value).__name__}, expected a number or None"
     if not math.isfinite(number):
@@ -147,7 +148,8 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
         except RewardError as error:
             raise RewardError(f"reward {name!r}: {error}") from error
         low, high = getattr(function, "bounds", None) or (-_LARGEST, _LARGEST)
-        weights.append(Weight(name, weight, (max(float(low), -_LARGEST), min(float(high), _LARGEST))))
+        bounds = max(float(low), -_LARGEST), min(float(high), _LARGEST)
+        weights.append(Weight(name, weight, bounds, callable(getattr(function, "answer", None))))
         functions.append(function)
     return RewardSet(tuple(weights), tuple(functions))
 
@@ -178,7 +180,7 @@ def _locate(target: str) -> Callable[..., Any]:
     module_name, _, attribute = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"importing {module_name!r} raised {_describe(error)}; is it on the Python path?"
         raise RewardError(f"_target_={target!r}: {problem}") from error
     found = getattr(module, attribute, None)

@@ -76,6 +76,9 @@ class Zygote:
                 control.sendall(line(self._end(pid, patience_s)))
         for pid in list(self._living):
             self._end(pid)
+        while left := _children():  # what the rewards started
+            for pid in left:
+                _kill(pid)
 
     def _fork(self, peer: socket.socket) -> int:
         pid = os.fork()

@@ -7,6 +7,7 @@ Bad input ends with one message on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ OTHER_COMMANDS = {
     "rollouts": ("rlkit.telemetry.rollouts", "read a run's completions"),
     "compare": ("rlkit.experiments.compare", "compare variants over seeds"),
 }
+# Full, read-only or forbidden disks, and files where folders belong: said in a line, without a traceback.
+PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR}
+PLACES |= {errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RlkitError, RewardError) as error:
         sys.stdout.flush()
         print(f"rlkit: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        sys.stdout.flush()
+        where = f": {error.filename}" if error.filename else ""
+        print(
+            f"rlkit: {error.strerror}{where}\n  to mend:  free space, or use a folder you can write to", file=sys.stderr
+        )
         return 2
 
 

@@ -32,7 +32,7 @@ def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
     try:
         return import_target(component[TARGET], key)(**settings, **extra)
     # Plug-ins raise what they like (rewards have their own error class); the cause is kept.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"{component[TARGET]} refuses its settings ({type(error).__name__}: {error})"
         raise ConfigError(problem, key=key, value=settings) from error
 
@@ -87,7 +87,7 @@ def import_target(path: Any, key: str) -> Callable[..., Any]:
                 found = importlib.import_module(here)
                 continue
             # Importing runs other people's code, which may raise anything.
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if not (isinstance(error, ModuleNotFoundError) and error.name == here):
                     problem = f"cannot be imported: importing {here} raised {type(error).__name__}: {error}"
                     raise refused(problem) from error

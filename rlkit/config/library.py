@@ -65,7 +65,7 @@ class Library:
             raise ConfigError(problem, fix="give your file another name than the one it extends")
         try:
             content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is not readable as YAML: {error}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of keys")

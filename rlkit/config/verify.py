@@ -19,7 +19,7 @@ from rlkit.config.keys import Key, datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
 from rlkit.errors import ConfigError, nearest
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
 
 def verify(config: Config) -> None:
@@ -76,7 +76,9 @@ def _check_names(config: Config) -> Iterator[ConfigError]:
     for key, names in named.items():
         for name in names:
             if not _NAME.fullmatch(name):
-                yield _fault(key, name, "not usable as a folder's or metric's name", "letters, digits and _ . + -")
+                yield _fault(
+                    key, name, "not usable as a folder's or metric's name", "up to 128 letters, digits and _ . + -"
+                )
 
 
 def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
@@ -131,7 +133,9 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
                 fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
                 yield _fault(key, value, problem, f"{fresh} with this loss", fix)
     if updates > 0 and config.prompts_per_step % updates:
-        divisors = [str(n) for n in range(1, config.prompts_per_step + 1) if config.prompts_per_step % n == 0]
+        divisors = [
+            str(n) for n in range(1, 1 + min(config.prompts_per_step, 1024)) if config.prompts_per_step % n == 0
+        ]
         problem = "a step's groups cannot be split evenly between its updates"
         expected = f"a divisor of prompts_per_step={config.prompts_per_step}: {', '.join(divisors)}"
         yield _fault("learner.updates_per_step", updates, problem, expected)

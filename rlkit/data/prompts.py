@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import msgspec
 import numpy as np
+import xxhash
 
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.sources import Row, as_source
@@ -30,6 +31,14 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def fingerprint(self) -> str:
+        """Checksum of what a run depends on: ids, tokens and references, in order."""
+        digest = xxhash.xxh3_128()
+        for prompt in self.prompts:
+            digest.update(repr((prompt.id, prompt.reference)).encode("utf-8", "backslashreplace"))
+            digest.update(prompt.token_ids.astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def shared_with(self, other: PromptSet) -> int:
         """How many prompts of `other` have a text that is also here: a leak between sets."""

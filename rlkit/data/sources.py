@@ -178,7 +178,7 @@ def _read(path: Path) -> list[Row]:
             if line.strip():  # a blank line holds no row; editors leave one at the end
                 rows.append(decoder.decode(line))
         return rows
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a row of JSON"
         raise DataError(f"{place}: {what}: {error}", expected='objects, {"field": ...}') from error
     except (pyarrow.ArrowException, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str 
         return _FORMATTER.vformat(template, (), row)
     except _NullField:
         return None
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
         fields = field_names(row)
         problem = f"not a valid template (row {number}): {error}"
         if isinstance(error, KeyError):
@@ -57,7 +58,7 @@ class _Formatter(string.Formatter):
         return kwargs[key]
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        if value is None:
+        if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes null as NaN
             raise _NullField
         return (
             "".join(str(value).split()) if format_spec == "nospace" else str(super().format_field(value, format_spec))

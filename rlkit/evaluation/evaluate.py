@@ -46,6 +46,8 @@ async def evaluate(
     by_prompt = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
     out = {}
     for key, value in summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part).items():
+        if key.startswith("maj@") and not pool.extracts_answers:
+            continue  # there is nothing to vote on, which is not a score of 0
         out[key] = value.value
         out[f"{key}_se"] = value.standard_error
     out["length/mean"] = float(np.mean([len(r.token_ids) for r in rollouts]))

@@ -47,8 +47,20 @@ class Variant:
         return curves[metric]
 
     def last(self, metric: str) -> dict[int, float]:
-        """The figure after training, by seed."""
-        return {seed: self.curve(seed, metric).points[-1].value for seed in self.runs}
+        """The figure after training, by seed. RlkitError for a run that was not evaluated after any step."""
+        found = {}
+        for seed, run in self.runs.items():
+            if (after := self.curve(seed, metric).after) is None:
+                fix = "let it train, or leave it out"
+                raise RlkitError("not evaluated after training", key="run", value=str(run.run_dir), fix=fix)
+            found[seed] = after.value
+        return found
+
+    @property
+    def unfinished(self) -> list[str]:
+        """What to say of runs that have not trained all planned steps."""
+        short = [(seed, run) for seed, run in self.runs.items() if run.last_step < run.config.get("steps", 0)]
+        return [f"{self.name} seed {s} stands at step {r.last_step} of {r.config['steps']}" for s, r in short]
 
     @cached_property
     def tokens(self) -> dict[int, float]:
@@ -177,11 +189,11 @@ def draw(variants: Sequence[Variant], metric: str) -> Drawing:
     with mpl.rc_context(STYLE):
         drawing, axes = new_figure(3, (13.0, 4.4))
         for i, variant in enumerate(variants):
-            steps = [p.step for p in variant.curve(next(iter(variant.runs)), metric).points]
-            points = [[p.value for p in variant.curve(seed, metric).points] for seed in variant.runs]
-            whole = [values for values in points if len(values) == len(steps)]
-            mean = np.mean(whole, axis=0)
-            error = np.std(whole, axis=0, ddof=1) / len(whole) ** 0.5 if len(whole) > 1 else np.zeros(len(steps))
+            points = [{p.step: p.value for p in variant.curve(seed, metric).points} for seed in variant.runs]
+            steps = sorted(set(points[0]).intersection(*points))  # where every seed was evaluated
+            values = np.array([[of_seed[step] for step in steps] for of_seed in points])
+            mean = values.mean(axis=0)
+            error = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(len(steps))
             for place, amount, scale in ((0, None, 1.0), (1, _tokens, 1e6), (2, _seconds, 1.0)):
                 x = np.array(steps, dtype=float)
                 if amount is not None:
@@ -242,8 +254,9 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     with (out / "compare.txt").open("w", encoding="utf-8") as file:
         for target in (console or Console(), Console(file=file, width=160)):
             target.print(shown)
-            for key, values in differing.items():
-                target.print(f"{key}: {'; '.join(values)}", markup=False, highlight=False)
+            notes = [f"{key}: {'; '.join(values)}" for key, values in differing.items()]
+            for note in [*(note for variant in variants for note in variant.unfinished), *notes]:
+                target.print(note, markup=False, highlight=False)
     draw([row.variant for row in rows], metric).savefig(out / "compare.png", dpi=150, metadata={"Software": None})
     write_html(out / "compare.html", rows, metric, baseline, differing)
     print(f"written: {out / 'compare.txt'}, compare.png, compare.html")

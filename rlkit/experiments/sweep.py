@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import hashlib
 import itertools
 import json
 import os
@@ -28,6 +29,8 @@ from hydra.errors import HydraException
 from rlkit.config.compose import load
 from rlkit.config.verify import verify
 from rlkit.errors import ConfigError
+from rlkit.telemetry.jsonl import replace_file
+from rlkit.telemetry.record import read_mapping
 
 MANIFEST = "sweep.json"
 END_DEADLINE_S = 90.0
@@ -43,12 +46,16 @@ class Run:
     folder: Path
     overrides: tuple[str, ...]
     steps: int
+    recipe: str  # hash of the resolved configuration
 
     @property
     def finished(self) -> bool:
         """Whether its summary says that every planned step was trained."""
-        summary = self.folder / "summary.json"
-        return summary.exists() and json.loads(summary.read_text())["steps"] >= self.steps
+        try:
+            steps: int = json.loads((self.folder / "summary.json").read_text())["steps"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return False  # the run makes it anew
+        return steps >= self.steps
 
     @property
     def log(self) -> Path:
@@ -61,9 +68,15 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
     choices = [_values(text) for text in overrides]
     swept = [values[0].partition("=")[0] for values in choices if len(values) > 1]
     runs: dict[Path, Run] = {}
+    if fixed := {"name", "output_dir", "resume"} & set(swept):
+        problem, expected = "a sweep has one folder", "one value"
+        raise ConfigError(problem, key=", ".join(sorted(fixed)), value="swept", expected=expected)
     for combination in itertools.product(*choices):
-        config, _ = load(recipe, combination, config_dir=config_dir)
+        config, resolved = load(recipe, combination, config_dir=config_dir)
         verify(config)
+        if config.resume == "never":
+            fix = "leave it out; set another name for a new sweep"
+            raise ConfigError("a sweep goes on with its runs", key="resume", value="never", expected="auto", fix=fix)
         values = dict(text.partition("=")[::2] for text in combination)
         words = [re.sub(r"[^\w.+-]+", "-", values[key]).strip("-") for key in swept if key != "seed"]
         variant = "_".join(words) or recipe
@@ -73,7 +86,12 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
             raise ConfigError("two runs of the sweep have the same folder", key="name", value=str(folder))
         place = (f"output_dir={_quoted(folder.parent)}", f"name={folder.name}")
         runs[folder] = Run(
-            variant=variant, seed=config.seed, folder=folder, overrides=(*combination, *place), steps=config.steps
+            variant=variant,
+            seed=config.seed,
+            folder=folder,
+            overrides=(*combination, *place),
+            steps=config.steps,
+            recipe=hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16],
         )
     return root, list(runs.values())
 
@@ -107,7 +125,8 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
         fix = "wait for it, or set another name"
         raise ConfigError("another process runs this sweep", key="name", value=str(root), fix=fix) from error
     with lock:
-        _match(root, {"recipe": recipe, "overrides": sorted(overrides)})
+        recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
+        _match(root, {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes})
         waiting = [run for run in runs if not run.finished]
         print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
         failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
@@ -115,7 +134,7 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
         print(f"stopped by {signal.Signals(received).name}; the same command goes on")
         return 128 + received
     for run, status in failed:
-        tail = run.log.read_text(errors="replace")[-2000:]
+        tail = run.log.read_text(errors="replace")[-2000:] if run.log.exists() else ""
         print(f"{run.variant} seed {run.seed} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
     print(f"compare: rlkit compare {root}")
     return 1 if failed else 0
@@ -124,10 +143,14 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
 def _match(root: Path, manifest: dict[str, Any]) -> None:
     """Write the sweep's own settings, or compare them with those it was begun with."""
     path = root / MANIFEST
-    if path.exists() and (before := json.loads(path.read_text())) != manifest:
-        fix = "set another name, or repeat the settings it was begun with"
-        raise ConfigError("this folder holds another sweep", key="name", value=str(root), expected=str(before), fix=fix)
-    path.write_text(json.dumps(manifest, indent=1) + "\n")
+    before = read_mapping(path)
+    if before and before != manifest:
+        fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
+        changed = {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}
+        raise ConfigError(
+            "this folder holds another sweep", key="name", value=str(root), expected=str(changed), fix=fix
+        )
+    replace_file(path, json.dumps(manifest, indent=1).encode())
 
 
 async def _run_all(
@@ -165,7 +188,9 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
     command += ["--config-dir", str(config_dir)] if config_dir else []
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     run.folder.mkdir(parents=True, exist_ok=True)
-    await asyncio.to_thread(_wait_for_lock, run.folder / ".lock")
+    if not await _unlocked(run.folder / ".lock"):
+        print(f"{run.variant} seed {run.seed}: another process uses {run.folder}", file=sys.stderr)
+        return -1
     with run.log.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=asyncio.subprocess.STDOUT,
@@ -185,10 +210,20 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
     return status
 
 
-def _wait_for_lock(path: Path) -> None:
-    """A sweep that was killed has told its runs to end; one may still be writing a checkpoint."""
-    with filelock.FileLock(path, timeout=END_DEADLINE_S):
-        pass
+async def _unlocked(path: Path) -> bool:
+    """Wait: a sweep that was killed has told its runs to end, and one may still be writing a checkpoint.
+
+    Without a thread: Linux tells children of a parent's death once more for every thread of it.
+    """
+    deadline = asyncio.get_running_loop().time() + END_DEADLINE_S
+    while True:
+        try:
+            with filelock.FileLock(path, timeout=0):
+                return True
+        except filelock.Timeout:
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.5)
 
 
 def _end_with_parent() -> None:

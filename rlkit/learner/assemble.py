@@ -49,8 +49,10 @@ def assemble(
         parts={k: torch.tensor(v, dtype=torch.float64) for k, v in parts.items() if len(v) == len(usable)},
     )
     advantages = advantage(inputs)
-    if advantages.shape != inputs.scores.shape or not torch.isfinite(advantages).all():
-        expected = f"shape {tuple(inputs.scores.shape)}, finite; got {tuple(advantages.shape)}"
+    sound = isinstance(advantages, torch.Tensor) and advantages.shape == inputs.scores.shape
+    if not sound or not torch.isfinite(advantages).all():
+        got = f"shape {tuple(advantages.shape)}" if isinstance(advantages, torch.Tensor) else type(advantages).__name__
+        expected = f"a tensor of shape {tuple(inputs.scores.shape)}, finite; got {got}"
         problem, name = "the advantage must give one finite number a sequence", type(advantage).__name__
         raise TrainingError(problem, key="algorithm.advantage", value=name, expected=expected)
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]

@@ -166,8 +166,8 @@ def verify(path: Path) -> None:
         fix = f"delete {path} to go on from {path.parent / f'step_{others[-1]}'}"
     wrong = partial(CheckpointError, key="checkpoint", value=str(path), fix=fix)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = {name: (size, digest) for name, (size, digest) in json.loads((path / MANIFEST).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         expected = f"a complete checkpoint with {MANIFEST}"
         raise wrong(f"the manifest cannot be read: {error}", expected=expected) from error
     for name, (expected_size, digest) in manifest.items():

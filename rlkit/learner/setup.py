@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,8 @@ from rlkit.rollout.engine import Engine
 from rlkit.rollout.scoring import score_references
 from rlkit.types import Prompt, SamplingParams
 
+# A second signal within this is the first one again, and not a wish to leave at once.
+REPEAT_S = 0.5
 # How long ranks wait for rank 0 (which samples, scores and evaluates alone) before they give up.
 RANK_TIMEOUT = timedelta(hours=2)
 
@@ -112,13 +115,17 @@ def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
     can be left as it was at the last finished step.
     """
     received: list[int] = []
+    arrived: list[float] = []
 
     def handle(number: int, frame: object) -> None:
         # os.write: print is not safe inside a signal handler.
+        if received and time.monotonic() - arrived[0] < REPEAT_S:
+            return  # the same request: Ctrl-C reaches a group and its leader, a parent's death every child thrice
         if received:
             os.write(sys.stderr.fileno(), b"\nsecond signal: leaving at once\n")
             os._exit(128 + number)
         received.append(number)
+        arrived.append(time.monotonic())
         name = signal.Signals(number).name
         os.write(sys.stderr.fileno(), f"\n{name}: stopping at the next safe point\n".encode())
 

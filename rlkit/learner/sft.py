@@ -23,6 +23,7 @@ from rlkit.algorithms.aggregation import TokenMean
 from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
+from rlkit.config.keys import leaves
 from rlkit.config.schema import Config, ModelConfig, SftConfig
 from rlkit.data.sft import batches, load_examples
 from rlkit.errors import ConfigError, Interrupted, RlkitError
@@ -37,14 +38,19 @@ LOGGED = {"policy/loss": "sft/loss", "policy/grad_norm": "sft/grad_norm", "learn
 
 
 def cache_key(config: Config) -> str:
-    """Hash of everything a warm start depends on."""
+    """Hash of everything a warm start depends on, the content of local files among it."""
     assert config.sft is not None
-    sft = dataclasses.asdict(config.sft)
+    sft, model, learner = (dataclasses.asdict(x) for x in (config.sft, config.model, config.learner))
     for name in ("cache_dir", "checkpoint_every_steps"):
         del sft[name]
-    inputs: dict[str, Any] = {"model": dataclasses.asdict(config.model), "sft": sft}
-    if config.sft.data.path is not None:
-        inputs["data"] = checkpoints.checksum(Path(config.sft.data.path))
+    shared = {name: learner[name] for name in ("epsilon", "mixed_precision", "deterministic", "device")}
+    # A source or a teacher names files by settings of any name; a model is a folder.
+    named = [value for value in leaves(sft["data"]).values() if isinstance(value, str) and 0 < len(value) < 1024]
+    files = [file for value in named if "\0" not in value and (file := Path(value).expanduser()).is_file()]
+    for folder in filter(None, (config.model.path, config.model.tokenizer)):
+        files += sorted(file for file in Path(folder).expanduser().rglob("*") if file.is_file())
+    sums = [checkpoints.checksum(file) for file in files]
+    inputs = {"model": model, "sft": sft, "learner": shared, "files": sums}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 

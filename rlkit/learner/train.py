@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,25 @@ from rlkit.buffer.protocol import Watermark
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.keys import leaves
 from rlkit.config.schema import Config
-from rlkit.errors import ConfigError
+from rlkit.data.prompts import PromptSet
+from rlkit.errors import ConfigError, DataError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.loop import Trainer
 from rlkit.learner.setup import Session, interruptible, message_of, model_at, open_pool, preflight
 from rlkit.learner.sft import start_model
 from rlkit.learner.update import Learner, never_stop
 from rlkit.telemetry.environment import write_environment
+from rlkit.telemetry.jsonl import replace_file
+from rlkit.telemetry.record import read_mapping
 from rlkit.telemetry.report import print_summary, write_report, write_summary
+from rlkit.telemetry.rollouts import rollout_steps
 from rlkit.telemetry.sinks import Telemetry
 
 START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
 # Keys that may change between two parts of one run: they change neither what is trained nor on what.
 FREE_KEYS = (
-    "telemetry", "checkpoint", "resume", "output_dir", "name", "steps", "evaluation",
+    "telemetry", "checkpoint", "resume", "output_dir", "name", "steps",
+    "evaluation.every_steps", "evaluation.at_start", "evaluation.batch_samples",
     "reward.workers", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
 )  # fmt: skip
 
@@ -67,6 +73,7 @@ def _lead(session: Session, folder: Path) -> None:
         print(message_of(name, len(prompts), prompts.left_out))
         if name != "data.train" and (shared := train.shared_with(prompts)):
             print(f"{name}: {shared} prompts are among the training prompts as well")
+    _begin(folder, previous, {"data.train": train, **held_out})
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(open_pool(config.reward))
         asyncio.run(preflight(pool, train.prompts))
@@ -89,7 +96,7 @@ def _lead(session: Session, folder: Path) -> None:
             name=config.name,
             total_steps=config.steps,
             config=dict(session.resolved),
-            resume_step=previous.step if previous else 0,  # rows beyond it are of a lineage that is gone
+            resume_step=previous.step if previous else -1,  # rows beyond it are of a lineage that is gone
         )
         stack.enter_context(telemetry)
         trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, telemetry)
@@ -97,6 +104,22 @@ def _lead(session: Session, folder: Path) -> None:
             trainer.resume(previous)
             print(f"resuming from {previous.path} (step {previous.step})")
         asyncio.run(trainer.run())
+
+
+def _begin(folder: Path, previous: checkpoints.Checkpoint | None, sets: Mapping[str, PromptSet]) -> None:
+    """Match the data with what the run began on, and remove what an abandoned lineage left behind."""
+    place, found = folder / "data.json", {name: prompts.fingerprint() for name, prompts in sets.items()}
+    before = read_mapping(place) if previous is not None else {}
+    for name, fingerprint in found.items():
+        if before.get(name, fingerprint) != fingerprint:
+            problem = f"{folder} was trained on other rows of {name}: its ordinals would now name other prompts"
+            fix = "bring the data back, or set another name for a new run"
+            raise DataError(problem, key=name, value=fingerprint, expected=str(before[name]), fix=fix)
+    replace_file(place, json.dumps(found, indent=1).encode())
+    (folder / "summary.json").unlink(missing_ok=True)
+    for step in rollout_steps(folder):
+        if previous is None or step > previous.step:
+            (folder / "rollouts" / f"step_{step}.parquet").unlink()
 
 
 def _follow(session: Session) -> None:
@@ -134,8 +157,8 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
     with _locked(path):
         stored = path / "config.yaml"
         if checkpoints.steps(path / "checkpoints") and stored.exists():
-            _match(yaml.safe_load(stored.read_text()), resolved, path)
-        stored.write_text(yaml.safe_dump(dict(resolved), sort_keys=False))
+            _match(read_mapping(stored), resolved, path)
+        replace_file(stored, yaml.safe_dump(dict(resolved), sort_keys=False).encode())
         yield path
 
 

@@ -220,6 +220,10 @@ class Learner:
                 sequences=len(micro.counts),
             )
         )
+        if out.per_token.shape != logprobs.shape:
+            found, name = tuple(out.per_token.shape), type(self.objective.loss).__name__
+            problem, expected = "the loss must give one number a token", f"{name}: shape {tuple(logprobs.shape)}"
+            raise TrainingError(problem, key="algorithm.loss", value=found, expected=expected)
         objective = out.per_token
         observed = dict(out.metrics) | {"policy/loss": objective.detach(), "policy/entropy": entropy.detach()}
         if entropy_coefficient:

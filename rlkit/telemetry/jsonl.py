@@ -59,10 +59,12 @@ def read_metrics(run_dir: Path) -> list[Row]:
             continue
         try:
             record = dict(json.loads(line))
+            if not all(value is None or isinstance(value, int | float) for value in record.values()):
+                raise TypeError("a value is not a number")
             rows.append(Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             if number < len(lines):
-                problem = f"line {number} is not a JSON object with step, time and seconds"
+                problem = f"line {number} is not a JSON object of numbers with step, time and seconds"
                 fix = "remove that line; only a last line may be torn"
                 raise TelemetryError(problem, key="metrics file", value=path.name, fix=fix) from error
             logger.warning("%s: last line is torn and is left out", path.name)

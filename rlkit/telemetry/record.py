@@ -134,7 +134,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
         return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise TelemetryError(f"not a readable mapping: {error}", key=path.name, value=path.parent.name) from error
 
 
@@ -143,4 +143,10 @@ def load_run(run_dir: Path) -> RunRecord:
     if not run_dir.is_dir():
         expected = "a run folder, outputs/<name>: what `rlkit train` printed"
         raise TelemetryError("no such folder", key="run", value=str(run_dir), expected=expected)
-    return RunRecord(run_dir, read_metrics(run_dir), read_mapping(run_dir / "config.yaml"))
+    config = read_mapping(run_dir / "config.yaml")
+    kinds = {"seed": int, "steps": int, "data": dict, "model": dict, "algorithm": dict, "evaluation": dict}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind | None):
+            problem, fix = "not what a run writes there", "restore config.yaml"
+            raise TelemetryError(problem, key=f"config.yaml: {key}", value=config[key], expected=kind.__name__, fix=fix)
+    return RunRecord(run_dir, read_metrics(run_dir), config)

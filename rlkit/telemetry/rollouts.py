@@ -71,7 +71,8 @@ def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> 
 
 def rollout_steps(run_dir: Path) -> list[int]:
     """Steps whose rollouts were kept, ascending; empty where none were."""
-    return sorted(int(path.stem.removeprefix("step_")) for path in (run_dir / "rollouts").glob("step_*.parquet"))
+    names = [path.stem.removeprefix("step_") for path in (run_dir / "rollouts").glob("step_*.parquet")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str]
         path = run_dir / "rollouts" / f"step_{one}.parquet"
         try:
             rows += pq.read_table(path, columns=columns).to_pylist()
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise TelemetryError(f"not a Parquet file: {error}", key="file", value=path.name) from error
     return [row | {"parts": json.loads(row["parts"])} if "parts" in row else row for row in rows]
 

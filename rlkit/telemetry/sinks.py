@@ -110,7 +110,7 @@ class Telemetry:
                 project, mode = telemetry.wandb_project, telemetry.wandb
                 sinks.append(WandbSink(run_dir, project=project, name=name, mode=mode, config=config))
             if telemetry.console:
-                sinks.append(ConsoleSink(total_steps, start_step=resume_step or 0))
+                sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
             undo.pop_all()
         return cls(sinks)
 

@@ -228,3 +228,49 @@ def test_dynamic_sampling_replaces_dead_groups_and_resumes(tmp_path):
     assert len(ordinals) == 16 and ordinals == sorted(set(ordinals)) and ordinals[-1] > 15
     assert ordinals == trained(tmp_path / "whole")
     assert rows == [row for row in metrics(tmp_path / "whole") if "reward/mean" in row]
+
+
+def test_a_run_that_left_no_checkpoint_leaves_nothing_to_the_next(tmp_path):
+    process = start(settings(tmp_path, "run", "steps=50", "checkpoint.every_steps=50"))
+    run = tmp_path / "run"
+    try:
+        wait_for(run / "rollouts" / "step_4.parquet", process)
+    finally:
+        process.kill()
+        process.wait()
+    assert main(["train", *settings(tmp_path, "run", "steps=2", "seed=7")]) == 0
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 2]
+    assert sorted(p.name for p in (run / "rollouts").iterdir()) == ["step_1.parquet", "step_2.parquet"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["seed"], summary["steps"], summary["avg@4_after_step"]) == (7, 2, 2)
+
+
+def test_what_a_run_is_judged_by_and_trained_on_does_not_change_on_resume(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=", "answer": "3"}\n')
+    data = [f"data.train.path={rows}", 'data.train.prompt="{question}"', 'data.train.reference="{answer}"']
+    data += ["reward.rewards={exact: {_target_: rewards.exact.ExactMatch, extract: whole}}", "sft=null"]
+    base = [a for a in settings(tmp_path, "run") if not a.startswith("sft.")] + data
+    assert main(["train", *base, "steps=1"]) == 0
+    assert "maj@4" in json.dumps(metrics(tmp_path / "run"))
+    assert main(["train", *base, "steps=2", "evaluation.correct_at=0.5"]) == 2
+    assert "evaluation.correct_at" in capsys.readouterr().err
+    rows.write_text(rows.read_text().replace("1+1=", "2+0="))
+    assert main(["train", *base, "steps=2"]) == 2
+    assert "trained on other rows of data.train" in capsys.readouterr().err
+
+
+def test_a_reward_without_answers_has_no_majority_score(tmp_path, monkeypatch):
+    (tmp_path / "simple.py").write_text("def one(sample):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    only = ["reward.rewards={one: {_target_: simple.one}}", "~reward.rewards.correct"]
+    assert main(["train", *settings(tmp_path, "run", "steps=1"), *only]) == 0
+    names = {name for row in metrics(tmp_path / "run") for name in row}
+    assert "eval/heldout/avg@4" in names and not any("maj@" in name for name in names)
+
+
+def test_a_plug_in_that_exits_at_import_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "leaves.py").write_text("import sys\n\n\ndef one(sample):\n    return 1.0\n\n\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["train", *settings(tmp_path, "run"), "reward.rewards={one: {_target_: leaves.one}}"]) == 2
+    assert "leaves" in capsys.readouterr().err

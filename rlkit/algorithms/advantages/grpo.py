@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum
+from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum, in_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class GroupNormalizedAdvantage:
 
     minimum_group_size: ClassVar[int] = 2
     epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        in_range("epsilon", self.epsilon, 0.0, 1.0)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""

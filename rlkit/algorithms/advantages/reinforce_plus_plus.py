@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, centred_scores
+from rlkit.algorithms.base import AdvantageInputs, centred_scores, in_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,9 @@ class BatchNormalizedAdvantage:
 
     minimum_group_size: ClassVar[int] = 1
     epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        in_range("epsilon", self.epsilon, 0.0, 1.0)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
@@ -40,6 +43,9 @@ class BatchNormalizedGroupBaselineAdvantage:
 
     minimum_group_size: ClassVar[int] = 2
     epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        in_range("epsilon", self.epsilon, 0.0, 1.0)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
