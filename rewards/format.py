@@ -22,6 +22,7 @@ class Format:
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    needs_reference: ClassVar[bool] = False
     pattern: str = ""
     tags: Sequence[str] = ()
 

@@ -19,6 +19,7 @@ class OverlongPenalty:
     """
 
     bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
+    needs_reference: ClassVar[bool] = False
     max_tokens: int
     cache_tokens: int
 

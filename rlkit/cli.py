@@ -131,4 +131,6 @@ def split_recipe(texts: Sequence[str]) -> tuple[str, list[str]]:
     chosen = [text.partition("=")[2] for text in texts if text.startswith("recipe=")]
     if len(chosen) > 1:
         raise ConfigError("give exactly one recipe", key="recipe", value=chosen)
+    if not chosen and texts and "=" not in texts[0]:
+        raise ConfigError("no recipe is given", key="recipe", value="", fix=f"recipe={texts[0]}")
     return (*chosen, "")[0], [text for text in texts if not text.startswith("recipe=")]

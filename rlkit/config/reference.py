@@ -31,22 +31,25 @@ config group and sets what is particular to it. On the command line:
 A **component** is a mapping with `_target_`, the import path of a dataclass, whose other keys are that dataclass's
 fields. Code in the working directory can be named. Unknown keys, groups, options and component settings are errors that
 name the nearest that exists. `rlkit check recipe=NAME` shows what a configuration comes to and starts nothing.
+
+A run goes on only with the recipe and data it began with. Free to change on resume: `steps`, `name`, `output_dir`,
+`resume`, `telemetry.*`, `checkpoint.*`, `evaluation.{every_steps,at_start,batch_samples}` and
+`reward.{workers,timeout_s,sandbox,max_unscored_frac}`.
 """
 
 
 def markdown() -> str:
     """The whole page."""
     library = Library.open()
-    groups = [("recipe", library.options("")), *((group, library.options(group)) for group in library.groups())]
-    rows = [(f"`{group}`", ", ".join(f"`{name}`" for name in options)) for group, options in groups]
+    groups = ", ".join(f"`{group}`" for group in library.groups())
     places: dict[type, list[str]] = {Config: [""]}  # where in a recipe each section of the schema stands
     for key in keys.walk():
         inner = keys.unwrap(key.annotation)
         for section, suffix in [(inner, ""), *((argument, ".NAME") for argument in get_args(inner))]:
             if keys.is_section(section):
                 places.setdefault(section, []).append(key.path.replace("*", "NAME") + suffix)
-    tables = [_table("Shipped recipes and config groups\n", ("group", "options"), rows)]
-    return "\n".join([INTRODUCTION, *tables, *(_section(section, found) for section, found in places.items())])
+    found = f"Config groups, whose options are the files of `recipes/GROUP/`: {groups}.\n"
+    return "\n".join([INTRODUCTION, found, *(_section(section, there) for section, there in places.items())])
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

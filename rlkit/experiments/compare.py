@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -252,7 +253,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
     with (out / "compare.txt").open("w", encoding="utf-8") as file:
-        for target in (console or Console(), Console(file=file, width=160)):
+        for target in (console or Console(width=None if sys.stdout.isatty() else 160), Console(file=file, width=160)):
             target.print(shown)
             notes = [f"{key}: {'; '.join(values)}" for key, values in differing.items()]
             for note in [*(note for variant in variants for note in variant.unfinished), *notes]:

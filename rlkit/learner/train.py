@@ -69,11 +69,12 @@ def _lead(session: Session, folder: Path) -> None:
     write_environment(folder)
     previous = checkpoints.newest(folder / "checkpoints")
     train, held_out = session.prompt_sets()
-    for name, prompts in {"data.train": train, **held_out}.items():
+    sets = {"data.train": train, **{f"data.eval.{name}": prompts for name, prompts in held_out.items()}}
+    for name, prompts in sets.items():
         print(message_of(name, len(prompts), prompts.left_out))
         if name != "data.train" and (shared := train.shared_with(prompts)):
             print(f"{name}: {shared} prompts are among the training prompts as well")
-    _begin(folder, previous, {"data.train": train, **held_out})
+    _begin(folder, previous, sets)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(open_pool(config.reward))
         asyncio.run(preflight(pool, train.prompts))

@@ -17,7 +17,7 @@ from rlkit.telemetry.names import check_name, read_resource
 from rlkit.telemetry.record import RunRecord
 
 BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
-TIME_PARTS = ("generate", "score", "wait_rollout", "old_logits", "learner", "weight_sync", "checkpoint", "eval")
+TIME_PARTS = ("generate", "score", "wait_rollout", "learner", "weight_sync", "checkpoint", "eval")
 
 
 def smooth(values: Sequence[float]) -> tuple[list[float], int]:
@@ -148,7 +148,6 @@ def time_shares(run: RunRecord) -> dict[str, float]:
         parts["wait_rollout"] = max(0.0, parts["wait_rollout"] - parts["generate"] - parts["score"])
     else:
         parts["generate"] = parts["score"] = 0.0
-    parts["learner"] = max(0.0, parts["learner"] - parts["old_logits"])
     parts["rest"] = max(0.0, total("step") - sum(parts[name] for name in TIME_PARTS[:-2]))
     return {name: s for name, s in sorted(parts.items(), key=lambda part: -part[1]) if s > 0.002 * sum(parts.values())}
 

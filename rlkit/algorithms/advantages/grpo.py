@@ -3,7 +3,7 @@
     A_i = (R_i - mean_g R) / (std_g R + epsilon)
 
 over the samples of one prompt, with the unbiased standard deviation (n - 1). A group whose scores
-are all equal has A = 0 exactly. Any affine map of a group's scores leaves A unchanged (up to
+are all equal has A = 0 exactly. Any increasing affine map of a group's scores leaves A unchanged (up to
 epsilon): corrections of the reward made before this normalisation are undone by it.
 """
 
