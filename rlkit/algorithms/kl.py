@@ -33,9 +33,10 @@ ESTIMATORS = ("k1", "k2", "k3")
 
 
 class KL(Protocol):
-    """A term added to the per-token loss."""
+    """A term added to the per-token loss or, summed over a sequence's tokens, taken off its score."""
 
     needs_reference: ClassVar[bool]  # the learner must load a reference model and give its log-probs
+    in_reward: ClassVar[bool]
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
         """Both [n]; returns the term of every token [n] and its metrics."""
@@ -46,6 +47,7 @@ class NoKL:
     """No penalty and no reference model."""
 
     needs_reference: ClassVar[bool] = False
+    in_reward: ClassVar[bool] = False
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None = None) -> LossOutput:
         """logprobs [n] -> zeros [n] without gradient, no metrics."""
@@ -60,6 +62,7 @@ class KLPenalty:
     """
 
     needs_reference: ClassVar[bool] = True
+    in_reward: ClassVar[bool] = False
     coefficient: float = 0.0
     estimator: str = "k3"
     log_ratio_limit: float = 10.0
@@ -68,8 +71,8 @@ class KLPenalty:
         in_range("coefficient", self.coefficient, 0)
         if self.estimator not in ESTIMATORS:
             raise ConfigError("unknown", key="estimator", value=self.estimator, expected=" or ".join(ESTIMATORS))
-        if self.estimator == "k1" and self.coefficient > 0:
-            fix = "estimator=k2 has the gradient of the same KL; coefficient=0 measures with k1"
+        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
+            fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             raise ConfigError("as a loss, k1 has an expected gradient of 0", key="estimator", value="k1", fix=fix)
         if not self.log_ratio_limit > 0:
             raise ConfigError("out of range", key="log_ratio_limit", value=self.log_ratio_limit, expected="nats > 0")
@@ -85,6 +88,19 @@ class KLPenalty:
             raise TrainingError("does not fit the tokens", key="reference_logprobs", value=got, expected=expected)
         estimate = kl_estimate(logprobs, reference_logprobs, self.estimator, self.log_ratio_limit)
         return LossOutput(per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()})
+
+
+@dataclass(frozen=True, slots=True)
+class KLInReward(KLPenalty):
+    """R_i - coefficient * sum_t estimate_it takes the place of the score R_i, before the advantage.
+
+    The estimate is of the sampling policy (its own log-probs) against the reference, a constant: with k1 its sum
+    is log pi(o_i) - log ref(o_i), and the expected gradient that of E[R] - coefficient KL(pi || ref) exactly
+    (RLOO, arXiv 2402.14740, and REINFORCE++, arXiv 2501.03262, take it so). Reported rewards are without it.
+    """
+
+    in_reward: ClassVar[bool] = True
+    estimator: str = "k1"
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,8 @@ from rlkit.algorithms.base import Advantage, AdvantageInputs, constant_groups
 from rlkit.errors import TrainingError
 from rlkit.learner.batching import TrainingSequence
 from rlkit.types import Group, Rollout, Verdict
+
+Penalties = Callable[[Sequence[TrainingSequence]], tuple[torch.Tensor, dict[str, float]]]
 
 
 def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
@@ -26,10 +28,12 @@ def assemble(
     step: int,
     steps_of: Mapping[int, int],
     *,
+    penalties: Penalties | None = None,
     mask_truncated: bool = False,
 ) -> tuple[list[TrainingSequence], dict[str, float]]:
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
+    `penalties` gives what is taken off each score before the advantage, and its metrics; reported rewards are without.
     `steps_of`: step of every version that sampled; a token's lag is `step` minus that.
     Unscored samples are left out of the batch and of every mean; they count in
     reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more. With
@@ -48,7 +52,8 @@ def assemble(
         lengths=torch.tensor([s.loss_tokens for s in sequences], dtype=torch.float64),
         parts={k: torch.tensor(v, dtype=torch.float64) for k, v in parts.items() if len(v) == len(usable)},
     )
-    advantages = advantage(inputs)
+    penalty, measured = penalties(sequences) if penalties else (torch.zeros_like(inputs.scores), {})
+    advantages = advantage(replace(inputs, scores=inputs.scores - penalty))
     sound = isinstance(advantages, torch.Tensor) and advantages.shape == inputs.scores.shape
     if not sound or not torch.isfinite(advantages).all():
         got = f"shape {tuple(advantages.shape)}" if isinstance(advantages, torch.Tensor) else type(advantages).__name__
@@ -56,10 +61,14 @@ def assemble(
         problem, name = "the advantage must give one finite number a sequence", type(advantage).__name__
         raise TrainingError(problem, key="algorithm.advantage", value=name, expected=expected)
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
-    metrics = _metrics(groups, inputs, advantages) | {
-        "off_policy/lag/mean": sum(n * lag for n, lag in spans) / sum(n for n, _ in spans),
-        "off_policy/lag/max": float(max(lag for _, lag in spans)),
-    }
+    metrics = (
+        _metrics(groups, inputs, advantages)
+        | measured
+        | {
+            "off_policy/lag/mean": sum(n * lag for n, lag in spans) / sum(n for n, _ in spans),
+            "off_policy/lag/max": float(max(lag for _, lag in spans)),
+        }
+    )
     trained = [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)]
     if mask_truncated:
         cut = {(r.ordinal, r.index) for _, _, r, _ in usable if r.finish_reason == "length"}

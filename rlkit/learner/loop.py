@@ -116,7 +116,9 @@ class Trainer:
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
         steps, mask = self.buffer.steps_of(sampled), config.algorithm.mask_truncated
-        sequences, metrics = assemble(groups, self.advantage, self.step, steps, mask_truncated=mask)
+        sequences, metrics = assemble(
+            groups, self.advantage, self.step, steps, penalties=self.learner.reward_penalties, mask_truncated=mask
+        )
         ranks = self.session.accelerator.num_processes
         if ranks > 1:
             broadcast_object_list([sequences], from_process=0)

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlkit.algorithms.base import Aggregation, Loss, LossInputs, OldPolicy
+from rlkit.algorithms.base import Aggregation, Loss, LossInputs, OldPolicy, group_sum
 from rlkit.algorithms.kl import KL
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError
@@ -129,7 +129,7 @@ class Learner:
         self.model = self.policy.model
         optimizer = make_optimizer(self.policy, self.config)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
-        alone = self.reference is None and self.objective.entropy_coefficient == 0
+        alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
         proportional = getattr(self.objective.loss, "proportional_to_advantage", False)
         self.skips_zero_advantage = self.config.skip_zero_advantage and alone and proportional
 
@@ -195,6 +195,21 @@ class Learner:
         logprobs, _ = self._forward(self.policy, micro.to(self.accelerator.device))
         return list(logprobs.cpu().split(micro.counts))
 
+    @torch.no_grad()
+    def reward_penalties(self, sequences: Sequence[TrainingSequence]) -> tuple[Tensor, dict[str, float]]:
+        """What a KL that belongs in the reward takes off each score [N], and its metrics. Not collective."""
+        penalties, meter = torch.zeros(len(sequences), dtype=torch.float64), Meter()
+        if self.reference is None or not self.objective.kl.in_reward:
+            return penalties, {}
+        for part in plan_microbatches([s.total_tokens for s in sequences], self.config.max_tokens_per_microbatch):
+            micro = collate(sequences, part, dict.fromkeys(part, 0.0)).to(self.accelerator.device)
+            reference, _ = self._forward(self.reference, micro)
+            out = self.objective.kl(micro.behavior_logprobs.to(reference), reference)
+            penalties[part] = group_sum(out.per_token.double(), micro.sequence, len(part)).cpu()
+            for name, values in out.metrics.items():
+                meter.add(name, values)
+        return penalties, {name: total / count for name, (total, count) in meter.sums.items()}
+
     def accumulate(
         self, microbatches: Sequence[MicroBatch], meter: Meter, check_stop: Callable[[], None], *, first: bool
     ) -> None:
@@ -228,7 +243,7 @@ class Learner:
         observed = dict(out.metrics) | {"policy/loss": objective.detach(), "policy/entropy": entropy.detach()}
         if entropy_coefficient:
             objective = objective - entropy_coefficient * entropy
-        if self.reference is not None:
+        if self.reference is not None and not self.objective.kl.in_reward:
             with torch.no_grad():
                 reference, _ = self._forward(self.reference, micro)
             penalty = self.objective.kl(logprobs, reference)

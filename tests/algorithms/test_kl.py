@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.kl import ESTIMATORS, KLPenalty, NoKL, kl_estimate
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
+from rlkit.algorithms.base import AdvantageInputs
+from rlkit.algorithms.kl import ESTIMATORS, KLInReward, KLPenalty, NoKL, kl_estimate
 from rlkit.errors import ConfigError, TrainingError
 
 LOGITS = st.lists(st.floats(-2, 2), min_size=5, max_size=5)
@@ -125,3 +127,24 @@ def test_bad_settings_are_refused(settings_, key):
 def test_a_missing_or_misshapen_reference_is_refused(reference):
     with pytest.raises(TrainingError, match="reference_logprobs"):
         KLPenalty(0.1)(torch.zeros(4), reference)
+
+
+@given(a=LOGITS, b=LOGITS)
+@settings(max_examples=30, deadline=None)
+def test_k1_in_the_reward_gives_the_gradient_of_the_penalised_objective(a, b):
+    """grad (E[R] - c KL(pi, ref)) = E[(R - c (log pi - log ref)) grad log pi], with RLOO over two samples."""
+    theta, lp, ref = policies(a, b)
+    reward, c = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.2], dtype=torch.float64), 0.3
+    objective = (lp.exp() * (reward - c * (lp - ref))).sum()
+    (exact,) = torch.autograd.grad(objective, theta, retain_graph=True)
+    penalty = KLInReward(coefficient=c)(lp.detach(), ref).per_token
+    surrogate = torch.zeros((), dtype=torch.float64)
+    for i in range(5):
+        for j in range(5):
+            scores = (reward - penalty)[torch.tensor([i, j])]
+            inputs = AdvantageInputs(scores=scores, group=torch.zeros(2).long(), lengths=torch.ones(2))
+            advantages = LeaveOneOutAdvantage()(inputs)
+            chance = (lp[i] + lp[j]).detach().exp()
+            surrogate = surrogate + chance * (advantages[0] * lp[i] + advantages[1] * lp[j]) / 2
+    (found,) = torch.autograd.grad(surrogate, theta)
+    torch.testing.assert_close(found, exact, atol=1e-10, rtol=1e-6)

@@ -13,7 +13,7 @@ from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenMean, TokenMean
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
-from rlkit.algorithms.kl import KLPenalty, NoKL
+from rlkit.algorithms.kl import KLInReward, KLPenalty, NoKL
 from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
 from rlkit.algorithms.losses.clipped import ClippedLoss
 from rlkit.algorithms.losses.gspo import SequenceClippedLoss
@@ -205,3 +205,27 @@ def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
     assert metrics["learner/learning_rate"] == 0
     for a, b in zip(before, it.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_a_kl_in_the_reward_takes_off_each_score():
+    """sum_t (behaviour log-prob - reference log-prob), whatever the micro-batches; nothing is added to the loss."""
+    kl = KLInReward(coefficient=0.5)
+    it = learner(
+        torch.float64, Objective(loss=ClippedLoss(), aggregation=TokenMean(), kl=kl, old_policy=RolloutAnchor())
+    )
+    data = sequences(torch.float64)
+    weights = it.weights(data, range(len(data)))
+    whole = collate(data, list(range(len(data))), weights)
+    with torch.no_grad():
+        reference, _ = it._forward(it.reference, whole)
+    tokens = 0.5 * (whole.behavior_logprobs.double() - reference)
+    expected = torch.stack([one.sum() for one in tokens.split(whole.counts)])
+    for size in (8192, 20):
+        it.config.max_tokens_per_microbatch = size
+        found, metrics = it.reward_penalties(data)
+        torch.testing.assert_close(found, expected)
+        assert metrics["policy/kl_ref"] == pytest.approx(float(2 * tokens.mean()))
+    plain = learner(torch.float64, Objective(**pieces, kl=NoKL()))
+    parts = [list(range(len(data)))]
+    assert torch.equal(gradient(it, data, parts), gradient(plain, data, parts))
+    assert it.skips_zero_advantage and plain.reward_penalties(data) == (pytest.approx(torch.zeros(12)), {})
