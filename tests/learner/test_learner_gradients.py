@@ -209,10 +209,8 @@ def test_step_at_learning_rate_zero_leaves_weights_and_ratio():
 
 def test_what_a_kl_in_the_reward_takes_off_each_score():
     """sum_t (behaviour log-prob - reference log-prob), whatever the micro-batches; nothing is added to the loss."""
-    kl = KLInReward(coefficient=0.5)
-    it = learner(
-        torch.float64, Objective(loss=ClippedLoss(), aggregation=TokenMean(), kl=kl, old_policy=RolloutAnchor())
-    )
+    pieces = {"loss": ClippedLoss(), "aggregation": TokenMean(), "old_policy": RolloutAnchor()}
+    it = learner(torch.float64, Objective(**pieces, kl=KLInReward(coefficient=0.5)))
     data = sequences(torch.float64)
     weights = it.weights(data, range(len(data)))
     whole = collate(data, list(range(len(data))), weights)
