@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 
 from rlkit.config.components import build
+from rlkit.config.hub import offline_unless_reachable
 from rlkit.config.keys import datasets
 from rlkit.config.schema import Config, ModelConfig
 from rlkit.errors import ConfigError, nearest
@@ -150,6 +152,8 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
         raise ConfigError(problem, key="model.architecture.model_type", value=model_type, expected="e.g. llama, qwen3")
     try:
         if model.path is not None:
+            if not Path(model.path).expanduser().is_dir():
+                offline_unless_reachable()
             settings = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
         else:
             words = SPECIAL_TOKENS + len(model.alphabet or "")
