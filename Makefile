@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/rlkit train recipe=quickstart
@@ -18,6 +18,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check rlkit rewards recipes tests benchmarks
 	$(BIN)/ruff format --check rlkit rewards recipes tests benchmarks
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(INSTALLED): pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
