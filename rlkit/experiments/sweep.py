@@ -118,6 +118,8 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
         raise ConfigError("at least one run at a time", key="--jobs", value=jobs, expected="1 or more")
     root, runs = plan(recipe, overrides, config_dir)
     root.mkdir(parents=True, exist_ok=True)
+    if (root / "metrics.jsonl").exists():
+        raise ConfigError("this folder holds a run", key="name", value=str(root), fix="set another name for the sweep")
     lock = filelock.FileLock(root / ".lock", timeout=0)
     try:
         lock.acquire()
