@@ -1,7 +1,5 @@
 """What a reward sees, what comes back, and what may go wrong."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

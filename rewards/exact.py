@@ -1,7 +1,5 @@
 """Exact match of the extracted answer with the reference, as text or as numbers."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Finding the answer in a completion: the one place where it is done."""
 
-from __future__ import annotations
-
 import re
 
 from rewards.base import RewardError, nearest

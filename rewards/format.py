@@ -1,7 +1,5 @@
 """Format reward: the completion has the asked-for shape."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ seccomp cannot look at a path. Landlock can (Linux 5.13 and later, no privileges
 may be read, all else is closed, and nothing may be written anywhere, which hides /proc/<pid>/environ too.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """Soft penalty on overlong completions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

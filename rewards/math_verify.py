@@ -1,7 +1,5 @@
 """Mathematical equality of answer and reference, through the math-verify library."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """reasoning-gym's own scorers. Several of them evaluate model output: use `VerifierPool`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ strict: resource limits, seccomp whitelist, and Landlock where the kernel has it
 limits: resource limits only; model text that is evaluated can then write files, open sockets and start processes.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

@@ -1,7 +1,5 @@
 """From a specification to a set of named, weighted rewards, and from their parts to one score."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

@@ -5,8 +5,6 @@ model text: a child does, which serves samples on a socket of its own until the 
 are JSON, one a line, decoded into typed records.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os

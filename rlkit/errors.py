@@ -4,8 +4,6 @@ Anything else that escapes rlkit is a bug. The command line prints an `RlkitErro
 traceback and exits with status 2.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

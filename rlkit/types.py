@@ -4,8 +4,6 @@ All classes are frozen and slotted; arrays are numpy, one-dimensional, and read-
 T = number of generated tokens of one rollout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """The same number of rollouts for every prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -4,8 +4,6 @@ Functions on an open transaction. These rules are the whole of the staleness bou
 docs/buffer.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Misuse of a verb, as errors a user can act on: each raises BufferError unless what its name says holds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from typing import Any

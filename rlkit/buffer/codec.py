@@ -5,8 +5,6 @@ one repeated value as that value: a 16k-token single-turn rollout takes about 13
 bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 """
 
-from __future__ import annotations
-
 import math
 import typing
 from typing import Any, TypeVar

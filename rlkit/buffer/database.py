@@ -5,8 +5,6 @@ others wait up to `BUSY_TIMEOUT_S`. It needs shared memory between the processes
 a node-local disk.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sqlite3

@@ -3,8 +3,6 @@
 Reads a snapshot and writes nothing, so it may be used while the run goes on, and afterwards.
 """
 
-from __future__ import annotations
-
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Leases of slices, as functions on an open write transaction."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ process therefore loses no record a row refers to; a power loss can, and so can 
 a record is never used. Rows of a database would be another store, with the same append, read, keep_only and close.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 import threading

@@ -21,8 +21,6 @@ The order a learner keeps: take P groups (drop some, take as many again) -> publ
 weights to the engines. A worker can submit tokens of published, surviving versions only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

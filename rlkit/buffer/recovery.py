@@ -6,8 +6,6 @@ behind the staleness bound (docs/buffer.md) for every group it keeps:
     ordinal - (drops below it) < (step of its oldest version + S + 1) * P
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update

@@ -4,8 +4,6 @@ The terms are in protocol.py. What a verb does is in admission.py (request, take
 to score) and recovery.py (watermark, commit, rollback); here is what happens around the transaction.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The buffer's schema, in SQLAlchemy Core: SQLite now, and nothing in it PostgreSQL lacks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import sqlalchemy as sa

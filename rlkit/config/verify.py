@@ -3,8 +3,6 @@
 They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

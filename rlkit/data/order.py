@@ -1,7 +1,5 @@
 """Which prompt comes when: a pure function of (seed, ordinal), so that nothing needs saving."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from rlkit.errors import DataError

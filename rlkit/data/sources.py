@@ -4,8 +4,6 @@ A source is a component with one method, `rows()`. A row is a mapping of field n
 number (counted from 0) is its default id.
 """
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field

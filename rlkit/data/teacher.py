@@ -4,8 +4,6 @@ A teacher is called as `teacher(row, index) -> str`: the completion of row numbe
 end-of-sequence token; the same arguments always give the same text.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Prompts are the units of replication: samples of one prompt are not independent 
 set, so a standard error is the standard deviation of the prompts' values (n - 1) / sqrt(prompts).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Evaluation of the weights an engine serves on held-out sets, and `rlkit eval`."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ sample with the same keyed random numbers; a warm start is trained once and shar
 again, a sweep goes on: finished runs are left alone, others resume from their checkpoints.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import hashlib

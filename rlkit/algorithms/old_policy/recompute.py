@@ -6,8 +6,6 @@ ratio starts at 1 whatever the tokens' age, so that clipping is silently off unl
 weights correct for it. Hence refused at lag > 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
