@@ -83,8 +83,7 @@ class Comparison:
 
 
 def _tokens(run: RunRecord) -> dict[int, float]:
-    rates, times = (dict(zip(*run.metric(name), strict=True)) for name in ("perf/tokens_per_s", "time/step"))
-    return {step: rate * times[step] for step, rate in rates.items()}
+    return dict(zip(*run.metric("perf/sampled_tokens"), strict=True))
 
 
 def _seconds(run: RunRecord) -> dict[int, float]:

@@ -109,7 +109,7 @@ class Trainer:
         """One batch through the whole cycle; returns its metrics."""
         config = self.config
         started = time.perf_counter()
-        clock = {"time/generate": 0.0, "time/score": 0.0}
+        clock = {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
         groups, refused = await self.collect(clock)
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
@@ -165,6 +165,7 @@ class Trainer:
                     states = self.buffer.stats().states
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
                 clock["time/generate"] += report.generate_seconds
+                clock["perf/sampled_tokens"] += report.tokens
                 clock["time/score"] += report.score_wait_seconds
             may_filter = len(drawn) < self.config.algorithm.max_filter_draws * wanted
             for group in taken:

@@ -52,7 +52,7 @@ def make_run(folder: Path, seed: int, rate: float, after: float) -> None:
     folder.mkdir(parents=True)
     config = {"name": folder.name, "seed": seed, "steps": 2, "learner": {"learning_rate": rate}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    step = {"perf/tokens_per_s": 100.0, "time/step": 2.0, "reward/mean": 0.5}
+    step = {"perf/sampled_tokens": 200.0, "time/step": 2.0, "reward/mean": 0.5}
     rows = [{"eval/held/avg@4": 0.25}, step, step, {"eval/held/avg@4": after}]
     numbered = enumerate(zip((0, 1, 2, 2), rows, strict=True))
     lines = [{"step": step, "time": float(i), "seconds": float(i), **row} for i, (step, row) in numbered]
