@@ -41,7 +41,7 @@ def test_check_prints_all_and_starts_nothing(
         (["train", "recipe=quickstart", "samples_per_prompt=1"], "2 or more"),
         (["check", "steps=3"], "no such recipe"),
         (["check", "recipe=gsm8k", "recipe=quickstart"], "exactly one recipe"),
-        (["check", "recipe="], "expected: one of gsm8k, "),
+        (["check", "recipe="], "expected: one of deepscaler, "),
         (["check", "recipe=quickstart", "--config-dir", "nowhere"], "--config-dir"),
     ],
 )
