@@ -23,6 +23,8 @@ from rewards.zygote import Setup, decode, line
 GONE = (OSError, EOFError)
 MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
 
+_START_S = 60.0  # to import the rewards and warm them up
+_MAX_RESTARTS = 5  # in a row; then the pool fails
 _GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _EXIT_S = 2.0  # how long a zygote may take to end its children and itself
@@ -106,6 +108,7 @@ class Keeper:
             async with self._exchange:
                 zygote = self.zygote or await self._start()
                 child = Child(await self._ask(zygote, (0, 0.0), int, theirs.fileno()), zygote, peer)
+            theirs.close()  # held open here, it would hide the child's death
             try:
                 problem = await peer.ask(b"", str, _GRACE_S)
             except (*GONE, *MALFORMED):
@@ -132,7 +135,7 @@ class Keeper:
     async def _start(self) -> Zygote:
         """Start a zygote, after a pause if it has died before. Raises ZygoteDied, RewardError."""
         deaths = len(self._deaths)
-        if deaths > self._setup.max_restarts:
+        if deaths > _MAX_RESTARTS:
             words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip() or "(nothing on stderr)"
             how = f"died {deaths} times in a row ({self._deaths[-1]})"
             raise RewardError(f"the verifier's warm process {how}; its last words:\n{words}")
@@ -154,11 +157,10 @@ class Keeper:
             )
         zygote = self.zygote = Zygote(process, peer)
         try:
-            ready = await peer.ask(line(self._setup), list[Weight] | str, self._setup.start_timeout_s)
+            ready = await peer.ask(line(self._setup), list[Weight] | str, _START_S)
         except TimeoutError:
             self._bury(zygote)
-            limit = f"start_timeout_s={self._setup.start_timeout_s}"
-            raise RewardError(f"no warm rewards within {limit}; raise it, or see what they do at start") from None
+            raise RewardError(f"no warm rewards within {_START_S} s; see what they do at start") from None
         except (*GONE, *MALFORMED) as error:
             raise self._bury(zygote) from error
         if isinstance(ready, str):

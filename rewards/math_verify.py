@@ -21,7 +21,6 @@ class MathVerify:
     extract, marker: where the answer stands, see `rewards.extraction.METHODS`; "auto" leaves the search to math-verify
         (a box first, then the last LaTeX or plain expression).
     strict: variables must carry the same names, and a set is not a tuple.
-    float_rounding: decimals two floats must share. numeric_precision: digits of evaluation.
 
     The reference is a plain number or LaTeX, with or without dollar signs or a box. One that does not parse makes the
     sample unscorable, and so does an exception raised in the comparison. math-verify's own time limits work by SIGALRM,
@@ -32,15 +31,9 @@ class MathVerify:
     extract: str = "boxed"
     marker: str = ""
     strict: bool = True
-    float_rounding: int = 6
-    numeric_precision: int = 15
 
     def __post_init__(self) -> None:
         check_extraction(self.extract, self.marker, more=("auto",))
-        for name in ("float_rounding", "numeric_precision"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RewardError(f"{name}={value!r} must be a whole number of at least 1")
 
     def warm_up(self) -> None:
         """Import sympy, build math-verify's expressions and its LaTeX parser's tables."""
@@ -70,11 +63,9 @@ class MathVerify:
         from math_verify import verify
 
         raised: Exception | None = None
-        rounding, digits = self.float_rounding, self.numeric_precision
-        options: dict[str, Any] = {"float_rounding": rounding, "numeric_precision": digits, "strict": self.strict}
         for one, other in itertools.product(gold, target):
             try:
-                if verify(one, other, timeout_seconds=None, raise_on_error=True, **options):
+                if verify(one, other, strict=self.strict, timeout_seconds=None, raise_on_error=True):
                     return 1.0
             except Exception as error:  # another pair may still be equal; if none is, it counts
                 raised = error

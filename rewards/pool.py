@@ -51,8 +51,6 @@ class VerifierPool:
         process: 1 isolates each, for a few milliseconds a sample.
     sandbox, limits: "strict" or "limits", see `rewards.sandbox`, and the resource limits of a process.
     read_paths: further files and folders a reward may read while it scores.
-    start_timeout_s: for the warm process, from which the others are forked, to import the rewards and warm them up.
-    max_restarts: the warm process may die so often in a row; then the pool fails.
 
     All methods may be called from any thread and any event loop. Raises RewardError if the
     specification is wrong or the warm process cannot start or dies in a row.
@@ -68,18 +66,14 @@ class VerifierPool:
         sandbox: str = "strict",
         limits: Limits | None = None,
         read_paths: Sequence[str | os.PathLike[str]] = (),
-        start_timeout_s: float = 60.0,
-        max_restarts: int = 5,
     ) -> None:
         plain, limits = check_spec(spec), limits or Limits()
         paths = [os.path.abspath(path) for path in read_paths]
-        counts = {"workers": workers, "batch_size": batch_size, "max_restarts": max_restarts, **asdict(limits)}
-        for name, value in counts.items():
+        for name, value in {"workers": workers, "batch_size": batch_size, **asdict(limits)}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise RewardError(f"{name}={value!r} must be a whole number of at least 1")
-        for name, seconds in {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}.items():
-            if not 0 < seconds < math.inf:
-                raise RewardError(f"{name}={seconds!r} must be a finite number of seconds above 0")
+        if not 0 < timeout_s < math.inf:
+            raise RewardError(f"timeout_s={timeout_s!r} must be a finite number of seconds above 0")
         if missing := [path for path in paths if not os.path.exists(path)]:
             raise RewardError(f"read_paths: {missing[0]!r} does not exist")
         if sandbox not in ("strict", "limits"):
@@ -87,8 +81,8 @@ class VerifierPool:
         if sandbox == "limits":
             danger = "model output that a scorer evaluates can write files, open sockets and start processes"
             warnings.warn(f"sandbox=limits: {danger}; sandbox=strict prevents it", RuntimeWarning, stacklevel=2)
-        settings = (plain, workers, batch_size, timeout_s, start_timeout_s, max_restarts, sandbox, limits, paths)
-        self._scorer = _Scorer(Setup(*settings, tempfile.mkdtemp(prefix="rewards-")))
+        folder = tempfile.mkdtemp(prefix="rewards-")
+        self._scorer = _Scorer(Setup(plain, workers, batch_size, timeout_s, sandbox, limits, paths, folder))
         # Also at interpreter exit and when the pool is dropped unclosed.
         self._finalizer = weakref.finalize(self, self._scorer.close)
         try:
@@ -199,9 +193,8 @@ class _Scorer:
             except TypeError as error:
                 raise RewardError(f"sample {position}: metadata must be plain JSON values: {error}") from error
         order = list(job.pending)
-        size = min(
-            self._setup.batch_size, -(-len(order) // self._setup.workers) or 1
-        )  # small jobs spread over the workers too
+        # Small jobs spread over the workers too.
+        size = min(self._setup.batch_size, -(-len(order) // self._setup.workers) or 1)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         try:
             # Shielded: an exchange with the zygote that is given up halfway would leave it out of step.
@@ -236,9 +229,8 @@ class _Scorer:
         started = time.monotonic()
         fault, patience_s = "answered out of turn", 0.0
         try:
-            answered, measured = await child.peer.ask(
-                job.pending[position], tuple[int, Measurement], self._setup.timeout_s
-            )
+            request, kind = job.pending[position], tuple[int, Measurement]
+            answered, measured = await child.peer.ask(request, kind, self._setup.timeout_s)
             if answered == position:
                 value, parts, reason = total(self.keeper.weights, measured)
                 seconds = time.monotonic() - started

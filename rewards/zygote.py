@@ -37,8 +37,6 @@ class Setup(msgspec.Struct, frozen=True):
     workers: int
     batch_size: int
     timeout_s: float
-    start_timeout_s: float
-    max_restarts: int
     sandbox: str
     limits: Limits
     read_paths: list[str]

@@ -195,10 +195,11 @@ def test_sample_that_kills_the_worker_is_given_up(sample: Make) -> None:
         assert pool.counts.restarts == 2 and pool.counts.crashes == 1
 
 
-def test_crash_loop_stops_with_the_last_words() -> None:
+def test_crash_loop_stops_with_the_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.keeper._MAX_RESTARTS", 2)
     spec = {"bad": {"_target_": "user_rewards.BreaksAtStart", "how": "exit"}}
     with pytest.raises(RewardError, match="(?s)died 3 times in a row.*status 7.*last words"):
-        VerifierPool(spec, workers=1, max_restarts=2)
+        VerifierPool(spec, workers=1)
 
 
 @pytest.mark.parametrize(
