@@ -37,12 +37,11 @@ END_DEADLINE_S = 90.0
 """A run that was told to end writes a checkpoint first; it is killed after this."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Run:
     """One training run of a sweep."""
 
-    variant: str
-    seed: int
+    title: str  # variant and seed
     folder: Path
     overrides: tuple[str, ...]
     steps: int
@@ -67,10 +66,10 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
     """The sweep's folder and its runs; every configuration is composed and checked. Raises ConfigError."""
     choices = [_values(text) for text in overrides]
     swept = [values[0].partition("=")[0] for values in choices if len(values) > 1]
-    runs: dict[Path, Run] = {}
     if fixed := {"name", "output_dir", "resume"} & set(swept):
-        problem, expected = "a sweep has one folder", "one value"
-        raise ConfigError(problem, key=", ".join(sorted(fixed)), value="swept", expected=expected)
+        key = ", ".join(sorted(fixed))
+        raise ConfigError("a sweep has one folder", key=key, value="swept", expected="one value")
+    runs: dict[Path, Run] = {}
     for combination in itertools.product(*choices):
         config, resolved = load(recipe, combination, config_dir=config_dir)
         verify(config)
@@ -79,20 +78,14 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
             raise ConfigError("a sweep goes on with its runs", key="resume", value="never", expected="auto", fix=fix)
         values = dict(text.partition("=")[::2] for text in combination)
         words = [re.sub(r"[^\w.+-]+", "-", values[key]).strip("-") for key in swept if key != "seed"]
-        variant = "_".join(words) or recipe
-        root = Path(config.output_dir) / config.name
+        variant, root = "_".join(words) or recipe, Path(config.output_dir) / config.name
         folder = root / variant / f"seed_{config.seed}"
         if folder in runs:
             raise ConfigError("two runs of the sweep have the same folder", key="name", value=str(folder))
-        place = (f"output_dir={_quoted(folder.parent)}", f"name={folder.name}")
-        runs[folder] = Run(
-            variant=variant,
-            seed=config.seed,
-            folder=folder,
-            overrides=(*combination, *place),
-            steps=config.steps,
-            recipe=hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16],
-        )
+        parent = str(folder.parent).replace("\\", "\\\\").replace("'", "\\'")
+        given = (*combination, f"output_dir='{parent}'", f"name={folder.name}")
+        digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+        runs[folder] = Run(f"{variant} seed {config.seed}", folder, given, config.steps, digest)
     return root, list(runs.values())
 
 
@@ -108,10 +101,6 @@ def _values(text: str) -> list[str]:
         raise ConfigError(f"override {text!r} cannot be read: {error}", expected=expected) from error
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: int) -> int:
     """Run a sweep, `jobs` runs at a time; 0 if every run ended well, 1 if one failed, 128 + n after signal n."""
     if jobs < 1:
@@ -120,24 +109,22 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
     root.mkdir(parents=True, exist_ok=True)
     if (root / "metrics.jsonl").exists():
         raise ConfigError("this folder holds a run", key="name", value=str(root), fix="set another name for the sweep")
-    lock = filelock.FileLock(root / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with filelock.FileLock(root / ".lock", timeout=0):
+            recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
+            _match(root, {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes})
+            waiting = [run for run in runs if not run.finished]
+            print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+            failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
     except filelock.Timeout as error:
         fix = "wait for it, or set another name"
         raise ConfigError("another process runs this sweep", key="name", value=str(root), fix=fix) from error
-    with lock:
-        recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
-        _match(root, {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes})
-        waiting = [run for run in runs if not run.finished]
-        print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
-        failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
     if received:
         print(f"stopped by {signal.Signals(received).name}; the same command goes on")
         return 128 + received
     for run, status in failed:
         tail = run.log.read_text(errors="replace")[-2000:] if run.log.exists() else ""
-        print(f"{run.variant} seed {run.seed} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
+        print(f"{run.title} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
     print(f"compare: rlkit compare {root}")
     return 1 if failed else 0
 
@@ -149,9 +136,8 @@ def _match(root: Path, manifest: dict[str, Any]) -> None:
     if before and before != manifest:
         fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
         changed = {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}
-        raise ConfigError(
-            "this folder holds another sweep", key="name", value=str(root), expected=str(changed), fix=fix
-        )
+        problem = "this folder holds another sweep"
+        raise ConfigError(problem, key="name", value=str(root), expected=str(changed), fix=fix)
     replace_file(path, json.dumps(manifest, indent=1).encode())
 
 
@@ -159,8 +145,8 @@ async def _run_all(
     runs: Sequence[Run], recipe: str, config_dir: Path | None, jobs: int
 ) -> tuple[list[tuple[Run, int]], int]:
     """Train every run; returns the failed ones with their exit status, and the signal that ended it all or 0."""
-    free, stop, failed = asyncio.Semaphore(jobs), asyncio.Event(), list[tuple[Run, int]]()
-    received: list[int] = []
+    free, stop = asyncio.Semaphore(jobs), asyncio.Event()
+    received, failed = list[int](), list[tuple[Run, int]]()
 
     def interrupted(number: int) -> None:
         received.append(number)
@@ -173,16 +159,16 @@ async def _run_all(
         async with free:
             if stop.is_set():
                 return
-            print(f"{run.variant} seed {run.seed}: started", flush=True)
+            print(f"{run.title}: started", flush=True)
             status = await _train(run, recipe, config_dir, jobs, stop)
-            if stop.is_set():
-                return
-            print(f"{run.variant} seed {run.seed}: {'finished' if run.finished else 'failed'}", flush=True)
-            if not run.finished:
-                failed.append((run, status))
+        if stop.is_set():
+            return
+        if not run.finished:
+            failed.append((run, status))
+        print(f"{run.title}: {'finished' if run.finished else 'failed'}", flush=True)
 
-    await asyncio.gather(*(one(run) for run in runs))
-    return failed, received[0] if received else 0
+    await asyncio.gather(*map(one, runs))
+    return failed, (*received, 0)[0]
 
 
 async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop: asyncio.Event) -> int:
@@ -191,7 +177,7 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     run.folder.mkdir(parents=True, exist_ok=True)
     if not await _unlocked(run.folder / ".lock"):
-        print(f"{run.variant} seed {run.seed}: another process uses {run.folder}", file=sys.stderr)
+        print(f"{run.title}: another process uses {run.folder}", file=sys.stderr)
         return -1
     with run.log.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
