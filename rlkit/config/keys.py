@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
@@ -60,19 +59,19 @@ def describe(annotation: Any) -> str:
 def fields(section: type) -> dict[str, Key]:
     """Keys of one section (a dataclass of the schema), by name, in file order."""
     hints = get_type_hints(section)
-    # The documentation of a field is the string that stands under it.
-    docs = {}
-    for kind in reversed(section.__mro__[:-1]):
-        tree: Any = ast.parse(inspect.getsource(kind)).body[0]
-        for field, below in pairwise(tree.body):
-            if type(field) is ast.AnnAssign and type(below) is ast.Expr:
-                docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
-    out = {}
+    # The documentation of a field is the comment behind or above it.
+    docs, above = {}, ""
+    for line in "".join(map(inspect.getsource, reversed(section.__mro__[:-1]))).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        if (name := re.match(r"(\w+): ", code)) and (comment or above):
+            docs[name[1]] = comment or above
+        above = "" if code else comment
+    found = {}
     for f in dataclasses.fields(section):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         doc = docs.get(f.name) or inspect.getdoc(hints[f.name]) or ""
-        out[f.name] = Key(f.name, hints[f.name], default, f.metadata, doc)
-    return out
+        found[f.name] = Key(f.name, hints[f.name], default, f.metadata, doc)
+    return found
 
 
 def walk(section: type = Config, prefix: str = "") -> Iterator[Key]:
@@ -103,7 +102,7 @@ def datasets(config: Config) -> dict[str, DatasetConfig]:
 def locate(path: str, *, value: object = None, where: str = "") -> Any:
     """Annotation of the key at a dotted path; `Any` for whatever lies inside a component.
 
-    Raises ConfigError when no such key exists; `where` ("in override 'x=1'") goes into the message.
+    ConfigError where no such key exists; `where` (" in override 'x=1'") goes into the message.
     """
     annotation: Any = Config
     parent = ""
@@ -128,9 +127,8 @@ def _unknown(path: str, parent: str, known: list[str], value: object, where: str
     # The right name in the wrong section comes before a similar name in this one.
     everywhere = [key.path for key in walk()]
     same = [key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]]
-    siblings = [f"{parent}.{name}".lstrip(".") for name in known]
     near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else ""
-    near = near or nearest(path, siblings) or nearest(path, everywhere)
+    near = near or nearest(path, [f"{parent}.{name}".lstrip(".") for name in known]) or nearest(path, everywhere)
     expected = f"one of {', '.join(known)}" + (f" (in {parent})" if parent else "")
     fix = "python -m rlkit.config.reference lists all keys (docs/config.md)"
     return ConfigError(f"no such key{where}.{near}", key=path, value=value, expected=expected, fix=fix)

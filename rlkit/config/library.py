@@ -34,8 +34,8 @@ class Library:
             return cls((SHIPPED,))
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
-            problem, expected = f"no such folder (looked at {folder})", "recipes (*.yaml), groups in sub-folders"
-            raise ConfigError(problem, key="--config-dir", value=str(config_dir), expected=expected)
+            expected = "a folder of recipes (*.yaml), groups in sub-folders"
+            raise ConfigError(f"no such folder: {folder}", key="--config-dir", value=str(config_dir), expected=expected)
         return cls((folder, SHIPPED))
 
     def options(self, group: str) -> list[str]:
@@ -53,10 +53,7 @@ class Library:
         return next((path for path in paths if path.is_file()), None)
 
     def check(self, name: str, asked: str = "", stack: tuple[str, ...] = ()) -> None:
-        """Check that a file is there, its defaults list, and every file which that names.
-
-        Raises ConfigError for an entry that names nothing, is malformed, or includes itself.
-        """
+        """Check a file, its defaults list and every file that names. ConfigError: absent, malformed, in a circle."""
         path = self.find(name)
         if path is None:
             raise self._absent(name, asked)
@@ -72,9 +69,8 @@ class Library:
         if not isinstance(entries := content.get("defaults", []), list):
             raise ConfigError(f"'defaults' in {path} must be a list of '- group: option'")
         where = f" in the defaults list of {path}"
-        for entry in entries:
-            for target in _targets(entry, name.rpartition("/")[0], where):
-                self.check(target, where, (*stack, name))
+        for target in (target for entry in entries for target in _targets(entry, name.rpartition("/")[0], where)):
+            self.check(target, where, (*stack, name))
 
     def _absent(self, name: str, where: str) -> ConfigError:
         group, _, option = name.rpartition("/")

@@ -119,7 +119,7 @@ def compare(variants: Sequence[Variant], metric: str, baseline: str) -> list[Com
     rows = []
     for variant in variants:
         values, other = variant.last(metric), base.last(metric)
-        against = (None, None)
+        against: tuple[Figure | None, Figure | None] = (None, None)
         if variant is not base:
             against = paired_difference(values, other), improvement_probability(values, other)
         rows.append(Comparison(variant, over_seeds(values), *against))
