@@ -4,8 +4,6 @@ Each command imports its main function when it runs, so that `rlkit report` need
 Bad input ends with one message on stderr and exit status 2.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

@@ -4,8 +4,6 @@ A component is a mapping `{_target_: package.module.Name, field: value, ...}`. T
 with named parameters; nothing has to be registered anywhere.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

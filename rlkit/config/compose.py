@@ -4,8 +4,6 @@ Hydra composes the defaults list; the result is always merged into the typed sch
 key nobody reads is an error. Overrides of values are merged one by one afterwards: an error can name its override.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The Hugging Face hub: where it cannot be reached, say so at once."""
 
-from __future__ import annotations
-
 import logging
 import os
 from functools import cache

@@ -1,7 +1,5 @@
 """The keys a recipe may have, read off the schema: walking them, naming types, near misses."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

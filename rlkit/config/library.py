@@ -4,13 +4,11 @@ Hydra ignores a misspelt `optional group: option` and unknown keywords without a
 entry that names nothing is an error with the nearest name that exists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from omegaconf import OmegaConf
@@ -28,7 +26,7 @@ class Library:
     folders: tuple[Path, ...]
 
     @classmethod
-    def open(cls, config_dir: Path | None = None) -> Library:
+    def open(cls, config_dir: Path | None = None) -> Self:
         """The shipped recipes, after those in `config_dir`. ConfigError if that is no folder."""
         if config_dir is None:
             return cls((SHIPPED,))

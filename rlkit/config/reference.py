@@ -1,7 +1,5 @@
 """The configuration reference, generated from the schema: python -m rlkit.config.reference."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from dataclasses import is_dataclass

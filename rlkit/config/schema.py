@@ -5,8 +5,6 @@ import path to a dataclass, whose other keys are that dataclass's fields, so a p
 behind or above a field is its documentation; `docs/config.md` is generated from it.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any

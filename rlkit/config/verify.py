@@ -3,8 +3,6 @@
 They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator
@@ -50,7 +48,11 @@ def problems(config: Config) -> Iterator[ConfigError]:
         build_rewards(config.reward.rewards)
     except RewardError as error:
         yield _fault("reward.rewards", list(config.reward.rewards), str(error))
-    yield from _check_names(config)
+    named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
+    for path, name in ((path, name) for path, names in named.items() for name in names):
+        if not _NAME.fullmatch(name):
+            expected = "up to 128 letters, digits and _ . + -"
+            yield _fault(path, name, "not usable as a folder's or metric's name", expected)
     yield from _check_model_and_data(config)
     yield from _check_algorithm(config, built)
     yield from _check_lengths(config)
@@ -69,14 +71,6 @@ def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
     good = value in choices if choices else key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value)
     if not good:
         yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
-
-
-def _check_names(config: Config) -> Iterator[ConfigError]:
-    named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
-    for key, name in ((key, name) for key, names in named.items() for name in names):
-        if not _NAME.fullmatch(name):
-            expected = "up to 128 letters, digits and _ . + -"
-            yield _fault(key, name, "not usable as a folder's or metric's name", expected)
 
 
 def _check_model_and_data(config: Config) -> Iterator[ConfigError]:

@@ -1,7 +1,5 @@
 """Which prompt comes when: a pure function of (seed, ordinal), so that nothing needs saving."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from rlkit.errors import DataError
@@ -11,9 +9,8 @@ from rlkit.types import IntArray
 class PromptOrder:
     """Maps an ordinal, the position in the run's endless sequence of prompts, to a prompt.
 
-    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order
-    without `shuffle`. O(1) amortised for ordinals that mostly grow: one epoch's permutation is kept. `DataError`
-    without prompts.
+    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order without
+    `shuffle`. One epoch's permutation is kept. `DataError` without prompts.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool = True) -> None:
@@ -33,10 +30,9 @@ class PromptOrder:
 
 
 def permutation(count: int, *entropy: int) -> IntArray:
-    """Permutation of range(count) fixed by `entropy`, the same under every numpy version.
+    """Permutation of range(count) fixed by `entropy`, so that a resumed run is right after an upgrade of numpy.
 
-    numpy keeps the raw stream of a bit generator stable across versions, but not `shuffle` or
-    `permutation`; sorting raw 64-bit draws keeps a resumed run right after an upgrade.
+    It keeps a bit generator's raw stream stable across versions, but not `shuffle` or `permutation`.
     """
     draws = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
     return np.argsort(draws, kind="stable").astype(np.int64)

@@ -5,8 +5,6 @@ variant that their parent folder is called after; any other run is a variant of 
 the one named by --baseline, is what the others are compared with.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence

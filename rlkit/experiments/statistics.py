@@ -4,8 +4,6 @@ Seeds are the unit of resampling. With three seeds an interval is wide and its c
 the seeds lie apart, not more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ sample with the same keyed random numbers; a warm start is trained once and shar
 again, a sweep goes on: finished runs are left alone, others resume from their checkpoints.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import hashlib
@@ -176,7 +174,12 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
     command += ["--config-dir", str(config_dir)] if config_dir else []
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not await _unlocked(run.folder / ".lock"):
+    try:
+        # A sweep that was killed has told its runs to end, and one may still be writing a checkpoint. Without a thread:
+        # Linux tells children of a parent's death once more for every thread of it.
+        async with filelock.AsyncFileLock(run.folder / ".lock", timeout=END_DEADLINE_S, run_in_executor=False):
+            pass
+    except filelock.Timeout:
         print(f"{run.title}: another process uses {run.folder}", file=sys.stderr)
         return -1
     with run.log.open("ab") as log:
@@ -196,22 +199,6 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
                 process.kill()
             status = await ended
     return status
-
-
-async def _unlocked(path: Path) -> bool:
-    """Wait: a sweep that was killed has told its runs to end, and one may still be writing a checkpoint.
-
-    Without a thread: Linux tells children of a parent's death once more for every thread of it.
-    """
-    deadline = asyncio.get_running_loop().time() + END_DEADLINE_S
-    while True:
-        try:
-            with filelock.FileLock(path, timeout=0):
-                return True
-        except filelock.Timeout:
-            if asyncio.get_running_loop().time() > deadline:
-                return False
-            await asyncio.sleep(0.5)
 
 
 def _end_with_parent() -> None:
