@@ -1,7 +1,6 @@
 """The command line: `rlkit train recipe=NAME [key=value ...]` and its sister commands.
 
-Each command imports its main function when it runs, so that `rlkit report` needs no torch.
-Bad input ends with one message on stderr and exit status 2.
+Commands are imported when they run: `rlkit report` needs no torch. Bad input: a message on stderr, exit status 2.
 """
 
 import argparse

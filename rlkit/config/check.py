@@ -65,7 +65,6 @@ def batch_table(config: Config) -> list[Row]:
     between = (steps - 1) // evaluation.every_steps if evaluation.every_steps else 0
     evaluations = evaluation.at_start + between + 1 if config.data.eval else 0
     verifying = math.ceil(-(-sequences // config.reward.workers) * config.reward.timeout_s)
-    checkpoints = -(-steps // config.checkpoint.every_steps)
     table = [
         ("sequences per step", sequences, "prompts_per_step * samples_per_prompt"),
         ("sampled tokens per step, at most", sequences * rollout.max_completion_tokens, "all completions full length"),
@@ -79,7 +78,7 @@ def batch_table(config: Config) -> list[Row]:
         ("groups in flight, at most", (config.max_staleness + 1) * groups, "(max_staleness + 1) * prompts_per_step"),
         ("leases per step, at least", -(-sequences // rollout.slice_samples), "sequences / rollout.slice_samples"),
         ("seconds of verifying per step, at most", verifying, "every sample timing out, on reward.workers"),
-        ("checkpoints written, at least", checkpoints, "steps / checkpoint.every_steps, and one at the end"),
+        ("checkpoints written, at least", -(-steps // config.checkpoint.every_steps), "steps / checkpoint.every_steps"),
         ("evaluations", evaluations, f"of {len(config.data.eval)} held-out sets"),
     ]
     if config.sft is not None:

@@ -1,7 +1,6 @@
-"""Components: plug-ins addressed by import path, checked against their own fields.
+"""Components: mappings `{_target_: package.module.Name, field: value, ...}`, checked against their target's own fields.
 
-A component is a mapping `{_target_: package.module.Name, field: value, ...}`. The target is a dataclass or any callable
-with named parameters; nothing has to be registered anywhere.
+A target is a dataclass or any callable with named parameters; nothing has to be registered anywhere.
 """
 
 import importlib

@@ -1,7 +1,6 @@
-"""The folders recipes come from, and a check of defaults lists that Hydra itself does not make.
+"""The folders recipes come from, and a check of defaults lists that Hydra does not make (hydra issue 1951).
 
-Hydra ignores a misspelt `optional group: option` and unknown keywords without a word (hydra issue 1951); here every
-entry that names nothing is an error with the nearest name that exists.
+An entry that names nothing, a misspelt `optional group: option` too, is an error with the nearest name that exists.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,7 @@
-"""The typed schema of a recipe: every key, its type, its default and what it means.
+"""The typed schema of a recipe: every key, its type, its default and, behind or above it, what it means.
 
-Components (algorithm pieces, engine, budget, rewards, data sources, teachers) are open: a mapping with `_target_`, an
-import path to a dataclass, whose other keys are that dataclass's fields, so a plug-in needs no entry here. The comment
-behind or above a field is its documentation; `docs/config.md` is generated from it.
+Components (algorithm pieces, engine, budget, rewards, data sources, teachers) are open mappings with `_target_`: a
+plug-in needs no entry here. `docs/config.md` is generated from the comments.
 """
 
 import math

@@ -66,9 +66,10 @@ def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
     """The limits that stand beside the field in the schema."""
     if value is None or not key.limits:
         return
-    choices = key.limits.get("choices")
-    near = nearest(value, choices) if choices else ""
-    good = value in choices if choices else key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value)
+    if choices := key.limits.get("choices"):
+        good, near = value in choices, nearest(value, choices)
+    else:
+        good, near = key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value), ""
     if not good:
         yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
 

@@ -25,14 +25,8 @@ class PromptOrder:
         if not self.shuffle:
             return offset
         if epoch != self._kept[0]:
-            self._kept = epoch, permutation(self.count, self.seed, epoch)
+            # numpy keeps a bit generator's raw stream the same in every version, but not `shuffle` and `permutation`:
+            # with sorted raw draws a resumed run is right also after an upgrade.
+            draws = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(self.count)
+            self._kept = epoch, np.argsort(draws, kind="stable").astype(np.int64)
         return int(self._kept[1][offset])
-
-
-def permutation(count: int, *entropy: int) -> IntArray:
-    """Permutation of range(count) fixed by `entropy`, so that a resumed run is right after an upgrade of numpy.
-
-    It keeps a bit generator's raw stream stable across versions, but not `shuffle` or `permutation`.
-    """
-    draws = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
-    return np.argsort(draws, kind="stable").astype(np.int64)

@@ -1,7 +1,6 @@
 """Where rows come from: a file, the Hugging Face hub, or a procedural task.
 
-A source is a component with one method, `rows()`. A row is a mapping of field names to values; its
-number (counted from 0) is its default id.
+A source is a component with a method `rows()`; a row maps field names to values, its number is its default id.
 """
 
 import codecs

@@ -1,7 +1,6 @@
 """Components that write a row's target completion, for supervised warm starts.
 
-A teacher is called as `teacher(row, index) -> str`: the completion of row number `index`, without the
-end-of-sequence token; the same arguments always give the same text.
+`teacher(row, index) -> str` gives that of row number `index`, without end-of-sequence token, the same at every call.
 """
 
 import random

@@ -21,7 +21,7 @@ def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str 
     `DataError` names `key` (the setting the template comes from), the row, what is missing and what exists.
     """
     try:
-        return _FORMATTER.vformat(template, (), row)
+        return _Formatter().vformat(template, (), row)
     except _NullField:
         return None
     except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
@@ -55,9 +55,6 @@ class _Formatter(string.Formatter):
         if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes null as NaN
             raise _NullField
         return "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
-
-
-_FORMATTER = _Formatter()
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

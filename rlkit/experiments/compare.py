@@ -66,10 +66,7 @@ class Variant:
 
     @cached_property
     def spent(self) -> dict[int, FloatArray]:
-        """Sampled tokens and seconds of learner steps by seed, after step 0, 1, 2, ...: [last step + 1, 2].
-
-        A warm start, evaluations and pauses are not counted.
-        """
+        """By seed, sampled tokens and seconds of learner steps alone, after step 0, 1, ...: [last step + 1, 2]."""
         return {seed: _spent(run) for seed, run in self.runs.items()}
 
 
@@ -95,10 +92,10 @@ def find_variants(folders: Iterable[Path]) -> list[Variant]:
     """All runs at or below the folders. Raises RlkitError: none there, or a seed twice in a variant."""
     found: dict[str, dict[int, RunRecord]] = {}
     for folder in folders:
-        files = sorted(folder.rglob("metrics.jsonl"))
-        if not files:
+        logs = sorted(folder.rglob("metrics.jsonl"))
+        if not logs:
             raise RlkitError("no run here", key="run", value=str(folder), expected="a run folder, or a sweep's folder")
-        for file in files:
+        for file in logs:
             run, place = load_run(file.parent), file.parent.resolve()
             name = place.parent.name if place.name.startswith("seed_") else place.name
             seed = int(run.config.get("seed", 0))
@@ -126,13 +123,12 @@ def compare(variants: Sequence[Variant], metric: str, baseline: str) -> list[Com
 
 def differing_keys(variants: Sequence[Variant]) -> dict[str, list[str]]:
     """Settings that are not the same in every run -> their values by variant."""
-    configs = [leaves(run.config) for variant in variants for run in variant.runs.values()]
-    names = [variant.name for variant in variants for _ in variant.runs]
+    configs = [(variant.name, leaves(run.config)) for variant in variants for run in variant.runs.values()]
     differing = {}
-    for key in sorted({key for config in configs for key in config}):
-        values = [repr(config.get(key)) for config in configs]
-        if key.split(".")[0] not in FREE and len(set(values)) > 1:
-            differing[key] = [f"{name}: {value}" for name, value in dict(zip(names, values, strict=True)).items()]
+    for key in sorted({key for _, config in configs for key in config}):
+        values = [(name, repr(config.get(key))) for name, config in configs]
+        if key.split(".")[0] not in FREE and len({value for _, value in values}) > 1:
+            differing[key] = [f"{name}: {value}" for name, value in dict(values).items()]
     return differing
 
 
@@ -145,17 +141,8 @@ def _shown(figure: Figure | None, sign: str = "") -> tuple[str, str]:
     return f"{figure.value:{sign}.3f} +- {figure.error:.3f}", f"{figure.low:{sign}.3f} to {figure.high:{sign}.3f}"
 
 
-HEADINGS = (
-    "variant",
-    "seeds",
-    "after",
-    "95 % interval",
-    "difference",
-    "95 % interval",
-    "P(better)",
-    "tokens",
-    "seconds",
-)
+INTERVAL = "95 % interval"
+HEADINGS = ("variant", "seeds", "after", INTERVAL, "difference", INTERVAL, "P(better)", "tokens", "seconds")
 
 
 def table(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
@@ -185,9 +172,8 @@ def draw(variants: Sequence[Variant], metric: str) -> Drawing:
             for place, x in zip(axes, (steps, tokens / 1e6, seconds), strict=True):
                 place.plot(x, mean, line, marker="o", markersize=3, label=variant.name, color=colour)
                 place.fill_between(x, mean - error, mean + error, alpha=0.15, color=colour, linewidth=0)
-        for place, label in zip(
-            axes, ("learner step", "sampled tokens, millions", "seconds of learner steps"), strict=True
-        ):
+        labels = ("learner step", "sampled tokens, millions", "seconds of learner steps")
+        for place, label in zip(axes, labels, strict=True):
             place.set(xlabel=label, ylabel=metric if place is axes[0] else "")
         drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return drawing
@@ -224,8 +210,7 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     drawing = draw([row.variant for row in compared], metric)
     drawing.savefig(out / "compare.png", dpi=150, metadata={"Software": None})
     page = Template((files("rlkit.experiments") / "compare.html.j2").read_text(), autoescape=True)
-    shown_on_page = {"metric": metric, "baseline": baseline, "headings": HEADINGS, "cells": cells}
-    html = page.render(**shown_on_page, differing=differing)
+    html = page.render(metric=metric, baseline=baseline, headings=HEADINGS, cells=cells, differing=differing)
     (out / "compare.html").write_text(html, encoding="utf-8")
     print(f"written: {out / 'compare.txt'}, compare.png, compare.html")
     return 0

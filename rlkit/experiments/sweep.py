@@ -41,6 +41,7 @@ class Run:
 
     title: str  # variant and seed
     folder: Path
+    log: Path  # what it printed
     overrides: tuple[str, ...]
     steps: int
     recipe: str  # hash of the resolved configuration
@@ -53,11 +54,6 @@ class Run:
         except (OSError, ValueError, TypeError, KeyError):
             return False  # the run makes it anew
         return steps >= self.steps
-
-    @property
-    def log(self) -> Path:
-        """What the run printed."""
-        return self.folder.with_suffix(".log")
 
 
 def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tuple[Path, list[Run]]:
@@ -83,7 +79,8 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
         parent = str(folder.parent).replace("\\", "\\\\").replace("'", "\\'")
         given = (*combination, f"output_dir='{parent}'", f"name={folder.name}")
         digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
-        runs[folder] = Run(f"{variant} seed {config.seed}", folder, given, config.steps, digest)
+        log = folder.with_suffix(".log")
+        runs[folder] = Run(f"{variant} seed {config.seed}", folder, log, given, config.steps, digest)
     return root, list(runs.values())
 
 
