@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib.resources import files
 from typing import get_args
@@ -22,25 +23,18 @@ def markdown() -> str:
         for section, suffix in [(inner, ""), *((argument, ".NAME") for argument in get_args(inner))]:
             if keys.is_section(section):
                 places.setdefault(section, []).append(f"`{key.path.replace('*', 'NAME')}{suffix}`")
-    sections = [
-        {
-            "title": " and ".join(there) or "Top level",
-            "doc": inspect.getdoc(section),
-            "rows": map(_row, keys.fields(section).values()),
-        }
-        for section, there in places.items()
-    ]
     text = (files("rlkit.config") / "reference.md.j2").read_text(encoding="utf-8")
     page = Template(text, trim_blocks=True, keep_trailing_newline=True)
-    return str(page.render(groups=Library.open().groups(), sections=sections))
+    return str(page.render(groups=Library.open().groups(), places=places, document=inspect.getdoc, rows=_rows))
 
 
-def _row(key: keys.Key) -> tuple[str, str, str, str]:
-    """Name, type, default and meaning."""
-    kind = ": ".join(filter(None, (keys.describe(key.annotation), key.limits.get("limits"))))
-    default = "" if is_dataclass(key.default) else f"`{json.dumps(key.default)}`"
-    default = "**mandatory**" if key.default == MISSING else default
-    return f"`{key.path}`", kind, default, " ".join(key.doc.split()).replace("<", "&lt;")
+def _rows(section: type) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each key."""
+    for name, key in keys.fields(section).items():
+        kind = ": ".join(filter(None, (keys.describe(key.annotation), key.limits.get("limits"))))
+        default = "" if is_dataclass(key.default) else f"`{json.dumps(key.default)}`"
+        default = "**mandatory**" if key.default == MISSING else default
+        yield f"`{name}`", kind, default, " ".join(key.doc.split()).replace("<", "&lt;")
 
 
 if __name__ == "__main__":

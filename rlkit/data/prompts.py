@@ -80,7 +80,7 @@ def render_rows(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[RenderedRow], dict[str, int]]:
     """Read, render and tokenise every row; the rows kept, and counts of the others by reason."""
-    rows = as_source(config.source, f"{key}.source").rows()[: config.limit]
+    rows: Sequence[Row] = as_source(config.source, f"{key}.source").rows()[: config.limit]
     if not rows:
         raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
     ids = _ids(config, rows, key)

@@ -1,13 +1,14 @@
 """Where rows come from: a file, the Hugging Face hub, or a procedural task.
 
-A source is a component with a method `rows()`; a row maps field names to values, its number is its default id.
+A source is a component whose method `rows()` gives all rows, in the same order at every call. A row maps field names to
+values; its number is its default id.
 """
 
 import codecs
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import pyarrow
@@ -19,13 +20,6 @@ from rlkit.errors import DataError, nearest
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
-
-
-class Source(Protocol):
-    """Anything with `rows()`; plug-ins need no more."""
-
-    def rows(self) -> Sequence[Row]:
-        """All rows, in an order that is the same at every call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,13 +134,13 @@ class ReasoningGym:
             raise DataError(problem, key="settings", value=self.settings, expected=expected) from error
 
 
-def as_source(component: Any, key: str) -> Source:
+def as_source(component: Any, key: str) -> Any:
     """Build a source from its component; `DataError` when it has no `rows()`."""
     source = build(component, key=key)
     if not callable(getattr(source, "rows", None)):
         expected = "a data source, e.g. rlkit.data.sources.LocalFile"
         raise DataError("this component has no method rows()", key=key, value=component, expected=expected)
-    return source  # type: ignore[no-any-return]
+    return source
 
 
 def _read(path: Path) -> list[Row]:

@@ -60,9 +60,8 @@ class Variant:
     @property
     def unfinished(self) -> list[str]:
         """What to say of runs that have not trained all planned steps."""
-        planned = {seed: run.config.get("steps", 0) for seed, run in self.runs.items()}
-        short = {seed: run.last_step for seed, run in self.runs.items() if run.last_step < planned[seed]}
-        return [f"{self.name} seed {seed} stands at step {step} of {planned[seed]}" for seed, step in short.items()]
+        short = [(seed, run) for seed, run in self.runs.items() if run.last_step < run.config.get("steps", 0)]
+        return [f"{self.name} seed {s} stands at step {r.last_step} of {r.config['steps']}" for s, r in short]
 
     @cached_property
     def spent(self) -> dict[int, FloatArray]:

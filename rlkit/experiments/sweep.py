@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -107,7 +106,13 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
     try:
         with filelock.FileLock(root / ".lock", timeout=0):
             recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
-            _match(root, {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes})
+            manifest = {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes}
+            before = read_mapping(root / MANIFEST) or manifest
+            if changed := {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}:
+                problem, expected = "this folder holds another sweep", str(changed)
+                fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
+                raise ConfigError(problem, key="name", value=str(root), expected=expected, fix=fix)
+            replace_file(root / MANIFEST, json.dumps(manifest, indent=1).encode())
             waiting = [run for run in runs if not run.finished]
             print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
             failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
@@ -117,31 +122,17 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
     if received:
         print(f"stopped by {signal.Signals(received).name}; the same command goes on")
         return 128 + received
-    for run, status in failed:
+    for run, status in failed.items():
         tail = run.log.read_text(errors="replace")[-2000:] if run.log.exists() else ""
         print(f"{run.title} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
     print(f"compare: rlkit compare {root}")
     return 1 if failed else 0
 
 
-def _match(root: Path, manifest: dict[str, Any]) -> None:
-    """Write the sweep's own settings, or compare them with those it was begun with."""
-    path = root / MANIFEST
-    before = read_mapping(path)
-    if before and before != manifest:
-        fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
-        changed = {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}
-        problem = "this folder holds another sweep"
-        raise ConfigError(problem, key="name", value=str(root), expected=str(changed), fix=fix)
-    replace_file(path, json.dumps(manifest, indent=1).encode())
-
-
-async def _run_all(
-    runs: Sequence[Run], recipe: str, config_dir: Path | None, jobs: int
-) -> tuple[list[tuple[Run, int]], int]:
+async def _run_all(runs: list[Run], recipe: str, config_dir: Path | None, jobs: int) -> tuple[dict[Run, int], int]:
     """Train every run; returns the failed ones with their exit status, and the signal that ended it all or 0."""
     free, stop = asyncio.Semaphore(jobs), asyncio.Event()
-    received, failed = list[int](), list[tuple[Run, int]]()
+    received, failed = list[int](), dict[Run, int]()
 
     def interrupted(number: int) -> None:
         received.append(number)
@@ -159,7 +150,7 @@ async def _run_all(
         if stop.is_set():
             return
         if not run.finished:
-            failed.append((run, status))
+            failed[run] = status
         print(f"{run.title}: {'finished' if run.finished else 'failed'}", flush=True)
 
     await asyncio.gather(*map(one, runs))
