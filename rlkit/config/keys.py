@@ -98,10 +98,7 @@ def datasets(config: Config) -> dict[str, DatasetConfig]:
 
 
 def locate(path: str, *, value: object = None, where: str = "") -> Any:
-    """Annotation of the key at a dotted path; `Any` for whatever lies inside a component.
-
-    ConfigError where no such key exists; `where` (" in override 'x=1'") goes into the message.
-    """
+    """Annotation of the key at a dotted path; `Any` inside a component. ConfigError (with `where`) if there is none."""
     annotation: Any = Config
     parent = ""
     for part in path.partition("[")[0].split("."):

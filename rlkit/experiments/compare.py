@@ -1,8 +1,8 @@
 """`rlkit compare A B ...`: variants side by side, over seeds, as text, PNG and HTML.
 
-An argument is a run folder or a folder with runs below it (a sweep). Runs named seed_<n> are runs of the
-variant that their parent folder is called after; any other run is a variant of its own. The first variant, or
-the one named by --baseline, is what the others are compared with.
+An argument is a run folder or a folder with runs below it (a sweep). Runs named seed_<n> are runs of the variant that
+their parent folder is called after; any other run is a variant of its own. The first variant, or the one named by
+--baseline, is what the others are compared with.
 """
 
 import argparse
@@ -27,8 +27,7 @@ from rlkit.telemetry.figures import CYCLE, STYLE, new_figure
 from rlkit.telemetry.record import EvalCurve, RunRecord, load_run
 from rlkit.types import FloatArray
 
-FREE = ("name", "output_dir", "seed", "telemetry", "checkpoint", "resume")
-"""Keys in which runs of one variant may differ."""
+FREE = ("name", "output_dir", "seed", "telemetry", "checkpoint", "resume")  # in which runs of one variant may differ
 
 
 @dataclass(frozen=True)

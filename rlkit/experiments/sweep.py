@@ -1,9 +1,9 @@
 """`rlkit sweep`: variants x seeds of a recipe, each a run of its own, resumed where they were left.
 
 Overrides with a comma are swept, as in Hydra: `algorithm=grpo,rloo seed=0,1,2` makes six runs in
-<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and
-sample with the same keyed random numbers; a warm start is trained once and shared through its cache. Started
-again, a sweep goes on: finished runs are left alone, others resume from their checkpoints.
+<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and sample with
+the same keyed random numbers; a warm start is trained once and shared through its cache. Started again, a sweep goes
+on: finished runs are left alone, others resume from their checkpoints.
 """
 
 import asyncio
@@ -30,8 +30,7 @@ from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.record import read_mapping
 
 MANIFEST = "sweep.json"
-END_DEADLINE_S = 90.0
-"""A run that was told to end writes a checkpoint first; it is killed after this."""
+END_DEADLINE_S = 90.0  # a run that was told to end writes a checkpoint first; it is killed after this
 
 
 @dataclass(frozen=True, slots=True)
