@@ -1,7 +1,6 @@
 """The command line: `rlkit train recipe=NAME [key=value ...]` and its sister commands.
 
-Each command imports its main function when it runs, so that `rlkit report` needs no torch.
-Bad input ends with one message on stderr and exit status 2.
+Commands are imported when they run: `rlkit report` needs no torch. Bad input: a message on stderr, exit status 2.
 """
 
 import argparse
@@ -72,18 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (RlkitError, RewardError) as error:
-        sys.stdout.flush()
-        print(f"rlkit: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except OSError as error:
         if error.errno not in PLACES:
             raise
-        sys.stdout.flush()
         where = f": {error.filename}" if error.filename else ""
-        print(
-            f"rlkit: {error.strerror}{where}\n  to mend:  free space, or use a folder you can write to", file=sys.stderr
-        )
-        return 2
+        message = f"{error.strerror}{where}\n  to mend:  free space, or use a folder you can write to"
+    sys.stdout.flush()
+    print(f"rlkit: {message}", file=sys.stderr)
+    return 2
 
 
 def run() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,11 @@ def main(config: Config, raw: dict[str, Any]) -> int:
     """
     print(OmegaConf.to_yaml(OmegaConf.create(raw)))
     console = Console(width=110, markup=False, highlight=False)
-    _print(console, "Derived from it", [(name, f"{value:,}", how) for name, value, how in batch_table(config)])
+    _print(console, "Derived from it", batch_table(config), "{:,}".format)
     try:
         parts = estimate(config)
         parts.append(("together", sum(size for _, size, _ in parts), ""))
-        title = "Memory of one learner process, estimated"
-        _print(console, title, [(name, decimal(size), how) for name, size, how in parts])
+        _print(console, "Memory of one learner process, estimated", parts, decimal)
     except ConfigError as error:
         if config.model.architecture is not None:
             raise
@@ -47,10 +46,10 @@ def main(config: Config, raw: dict[str, Any]) -> int:
     return 0
 
 
-def _print(console: Console, title: str, rows: Iterable[tuple[str, str, str]]) -> None:
+def _print(console: Console, title: str, rows: Iterable[Row], shown: Callable[[int], str]) -> None:
     table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
-    for row in rows:
-        table.add_row(*row)
+    for name, number, how in rows:
+        table.add_row(name, shown(number), how)
     console.print(title, Padding(table, (0, 2, 1, 2)), sep="\n")
 
 
@@ -66,7 +65,6 @@ def batch_table(config: Config) -> list[Row]:
     between = (steps - 1) // evaluation.every_steps if evaluation.every_steps else 0
     evaluations = evaluation.at_start + between + 1 if config.data.eval else 0
     verifying = math.ceil(-(-sequences // config.reward.workers) * config.reward.timeout_s)
-    checkpoints = -(-steps // config.checkpoint.every_steps)
     table = [
         ("sequences per step", sequences, "prompts_per_step * samples_per_prompt"),
         ("sampled tokens per step, at most", sequences * rollout.max_completion_tokens, "all completions full length"),
@@ -80,7 +78,7 @@ def batch_table(config: Config) -> list[Row]:
         ("groups in flight, at most", (config.max_staleness + 1) * groups, "(max_staleness + 1) * prompts_per_step"),
         ("leases per step, at least", -(-sequences // rollout.slice_samples), "sequences / rollout.slice_samples"),
         ("seconds of verifying per step, at most", verifying, "every sample timing out, on reward.workers"),
-        ("checkpoints written, at least", checkpoints, "steps / checkpoint.every_steps, and one at the end"),
+        ("checkpoints written, at least", -(-steps // config.checkpoint.every_steps), "steps / checkpoint.every_steps"),
         ("evaluations", evaluations, f"of {len(config.data.eval)} held-out sets"),
     ]
     if config.sft is not None:
@@ -91,9 +89,8 @@ def batch_table(config: Config) -> list[Row]:
 def estimate(config: Config) -> list[Row]:
     """Peak memory of one learner process with the embedded engine, in bytes; allocates no weights.
 
-    Weights, gradients and optimiser state are exact; activations count the tensors a transformer block with a gated MLP
-    and fused attention keeps for its backward pass, and are good to about a factor of two. Framework overhead is not in
-    it. Raises ConfigError where the architecture is not to be had.
+    Weights, gradients and optimiser state are exact; activations, what a transformer block with a gated MLP and fused
+    attention keeps for backward, are good to a factor of two; framework overhead is left out. Raises as `empty_model`.
     """
     import torch
 
@@ -104,18 +101,17 @@ def estimate(config: Config) -> list[Row]:
     head_size = getattr(text, "head_dim", None) or hidden // heads
     key_value_width = (getattr(text, "num_key_value_heads", None) or heads) * head_size
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-
-    on_gpu = config.learner.device != "cpu" and torch.cuda.is_available()
-    half = ("bfloat16", "bf16", "auto") if on_gpu else ("bfloat16", "bf16")
+    half = ["bfloat16", "bf16"]
+    half += ["auto"] if config.learner.device != "cpu" and torch.cuda.is_available() else []
     weight_bytes = 2 if config.model.dtype in half else 4
     autocast = config.learner.mixed_precision in half
     compute_bytes = 2 if autocast else weight_bytes
 
     longest = max(d.max_prompt_tokens for d in datasets(config).values()) + config.rollout.max_completion_tokens
-    # Never more than the step has: tiny runs stay far below the limit.
     sequences = config.prompts_per_step * config.samples_per_prompt
-    tokens = max(config.learner.max_tokens_per_microbatch, longest)
-    tokens = min(tokens, sequences // config.learner.updates_per_step * longest)
+    # Never more than the step has: tiny runs stay far below the limit.
+    of_update = sequences // config.learner.updates_per_step * longest
+    tokens = min(max(config.learner.max_tokens_per_microbatch, longest), of_update)
     block = 8 * hidden + 2 * key_value_width + 4 * intermediate
     saved = layers * hidden + block if config.model.gradient_checkpointing else layers * block
     chunk = min(config.learner.logprob_chunk_tokens, tokens)
@@ -123,7 +119,6 @@ def estimate(config: Config) -> list[Row]:
     rows = max(sequences, config.evaluation.batch_samples if config.data.eval else 0)
     rows = min(rows, getattr(engine, "max_batch_samples", sequences))
     cache = 2 * layers * key_value_width * longest * rows
-
     weights = count * weight_bytes
     parts = [
         ("weights", weights, f"{count:,} parameters"),
@@ -161,11 +156,9 @@ def empty_model(model: ModelConfig) -> PreTrainedModel:
                 words = len(AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False))
             settings = AutoConfig.for_model(model_type, **architecture, vocab_size=words)
         with init_empty_weights(include_buffers=True):
-            from_config: Any = AutoModelForCausalLM.from_config
-            made: PreTrainedModel = from_config(settings, attn_implementation=model.attention)
+            return AutoModelForCausalLM.from_config(settings, attn_implementation=model.attention)  # type: ignore
     # Files may be out of reach; architectures check their settings by any kind of error, KeyError to RuntimeError.
     except Exception as error:
         key, value = ("model.architecture", model.architecture) if model.path is None else ("model.path", model.path)
         problem = f"the model cannot be made: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(problem, key=key, value=value) from error
-    return made

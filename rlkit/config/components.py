@@ -1,10 +1,7 @@
-"""Components: plug-ins addressed by import path, checked against their own fields.
+"""Components: mappings `{_target_: package.module.Name, field: value, ...}`, checked against their target's own fields.
 
-A component is a mapping `{_target_: package.module.Name, field: value, ...}`. The target is a dataclass or any callable
-with named parameters; nothing has to be registered anywhere.
+A target is a dataclass or any callable with named parameters; nothing has to be registered anywhere.
 """
-
-from __future__ import annotations
 
 import importlib
 import inspect
@@ -18,14 +15,14 @@ from rlkit.config.keys import describe
 from rlkit.errors import ConfigError, nearest
 
 TARGET = "_target_"
+EXAMPLE = "_target_: package.module.Name"
 SCALARS = (bool, int, float, str, NoneType, Any, object, Ellipsis)
 CONTAINERS = (list, tuple, set, frozenset, dict, Mapping, Sequence, Collection, Iterable)
 
 
 def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
-    """Import a component's target and call it with its fields and `extra`.
+    """Import a component's target and call it with its fields and `extra`; `key` is its place in the configuration.
 
-    `key` is where the component stands in the configuration ("algorithm.loss"), for messages.
     Raises ConfigError as `validate`, and for whatever the target's constructor refuses.
     """
     settings = validate(component, key, extra)
@@ -45,8 +42,7 @@ def validate(component: Any, key: str, supplied: Collection[str] = ()) -> dict[s
     """
     if not isinstance(component, Mapping) or TARGET not in component:
         near = nearest(TARGET, map(str, component)) if isinstance(component, Mapping) else ""
-        expected = "a mapping with _target_: package.module.Name"
-        raise ConfigError(f"not a component.{near}", key=key, value=component, expected=expected)
+        raise ConfigError(f"not a component.{near}", key=key, value=component, expected=f"a mapping with {EXAMPLE}")
     path = component[TARGET]
     known = {name: p for name, p in parameters(import_target(path, key)).items() if name not in supplied}
     names = [name for name, p in known.items() if p.kind is not p.VAR_KEYWORD]
@@ -113,10 +109,8 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def converted(value: Any, annotation: Any, key: str, path: str) -> Any:
     """A plain (YAML) value as the annotation asks; as it is where the annotation is more than plain types."""
-    if not _is_plain(annotation):
-        return value
     try:
-        return msgspec.convert(value, annotation)
+        return msgspec.convert(value, annotation) if _is_plain(annotation) else value
     except msgspec.ValidationError as error:
         raise ConfigError(f"wrong type for {path}", key=key, value=value, expected=describe(annotation)) from error
     except TypeError:  # a union msgspec cannot tell apart

@@ -32,10 +32,9 @@ LOCAL_FILE = "rlkit.data.sources.LocalFile"
 def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> tuple[Config, dict[str, Any]]:
     """Compose `recipe` with Hydra-style overrides into (typed config, the same as plain dicts).
 
-    Overrides: `key.path=value`, `group=option`, `group/sub=option`, `~component.key`. Recipes are looked up in
-    `config_dir` first, then among the shipped ones. A mapping with `_target_` as value replaces a component; any other
-    mapping is merged. Raises ConfigError: unknown recipe, group, option or key (with the nearest that exists), value of
-    the wrong type, missing mandatory key, malformed file.
+    Overrides: `key.path=value`, `group=option`, `group/sub=option`, `~component.key`; recipes in `config_dir` come
+    before shipped ones. A mapping with `_target_` replaces a component, any other mapping is merged. ConfigError:
+    unknown recipe, group, option or key (with the nearest), wrong type, missing mandatory key, malformed file.
     """
     library = Library.open(config_dir)
     library.check(recipe)

@@ -9,10 +9,7 @@ ANSWER_S = 3.0
 
 @cache
 def offline_unless_reachable() -> None:
-    """Ask the hub once a process; without an answer in 3 s its libraries use only their local cache.
-
-    Left alone, they retry each file for 23 s before they say that there is no network.
-    """
+    """Ask the hub once a process; without an answer in 3 s (it retries 23 s a file) only the local cache is used."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -1,16 +1,13 @@
-"""The folders recipes come from, and a check of defaults lists that Hydra itself does not make.
+"""The folders recipes come from, and a check of defaults lists that Hydra does not make (hydra issue 1951).
 
-Hydra ignores a misspelt `optional group: option` and unknown keywords without a word (hydra issue 1951); here every
-entry that names nothing is an error with the nearest name that exists.
+An entry that names nothing, a misspelt `optional group: option` too, is an error with the nearest name that exists.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from omegaconf import OmegaConf
@@ -28,14 +25,14 @@ class Library:
     folders: tuple[Path, ...]
 
     @classmethod
-    def open(cls, config_dir: Path | None = None) -> Library:
+    def open(cls, config_dir: Path | None = None) -> Self:
         """The shipped recipes, after those in `config_dir`. ConfigError if that is no folder."""
         if config_dir is None:
             return cls((SHIPPED,))
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
-            problem, expected = f"no such folder (looked at {folder})", "recipes (*.yaml), groups in sub-folders"
-            raise ConfigError(problem, key="--config-dir", value=str(config_dir), expected=expected)
+            expected = "a folder of recipes (*.yaml), groups in sub-folders"
+            raise ConfigError(f"no such folder: {folder}", key="--config-dir", value=str(config_dir), expected=expected)
         return cls((folder, SHIPPED))
 
     def options(self, group: str) -> list[str]:
@@ -53,10 +50,7 @@ class Library:
         return next((path for path in paths if path.is_file()), None)
 
     def check(self, name: str, asked: str = "", stack: tuple[str, ...] = ()) -> None:
-        """Check that a file is there, its defaults list, and every file which that names.
-
-        Raises ConfigError for an entry that names nothing, is malformed, or includes itself.
-        """
+        """Check a file, its defaults list and every file that names. ConfigError: absent, malformed, in a circle."""
         path = self.find(name)
         if path is None:
             raise self._absent(name, asked)
@@ -72,9 +66,8 @@ class Library:
         if not isinstance(entries := content.get("defaults", []), list):
             raise ConfigError(f"'defaults' in {path} must be a list of '- group: option'")
         where = f" in the defaults list of {path}"
-        for entry in entries:
-            for target in _targets(entry, name.rpartition("/")[0], where):
-                self.check(target, where, (*stack, name))
+        for target in (target for entry in entries for target in _targets(entry, name.rpartition("/")[0], where)):
+            self.check(target, where, (*stack, name))
 
     def _absent(self, name: str, where: str) -> ConfigError:
         group, _, option = name.rpartition("/")

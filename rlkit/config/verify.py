@@ -48,7 +48,11 @@ def problems(config: Config) -> Iterator[ConfigError]:
         build_rewards(config.reward.rewards)
     except RewardError as error:
         yield _fault("reward.rewards", list(config.reward.rewards), str(error))
-    yield from _check_names(config)
+    named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
+    for path, name in ((path, name) for path, names in named.items() for name in names):
+        if not _NAME.fullmatch(name):
+            expected = "up to 128 letters, digits and _ . + -"
+            yield _fault(path, name, "not usable as a folder's or metric's name", expected)
     yield from _check_model_and_data(config)
     yield from _check_algorithm(config, built)
     yield from _check_lengths(config)
@@ -62,21 +66,12 @@ def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
     """The limits that stand beside the field in the schema."""
     if value is None or not key.limits:
         return
-    choices = key.limits.get("choices")
-    near = nearest(value, choices) if choices else ""
-    good = value in choices if choices else key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value)
+    if choices := key.limits.get("choices"):
+        good, near = value in choices, nearest(value, choices)
+    else:
+        good, near = key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value), ""
     if not good:
         yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
-
-
-def _check_names(config: Config) -> Iterator[ConfigError]:
-    named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
-    for key, names in named.items():
-        for name in names:
-            if not _NAME.fullmatch(name):
-                yield _fault(
-                    key, name, "not usable as a folder's or metric's name", "up to 128 letters, digits and _ . + -"
-                )
 
 
 def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
@@ -87,8 +82,7 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
         given = (model.path, model.architecture)
         yield _fault("model.path, model.architecture", given, problem, "exactly one of them, the other null", fix)
     if model.alphabet is not None and model.tokenizer is not None:
-        expected = "one of model.alphabet and model.tokenizer"
-        yield _fault("model.alphabet", model.alphabet, "there is a tokenizer as well", expected)
+        yield _fault("model.alphabet", model.alphabet, "there is a tokenizer as well", "this or model.tokenizer")
     if model.architecture is not None and model.alphabet is None and model.tokenizer is None:
         fix = "set model.alphabet to the characters it should know, or model.tokenizer"
         yield _fault("model.tokenizer", None, "a model made from scratch has no tokenizer of its own", fix=fix)
@@ -131,11 +125,10 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
                 fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
                 yield _fault(key, value, problem, f"{fresh} with this loss", fix)
     if updates > 0 and config.prompts_per_step % updates:
-        divisors = [
-            str(n) for n in range(1, 1 + min(config.prompts_per_step, 1024)) if config.prompts_per_step % n == 0
-        ]
+        groups = config.prompts_per_step
+        divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)
         problem = "a step's groups cannot be split evenly between its updates"
-        expected = f"a divisor of prompts_per_step={config.prompts_per_step}: {', '.join(divisors)}"
+        expected = f"a divisor of prompts_per_step={groups}: {divisors}"
         yield _fault("learner.updates_per_step", updates, problem, expected)
     for key in ("learner.betas", "sft.betas") if config.sft else ("learner.betas",):
         betas = attrgetter(key)(config)
@@ -148,15 +141,16 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
 def _check_lengths(config: Config) -> Iterator[ConfigError]:
     window = (config.model.architecture or {}).get("max_position_embeddings")
     for key, dataset in datasets(config).items():
-        warm_start = key == "sft.data"
-        completion_key = f"{'sft' if warm_start else 'rollout'}.max_completion_tokens"
-        both = f"{key}.max_prompt_tokens + {completion_key}"
-        longest = dataset.max_prompt_tokens + attrgetter(completion_key)(config)
+        completions, updates = ("sft", "sft") if key == "sft.data" else ("rollout", "learner")
+        both = f"{key}.max_prompt_tokens + {completions}.max_completion_tokens"
+        longest = dataset.max_prompt_tokens + getattr(config, completions).max_completion_tokens
         if isinstance(window, int) and longest > window:
             expected = f"at most model.architecture.max_position_embeddings={window}"
             yield _fault(both, longest, "prompt and completion together do not fit the model", expected)
-        limit_key = f"{'sft' if warm_start else 'learner'}.max_tokens_per_microbatch"
-        limit = attrgetter(limit_key)(config)
+        limit = getattr(config, updates).max_tokens_per_microbatch
         if longest > limit and not key.startswith("data.eval."):
-            problem = "the longest sequence does not fit a micro-batch"
+            problem, limit_key = (
+                "the longest sequence does not fit a micro-batch",
+                f"{updates}.max_tokens_per_microbatch",
+            )
             yield _fault(limit_key, limit, problem, f"at least {longest} = {both}")

@@ -9,9 +9,8 @@ from rlkit.types import IntArray
 class PromptOrder:
     """Maps an ordinal, the position in the run's endless sequence of prompts, to a prompt.
 
-    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order
-    without `shuffle`. O(1) amortised for ordinals that mostly grow: one epoch's permutation is kept. `DataError`
-    without prompts.
+    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order without
+    `shuffle`. One epoch's permutation is kept. `DataError` without prompts.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool = True) -> None:
@@ -26,15 +25,8 @@ class PromptOrder:
         if not self.shuffle:
             return offset
         if epoch != self._kept[0]:
-            self._kept = epoch, permutation(self.count, self.seed, epoch)
+            # numpy keeps a bit generator's raw stream the same in every version, but not `shuffle` and `permutation`:
+            # with sorted raw draws a resumed run is right also after an upgrade.
+            draws = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(self.count)
+            self._kept = epoch, np.argsort(draws, kind="stable").astype(np.int64)
         return int(self._kept[1][offset])
-
-
-def permutation(count: int, *entropy: int) -> IntArray:
-    """Permutation of range(count) fixed by `entropy`, the same under every numpy version.
-
-    numpy keeps the raw stream of a bit generator stable across versions, but not `shuffle` or
-    `permutation`; sorting raw 64-bit draws keeps a resumed run right after an upgrade.
-    """
-    draws = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
-    return np.argsort(draws, kind="stable").astype(np.int64)

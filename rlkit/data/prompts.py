@@ -46,7 +46,7 @@ class PromptSet:
         return sum(prompt.text in texts for prompt in other.prompts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RenderedRow:
     """A row with its prompt: what prompts and supervised examples have in common."""
 
@@ -62,12 +62,10 @@ def load_prompts(
 ) -> PromptSet:
     """Read a data set and make a `Prompt` of every row that is short enough.
 
-    A prompt's metadata are the row's fields as JSON values; the fields of a nested `metadata` mapping are
-    lifted to the top (and win over a column of the same name). `key` is the set's place in the recipe, e.g.
-    "data.train", for messages; with `require_reference` every row must have a reference answer.
-
-    Raises `ConfigError` on a bad reference_pattern, and `DataError`, which names the row: no row (short
-    enough), a missing field or reference, an id used twice, a character the tokenizer does not know.
+    A prompt's metadata are the row's fields as JSON values; those of a nested `metadata` mapping are lifted to the top
+    and win over columns. `key` is the set's place in the recipe, e.g. "data.train", for messages; with
+    `require_reference` every row must have a reference answer. `ConfigError`: bad reference_pattern. `DataError`, which
+    names the row: no row (short enough), a missing field or reference, an id used twice, an unknown character.
     """
     rendered, left_out = render_rows(config, tokenizer, key)
     prompts = []
@@ -82,7 +80,7 @@ def render_rows(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[RenderedRow], dict[str, int]]:
     """Read, render and tokenise every row; the rows kept, and counts of the others by reason."""
-    rows = as_source(config.source, f"{key}.source").rows()[: config.limit]
+    rows: Sequence[Row] = as_source(config.source, f"{key}.source").rows()[: config.limit]
     if not rows:
         raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
     ids = _ids(config, rows, key)
@@ -92,18 +90,16 @@ def render_rows(
         problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
         raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix="leave the row out of the data")
     prefix = [] if config.chat else bos_prefix(tokenizer)
-    if config.chat:
-        texts = _chat(texts, config, tokenizer, key)
+    texts = _chat(texts, config, tokenizer, key) if config.chat else texts
     kept = [
-        RenderedRow(number=number, id=ids[number], row=rows[number], text=texts[number], token_ids=np.array(tokens))
+        RenderedRow(number, ids[number], rows[number], texts[number], np.array(tokens))
         for number, own in enumerate(encode(texts, tokenizer, ids, key))
         if len(tokens := prefix + own) <= config.max_prompt_tokens
     ]
     if not kept:
         problem, limit = f"each of the {len(rows)} prompts is longer", config.max_prompt_tokens
         raise DataError(problem, key=f"{key}.max_prompt_tokens", value=limit, fix="raise it")
-    too_long = len(rows) - len(kept)
-    return kept, {"prompt_too_long": too_long} if too_long else {}
+    return kept, {"prompt_too_long": len(rows) - len(kept)} if len(kept) < len(rows) else {}
 
 
 def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
@@ -159,11 +155,10 @@ def _metadata(item: RenderedRow, key: str) -> dict[str, Any]:
         fields |= nested
     try:
         # Through JSON once here, so that a reward sees the same values before and after the buffer.
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(fields, enc_hook=_plain))
+        return msgspec.json.decode(msgspec.json.encode(fields, enc_hook=_plain), type=dict[str, Any])
     except (TypeError, ValueError) as error:
         problem = f"{key}: row {item.id!r} has a field that cannot be written as JSON: {error}"
         raise DataError(problem, fix="name the fields to keep in the source's `columns`") from error
-    return plain
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A prompt and its target completion, tokenised apart as in a rollout."""
 
@@ -34,10 +34,8 @@ def load_examples(
 ) -> tuple[list[Example], dict[str, int]]:
     """Read a data set and make an `Example` of every row that is short enough; and counts of the others by reason.
 
-    The teacher `config.completion` writes the completion of a row from (row, row number).
-
-    Raises `DataError` as `load_prompts`, and for an empty completion, an end-of-sequence token inside
-    one, or when every completion is too long.
+    The teacher `config.completion` writes a row's completion from (row, row number). `DataError` as `load_prompts`, and
+    for a completion that is empty or has an end-of-sequence token inside, or when every one is too long.
     """
     assert config.completion is not None and tokenizer.eos_token_id is not None  # verify, load_tokenizer
     eos = tokenizer.eos_token_id
@@ -48,13 +46,13 @@ def load_examples(
     examples: list[Example] = []
     for item, text, tokens in zip(rows, texts, encoded, strict=True):
         if not tokens or eos in tokens:
-            fault = f"is empty or has {tokenizer.eos_token!r} inside"
-            problem = f"the completion of row {item.id!r} {fault}: {text[:200]!r}"
+            problem = (
+                f"the completion of row {item.id!r} is empty or has {tokenizer.eos_token!r} inside: {text[:200]!r}"
+            )
             expected = "text; the end-of-sequence token is added behind it"
             raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
         if len(tokens) < max_completion_tokens:
-            completion = np.array([*tokens, eos])
-            examples.append(Example(id=item.id, prompt_ids=item.token_ids, completion_ids=completion))
+            examples.append(Example(item.id, item.token_ids, np.array([*tokens, eos])))
     if not examples:
         problem = f"each of the {len(rows)} completions is longer, with its end-of-sequence token"
         raise DataError(problem, key="sft.max_completion_tokens", value=max_completion_tokens, fix="raise it")
@@ -66,8 +64,8 @@ def load_examples(
 def batches(count: int, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator[IntArray]:
     """Yield the example indices of steps [start, steps), each [batch_size]; a pure function of the arguments.
 
-    The `count` examples come in an endless sequence of shuffled epochs: none is used twice before all were used
-    once. A batch mixes lengths: batches of one length save padding, but tiny models learnt more slowly from them.
+    None of the `count` examples is used twice before all were used once. Lengths are mixed: batches of one length save
+    padding, but tiny models learnt more slowly from them.
     """
     order = PromptOrder(count, seed)
     for step in range(start, steps):

@@ -1,14 +1,14 @@
 """Where rows come from: a file, the Hugging Face hub, or a procedural task.
 
-A source is a component with one method, `rows()`. A row is a mapping of field names to values; its
-number (counted from 0) is its default id.
+A source is a component whose method `rows()` gives all rows, in the same order at every call. A row maps field names to
+values; its number is its default id.
 """
 
 import codecs
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import pyarrow
@@ -22,19 +22,11 @@ Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-class Source(Protocol):
-    """Anything with `rows()`; plug-ins need no more."""
-
-    def rows(self) -> Sequence[Row]:
-        """All rows, in an order that is the same at every call."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFile:
     """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file; `~` is expanded in `path`.
 
-    `columns`: keep only these fields (the rest never reaches the buffer); default: all. Raises `DataError` naming
-    the line (or item) that is malformed.
+    `columns`: keep only these fields (default: all). `DataError` names the line (or item) that is malformed.
     """
 
     path: str
@@ -59,13 +51,10 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """Rows of a data set on the Hugging Face hub, or in its local cache, by `datasets`.
+    """Rows of a data set on the Hugging Face hub or in its local cache: HubDataset(name="openai/gsm8k", subset="main").
 
-    Example:
-        HubDataset(name="openai/gsm8k", subset="main", split="train")
-
-    `name` is a hub name or folder, `subset` its configuration, `split` e.g. "train" or "train[:100]", `revision` a
-    commit, tag or branch (a commit makes a run repeatable), `columns` the fields to keep (default: all).
+    `name` is a hub name or folder, `subset` its configuration, `split` e.g. "train[:100]", `revision` a commit, tag or
+    branch (a commit makes a run repeatable), `columns` the fields to keep (default: all). `DataError` out of reach.
     """
 
     name: str
@@ -97,15 +86,11 @@ class HubDataset:
 class ReasoningGym:
     """Rows of a reasoning-gym task, made on the fly: `question`, `answer`, `metadata`.
 
-    reasoning-gym seeds row i with `seed + i`: two sets whose ranges [seed, seed + size) overlap
-    share rows, and small tasks repeat questions under any seed. `exclude` keeps a training set
-    clear of a held-out one whatever the seeds; further rows are drawn until `size` is reached.
-
-    `settings` are the task's own, e.g. {"min_terms": 2, "max_terms": 4} of "chain_sum". `distinct`: no question
-    twice. `exclude`: sources (components) whose questions must not appear, e.g. in YAML
-    `exclude: ["${data.eval.heldout.source}"]`.
-
-    Raises `DataError` on an unknown task or setting, or when `size` rows cannot be found.
+    Row i is seeded with `seed + i`: sets whose ranges [seed, seed + size) overlap share rows, and small tasks repeat
+    questions under any seed. `exclude`: sources (components) whose questions must not appear, e.g. in YAML
+    `["${data.eval.heldout.source}"]`; `distinct`: no question twice; rows are drawn until `size` is reached. `settings`
+    are the task's own, e.g. {"min_terms": 2, "max_terms": 4} of "chain_sum". `DataError`: unknown task or setting,
+    fewer than `size` rows.
     """
 
     task: str
@@ -118,22 +103,18 @@ class ReasoningGym:
     def rows(self) -> Sequence[Row]:
         if self.size < 1:
             raise DataError("no rows asked for", key="size", value=self.size, expected="1 or more")
-        refused = set()
-        for number, item in enumerate(self.exclude):
-            refused |= {row["question"] for row in as_source(item, f"exclude[{number}]").rows()}
+        sources = [as_source(item, f"exclude[{number}]") for number, item in enumerate(self.exclude)]
+        refused = {row["question"] for source in sources for row in source.rows()}
         # A task with too few questions would be drawn from for ever.
         draws = 20 * self.size + 1000 if self.distinct or self.exclude else self.size
-        dataset = self._dataset(draws)
-        kept: list[Row] = []
-        for index in range(draws):
-            row = dataset[index]
-            if row["question"] in refused:
-                continue
-            kept.append(row)
-            if len(kept) == self.size:
-                return kept
-            if self.distinct:
-                refused.add(row["question"])
+        dataset, kept = self._dataset(draws), list[Row]()
+        for row in (dataset[index] for index in range(draws)):
+            if row["question"] not in refused:
+                kept.append(row)
+                if len(kept) == self.size:
+                    return kept
+                if self.distinct:
+                    refused.add(row["question"])
         problem = f"only {len(kept)} rows of {self.task!r} found in {draws} draws"
         expected, fix = f"at most {len(kept)}", "lower size, or widen the task's settings"
         raise DataError(problem, key="size", value=self.size, expected=expected, fix=fix)
@@ -153,13 +134,13 @@ class ReasoningGym:
             raise DataError(problem, key="settings", value=self.settings, expected=expected) from error
 
 
-def as_source(component: Any, key: str) -> Source:
+def as_source(component: Any, key: str) -> Any:
     """Build a source from its component; `DataError` when it has no `rows()`."""
     source = build(component, key=key)
     if not callable(getattr(source, "rows", None)):
         expected = "a data source, e.g. rlkit.data.sources.LocalFile"
         raise DataError("this component has no method rows()", key=key, value=component, expected=expected)
-    return source  # type: ignore[no-any-return]
+    return source
 
 
 def _read(path: Path) -> list[Row]:

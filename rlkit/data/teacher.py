@@ -1,7 +1,6 @@
 """Components that write a row's target completion, for supervised warm starts.
 
-A teacher is called as `teacher(row, index) -> str`: the completion of row number `index`, without the
-end-of-sequence token; the same arguments always give the same text.
+`teacher(row, index) -> str` gives that of row number `index`, without end-of-sequence token, the same at every call.
 """
 
 import random
@@ -18,12 +17,9 @@ _STEP = re.compile(r"\s*([+-])\s*(-?\d+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A completion out of the row's own fields: ordinary fine-tuning on data with solutions.
+    """A completion out of the row's own fields, e.g. "{solution}\\n#### {answer}": fine-tuning on data with solutions.
 
-    Example:
-        Template(template="{solution}\\n#### {answer}")
-
-    Raises `DataError` naming the row where a field is missing or null.
+    `DataError` names the row where a field is missing or null.
     """
 
     template: str
@@ -40,12 +36,10 @@ class Template:
 class ChainSumTeacher:
     """A chain of thought for a sum, worked from left to right, with errors at a known rate.
 
-    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`, in
-    [0, 1): the result is off by 1..max_error, and the rest is worked from the wrong result. A model that imitates
-    it samples full solutions that are right with about (1 - error_rate) ** steps: reinforcement learning has
-    something to improve. Errors are fixed by (seed, index). `expression` is the template of the sum.
-
-    Raises `ConfigError` on settings out of range, `DataError` where a row has no such expression.
+    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`, in [0, 1):
+    it is off by 1..max_error, and the rest is worked from there. A model that imitates it is right with about
+    (1 - error_rate) ** steps: RL has something to improve. Errors are fixed by (seed, index). `expression` is the sum's
+    template. `ConfigError`: settings out of range; `DataError`: a row has no such expression.
     """
 
     error_rate: float = 0.3

@@ -16,18 +16,12 @@ if TYPE_CHECKING:
 def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str | None:
     """Fill a template from the fields of row `number`; None when a field it uses is null.
 
-    The grammar is that of `str.format` with named fields and indexing; a literal brace is doubled
-    (`\\boxed{{{answer}}}`). One format is added: `:nospace` removes all white space of the value.
-
-    Example:
-        >>> render("{metadata[expression]:nospace}=", {"metadata": {"expression": "4 - 1 + 7"}}, 0, "prompt")
-        '4-1+7='
-
-    Raises `DataError` naming `key` (the setting the template comes from), the missing field, the row
-    and the fields that exist.
+    The grammar is that of `str.format` with named fields and indexing (a literal brace is doubled), and one more
+    format: `:nospace` removes all white space, so that "{metadata[expression]:nospace}=" gives "4-1+7=".
+    `DataError` names `key` (the setting the template comes from), the row, what is missing and what exists.
     """
     try:
-        return _FORMATTER.vformat(template, (), row)
+        return _Formatter().vformat(template, (), row)
     except _NullField:
         return None
     except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
@@ -60,12 +54,7 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes null as NaN
             raise _NullField
-        return (
-            "".join(str(value).split()) if format_spec == "nospace" else str(super().format_field(value, format_spec))
-        )
-
-
-_FORMATTER = _Formatter()
+        return "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -75,10 +64,7 @@ def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequence[str], key: str) -> list[list[int]]:
-    """Token ids of every text, no special token added.
-
-    Raises `DataError` naming the characters where a text has some the tokenizer maps to <unk>.
-    """
+    """Token ids of every text, no special token added. `DataError` names characters the tokenizer maps to <unk>."""
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
     unknown = tokenizer.unk_token_id
     for row_id, text, tokens in zip(ids, texts, encoded, strict=True):
@@ -86,6 +72,5 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequen
             bad = [x for x in sorted(set(text)) if unknown in tokenizer(x, add_special_tokens=False).input_ids]
             shown = ", ".join(map(repr, bad)) or "a sequence of characters"
             problem = f"{key}: row {row_id!r} has text the tokenizer does not know: {shown} in {text[:200]!r}"
-            fix = "add the characters to model.alphabet, change the template, or leave the row out of the data"
-            raise DataError(problem, fix=fix)
+            raise DataError(problem, fix="add them to model.alphabet, change the template, or leave the row out")
     return encoded

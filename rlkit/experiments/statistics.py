@@ -35,8 +35,9 @@ def over_seeds(values: Mapping[int, float]) -> Figure:
         return Figure(value=mean, error=np.nan, low=np.nan, high=np.nan, seeds=len(x))
     found = bootstrap((x,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0)
     low, high = found.confidence_interval
-    error = float(x.std(ddof=1) / len(x) ** 0.5)
-    return Figure(value=mean, error=error, low=float(low), high=float(high), seeds=len(x))
+    return Figure(
+        value=mean, error=float(x.std(ddof=1) / len(x) ** 0.5), low=float(low), high=float(high), seeds=len(x)
+    )
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Figure | None:
@@ -50,12 +51,12 @@ def improvement_probability(values: Mapping[int, float], baseline: Mapping[int, 
     arXiv 2108.13264, section 4.3: the Mann-Whitney U statistic over n m). `error` is the bootstrap's.
     """
     x, y = np.array(list(values.values())), np.array(list(baseline.values()))
+    share = float(_wins(x, y))
     if len(x) < 2 or len(y) < 2:
-        return Figure(value=float(_wins(x, y)), error=np.nan, low=np.nan, high=np.nan, seeds=len(x))
+        return Figure(value=share, error=np.nan, low=np.nan, high=np.nan, seeds=len(x))
     found = bootstrap((x, y), _wins, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0)
     low, high = found.confidence_interval
-    error = float(found.standard_error)
-    return Figure(value=float(_wins(x, y)), error=error, low=float(low), high=float(high), seeds=len(x))
+    return Figure(value=share, error=float(found.standard_error), low=float(low), high=float(high), seeds=len(x))
 
 
 def _wins(x: FloatArray, y: FloatArray, axis: int = -1) -> FloatArray:

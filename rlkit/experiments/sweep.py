@@ -1,9 +1,9 @@
 """`rlkit sweep`: variants x seeds of a recipe, each a run of its own, resumed where they were left.
 
 Overrides with a comma are swept, as in Hydra: `algorithm=grpo,rloo seed=0,1,2` makes six runs in
-<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and
-sample with the same keyed random numbers; a warm start is trained once and shared through its cache. Started
-again, a sweep goes on: finished runs are left alone, others resume from their checkpoints.
+<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and sample with
+the same keyed random numbers; a warm start is trained once and shared through its cache. Started again, a sweep goes
+on: finished runs are left alone, others resume from their checkpoints.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,17 +30,16 @@ from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.record import read_mapping
 
 MANIFEST = "sweep.json"
-END_DEADLINE_S = 90.0
-"""A run that was told to end writes a checkpoint first; it is killed after this."""
+END_DEADLINE_S = 90.0  # a run that was told to end writes a checkpoint first; it is killed after this
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Run:
     """One training run of a sweep."""
 
-    variant: str
-    seed: int
+    title: str  # variant and seed
     folder: Path
+    log: Path  # what it printed
     overrides: tuple[str, ...]
     steps: int
     recipe: str  # hash of the resolved configuration
@@ -55,20 +53,15 @@ class Run:
             return False  # the run makes it anew
         return steps >= self.steps
 
-    @property
-    def log(self) -> Path:
-        """What the run printed."""
-        return self.folder.with_suffix(".log")
-
 
 def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tuple[Path, list[Run]]:
     """The sweep's folder and its runs; every configuration is composed and checked. Raises ConfigError."""
     choices = [_values(text) for text in overrides]
     swept = [values[0].partition("=")[0] for values in choices if len(values) > 1]
-    runs: dict[Path, Run] = {}
     if fixed := {"name", "output_dir", "resume"} & set(swept):
-        problem, expected = "a sweep has one folder", "one value"
-        raise ConfigError(problem, key=", ".join(sorted(fixed)), value="swept", expected=expected)
+        key = ", ".join(sorted(fixed))
+        raise ConfigError("a sweep has one folder", key=key, value="swept", expected="one value")
+    runs: dict[Path, Run] = {}
     for combination in itertools.product(*choices):
         config, resolved = load(recipe, combination, config_dir=config_dir)
         verify(config)
@@ -77,20 +70,15 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
             raise ConfigError("a sweep goes on with its runs", key="resume", value="never", expected="auto", fix=fix)
         values = dict(text.partition("=")[::2] for text in combination)
         words = [re.sub(r"[^\w.+-]+", "-", values[key]).strip("-") for key in swept if key != "seed"]
-        variant = "_".join(words) or recipe
-        root = Path(config.output_dir) / config.name
+        variant, root = "_".join(words) or recipe, Path(config.output_dir) / config.name
         folder = root / variant / f"seed_{config.seed}"
         if folder in runs:
             raise ConfigError("two runs of the sweep have the same folder", key="name", value=str(folder))
-        place = (f"output_dir={_quoted(folder.parent)}", f"name={folder.name}")
-        runs[folder] = Run(
-            variant=variant,
-            seed=config.seed,
-            folder=folder,
-            overrides=(*combination, *place),
-            steps=config.steps,
-            recipe=hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16],
-        )
+        parent = str(folder.parent).replace("\\", "\\\\").replace("'", "\\'")
+        given = (*combination, f"output_dir='{parent}'", f"name={folder.name}")
+        digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+        log = folder.with_suffix(".log")
+        runs[folder] = Run(f"{variant} seed {config.seed}", folder, log, given, config.steps, digest)
     return root, list(runs.values())
 
 
@@ -106,10 +94,6 @@ def _values(text: str) -> list[str]:
         raise ConfigError(f"override {text!r} cannot be read: {error}", expected=expected) from error
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: int) -> int:
     """Run a sweep, `jobs` runs at a time; 0 if every run ended well, 1 if one failed, 128 + n after signal n."""
     if jobs < 1:
@@ -118,47 +102,36 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
     root.mkdir(parents=True, exist_ok=True)
     if (root / "metrics.jsonl").exists():
         raise ConfigError("this folder holds a run", key="name", value=str(root), fix="set another name for the sweep")
-    lock = filelock.FileLock(root / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with filelock.FileLock(root / ".lock", timeout=0):
+            recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
+            manifest = {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes}
+            before = read_mapping(root / MANIFEST) or manifest
+            if changed := {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}:
+                problem, expected = "this folder holds another sweep", str(changed)
+                fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
+                raise ConfigError(problem, key="name", value=str(root), expected=expected, fix=fix)
+            replace_file(root / MANIFEST, json.dumps(manifest, indent=1).encode())
+            waiting = [run for run in runs if not run.finished]
+            print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+            failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
     except filelock.Timeout as error:
         fix = "wait for it, or set another name"
         raise ConfigError("another process runs this sweep", key="name", value=str(root), fix=fix) from error
-    with lock:
-        recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
-        _match(root, {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes})
-        waiting = [run for run in runs if not run.finished]
-        print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
-        failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
     if received:
         print(f"stopped by {signal.Signals(received).name}; the same command goes on")
         return 128 + received
-    for run, status in failed:
+    for run, status in failed.items():
         tail = run.log.read_text(errors="replace")[-2000:] if run.log.exists() else ""
-        print(f"{run.variant} seed {run.seed} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
+        print(f"{run.title} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
     print(f"compare: rlkit compare {root}")
     return 1 if failed else 0
 
 
-def _match(root: Path, manifest: dict[str, Any]) -> None:
-    """Write the sweep's own settings, or compare them with those it was begun with."""
-    path = root / MANIFEST
-    before = read_mapping(path)
-    if before and before != manifest:
-        fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
-        changed = {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}
-        raise ConfigError(
-            "this folder holds another sweep", key="name", value=str(root), expected=str(changed), fix=fix
-        )
-    replace_file(path, json.dumps(manifest, indent=1).encode())
-
-
-async def _run_all(
-    runs: Sequence[Run], recipe: str, config_dir: Path | None, jobs: int
-) -> tuple[list[tuple[Run, int]], int]:
+async def _run_all(runs: list[Run], recipe: str, config_dir: Path | None, jobs: int) -> tuple[dict[Run, int], int]:
     """Train every run; returns the failed ones with their exit status, and the signal that ended it all or 0."""
-    free, stop, failed = asyncio.Semaphore(jobs), asyncio.Event(), list[tuple[Run, int]]()
-    received: list[int] = []
+    free, stop = asyncio.Semaphore(jobs), asyncio.Event()
+    received, failed = list[int](), dict[Run, int]()
 
     def interrupted(number: int) -> None:
         received.append(number)
@@ -171,16 +144,16 @@ async def _run_all(
         async with free:
             if stop.is_set():
                 return
-            print(f"{run.variant} seed {run.seed}: started", flush=True)
+            print(f"{run.title}: started", flush=True)
             status = await _train(run, recipe, config_dir, jobs, stop)
-            if stop.is_set():
-                return
-            print(f"{run.variant} seed {run.seed}: {'finished' if run.finished else 'failed'}", flush=True)
-            if not run.finished:
-                failed.append((run, status))
+        if stop.is_set():
+            return
+        if not run.finished:
+            failed[run] = status
+        print(f"{run.title}: {'finished' if run.finished else 'failed'}", flush=True)
 
-    await asyncio.gather(*(one(run) for run in runs))
-    return failed, received[0] if received else 0
+    await asyncio.gather(*map(one, runs))
+    return failed, (*received, 0)[0]
 
 
 async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop: asyncio.Event) -> int:
@@ -188,8 +161,13 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
     command += ["--config-dir", str(config_dir)] if config_dir else []
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not await _unlocked(run.folder / ".lock"):
-        print(f"{run.variant} seed {run.seed}: another process uses {run.folder}", file=sys.stderr)
+    try:
+        # A sweep that was killed has told its runs to end, and one may still be writing a checkpoint. Without a thread:
+        # Linux tells children of a parent's death once more for every thread of it.
+        async with filelock.AsyncFileLock(run.folder / ".lock", timeout=END_DEADLINE_S, run_in_executor=False):
+            pass
+    except filelock.Timeout:
+        print(f"{run.title}: another process uses {run.folder}", file=sys.stderr)
         return -1
     with run.log.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
@@ -208,22 +186,6 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
                 process.kill()
             status = await ended
     return status
-
-
-async def _unlocked(path: Path) -> bool:
-    """Wait: a sweep that was killed has told its runs to end, and one may still be writing a checkpoint.
-
-    Without a thread: Linux tells children of a parent's death once more for every thread of it.
-    """
-    deadline = asyncio.get_running_loop().time() + END_DEADLINE_S
-    while True:
-        try:
-            with filelock.FileLock(path, timeout=0):
-                return True
-        except filelock.Timeout:
-            if asyncio.get_running_loop().time() > deadline:
-                return False
-            await asyncio.sleep(0.5)
 
 
 def _end_with_parent() -> None:
