@@ -16,9 +16,8 @@ the gradient depends neither on how sequences are split nor on how many ranks th
 A sequence of length 0 (fully masked) has weight 0 and is not counted in B. A sequence that is merely
 useless (its advantage is 0) has tokens and counts: pass its length even where its forward is skipped.
 
-Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is
-TokenMean (Yu et al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
-arXiv 2503.20783).
+Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is TokenMean (Yu et
+al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025, arXiv 2503.20783).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Penalty against a reference model: three per-token estimates of KL(pi || ref).
 
-With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL
-Divergence"):
+With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL Divergence"):
 
     k1 = -d                 unbiased; negative at times, large variance
     k2 = d^2 / 2            biased, small variance, >= 0

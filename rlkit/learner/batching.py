@@ -1,8 +1,7 @@
 """From sequences to micro-batches: bucketed by length, under a token budget, the same for every rank.
 
-The gradient of an update does not depend on anything in this file: each sequence's tokens carry a
-weight computed from the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain
-sum over tokens, however it is cut.
+The gradient of an update does not depend on anything in this file: each sequence's tokens carry a weight computed from
+the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain sum over tokens, however it is cut.
 """
 
 from __future__ import annotations

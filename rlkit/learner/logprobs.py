@@ -5,9 +5,8 @@ With z_iv = (h_i . w_v + b_v) / T the head returns
     logprob_i = z_{i, y_i} - lse_i,     lse_i = log sum_v exp z_iv,
     entropy_i = lse_i - sum_v p_iv z_iv,    p_iv = exp(z_iv - lse_i).
 
-The forward pass walks over tiles of at most `chunk_tokens` x `chunk_vocab` logits with a running
-(maximum, sum) per token and keeps `lse` [n] alone; the backward pass makes each tile again and
-multiplies it into both gradients at once:
+The forward pass walks over tiles of at most `chunk_tokens` x `chunk_vocab` logits with a running (maximum, sum) per
+token and keeps `lse` [n] alone; the backward pass makes each tile again and multiplies it into both gradients at once:
 
     d logprob_i / d z_iv = [v = y_i] - p_iv,    d entropy_i / d z_iv = -p_iv (log p_iv + entropy_i).
 

@@ -25,9 +25,8 @@ _FROM_MODEL_CONFIG = {"dtype": "model.dtype", "attn_implementation": "model.atte
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer: a character tokenizer of `alphabet`, or a pretrained one.
 
-    `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its
-    end-of-sequence token for it: masks are made from lengths, never from token ids, so a real
-    end-of-sequence token is never taken for padding.
+    `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its end-of-sequence token for
+    it: masks are made from lengths, never from token ids, so a real end-of-sequence token is never taken for padding.
 
     Raises `ConfigError` when it cannot be made or loaded.
     """

@@ -109,10 +109,9 @@ class Session:
 def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
     """Run `body(check_stop)`; return 0, or 128 + signal number after SIGINT or SIGTERM, as a shell reports it.
 
-    The first signal is acted on at the next safe point, a second one at once.
-    `check_stop` raises Interrupted once a signal has arrived. It is called between stretches of
-    generation, before a step's first update and between evaluation batches: places where the run
-    can be left as it was at the last finished step.
+    The first signal is acted on at the next safe point, a second one at once. `check_stop` raises Interrupted once a
+    signal has arrived. It is called between stretches of generation, before a step's first update and between
+    evaluation batches: places where the run can be left as it was at the last finished step.
     """
     received: list[int] = []
     arrived: list[float] = []
