@@ -20,8 +20,6 @@ Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03
 al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025, arXiv 2503.20783).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ Shapes
     n  loss tokens of one micro-batch: completions laid end to end, masked tokens left out
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol

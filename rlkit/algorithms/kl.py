@@ -17,8 +17,6 @@ tokens bias each by the ratio, which is not applied here):
 In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0 beyond.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 

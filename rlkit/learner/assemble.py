@@ -1,7 +1,5 @@
 """From taken groups to a step's training sequences: scores, advantages and what to report of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 

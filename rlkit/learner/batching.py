@@ -4,11 +4,9 @@ The gradient of an update does not depend on anything in this file: each sequenc
 the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain sum over tokens, however it is cut.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,7 +30,7 @@ class TrainingSequence:
     advantage: float = 0.0
 
     @classmethod
-    def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> TrainingSequence:
+    def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> Self:
         """A rollout of `prompt` to train on."""
         return cls(
             prompt_token_ids=prompt.token_ids,
@@ -79,7 +77,7 @@ class MicroBatch:
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}

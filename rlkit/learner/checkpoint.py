@@ -11,8 +11,6 @@ A checkpoint is written beside its place, flushed, and renamed: it is there whol
 loading, every file is compared with the manifest first. Nothing is pickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

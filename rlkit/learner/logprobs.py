@@ -16,8 +16,6 @@ for every upstream gradient. The vocabulary is the outer loop: each slice of the
 a pass and its gradient written once; only the [n, H] gradient of the hidden states is accumulated.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

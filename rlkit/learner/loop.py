@@ -4,8 +4,6 @@ Synchronous training is the special case max_staleness = 0 of the buffer's proto
 in this process, between learner steps, on the learner's own weights.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ with the loss at learning rate 0, and compares. The same weights must give a rat
 fraction of 0 and log-probs that differ by rounding only. Run it before a long run on a new model.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 from collections.abc import Mapping

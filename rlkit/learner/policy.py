@@ -5,8 +5,6 @@ attention mask is needed. Position ids are passed explicitly: `generate` derives
 a bare forward does not for every architecture, and a ratio would be wrong from step 0.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -1,7 +1,5 @@
 """What training, warm start, evaluation and parity checks set up alike."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal
@@ -11,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -54,7 +52,7 @@ class Session:
         resolved: Mapping[str, Any],
         check_stop: Callable[[], None] = never_stop,
         source: ModelConfig | None = None,
-    ) -> Session:
+    ) -> Self:
         """Start this rank; the tokenizer is that of `source`, or else of the recipe's model."""
         accelerator = start_accelerator(config.learner)
         return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)

@@ -5,8 +5,6 @@ token and token-mean aggregation. A finished warm start is the checkpoint step_<
 named by a hash of its inputs; an interrupted one goes on from its newest checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

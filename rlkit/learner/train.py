@@ -1,7 +1,5 @@
 """`rlkit train`: set everything up, run the loop, report. Also `accelerate launch -m rlkit ...`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

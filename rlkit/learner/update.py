@@ -8,8 +8,6 @@ the loss is multiplied by their number to undo that.
 Nothing here knows which algorithm runs: the pieces are called through `rlkit.algorithms.base`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a rollout worker needs of an inference engine: token ids in, token ids out."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ then picks; it records the log-prob of the draw under the full (untruncated) dis
 sampling temperature: the behaviour log-prob. No [batch, steps, vocabulary] tensor is kept.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

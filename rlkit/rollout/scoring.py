@@ -1,7 +1,5 @@
 """Between rollouts and the `rewards` package, which knows nothing of rlkit's types."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rewards.base import Sample, Score

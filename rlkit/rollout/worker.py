@@ -5,8 +5,6 @@ while the engine goes on with the others. Leases are renewed in the background; 
 worker, leases it still holds are given back.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

@@ -1,7 +1,5 @@
 """environment.json: what a run ran on. No variables, user or host names, absolute paths, secrets."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """The report's figures, kept as PNG and handed to the page as SVG; style and plain line figures are in report.yaml."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a run's metrics say in words: problems first, each with what to do about it. The words are in report.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean, stdev

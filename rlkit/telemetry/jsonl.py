@@ -4,8 +4,6 @@ Several lines may carry the same step; of a metric logged twice for a step the l
 (the machine died) is left out when reading and removed when the run goes on; one anywhere else is an error.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

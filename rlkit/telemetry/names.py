@@ -3,8 +3,6 @@
 `python -m rlkit.telemetry.names > docs/metrics.md` makes the glossary.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

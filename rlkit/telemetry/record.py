@@ -1,7 +1,5 @@
 """A run folder read back: metrics, recipe, environment, evaluations before and after."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

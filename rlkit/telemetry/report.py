@@ -1,7 +1,5 @@
 """What a run leaves for people: report.html with plots/, summary.json, and the table printed at the end."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

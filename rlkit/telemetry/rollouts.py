@@ -1,7 +1,5 @@
 """rollouts/step_N.parquet: every sampled completion with its verdict, and a viewer for them."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

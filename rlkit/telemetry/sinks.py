@@ -1,7 +1,5 @@
 """Where metrics go: one `Telemetry` checks every name and hands each row to its sinks: file, wandb, console."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

@@ -7,8 +7,6 @@ prompts up) and pairs this with a constant denominator: `aggregation.ConstantLen
 RLOO's leave-one-out advantage is n / (n - 1) times this one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -7,8 +7,6 @@ are all equal has A = 0 exactly. Any increasing affine map of a group's scores l
 epsilon): corrections of the reward made before this normalisation are undone by it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -11,8 +11,6 @@ group, the scale is shared by the batch, so prompts are not weighed by their dif
 A step whose x are all equal has A = 0 exactly.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -6,8 +6,6 @@ for a prompt with n scored samples. The baseline of sample i does not depend on 
 gradient of A_i log pi(o_i) is that of E[R] exactly, whatever n is.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

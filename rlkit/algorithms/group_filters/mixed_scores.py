@@ -5,8 +5,6 @@ in the step and gives no gradient. Such a group is dropped and the next prompt t
 step has `prompts_per_step` groups that teach something.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

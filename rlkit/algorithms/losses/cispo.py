@@ -7,8 +7,6 @@ away; here its weight is bounded and every token keeps one. In practice there is
 (clip_low = 1, the default) and a generous upper one; ScaleRL (arXiv 2510.13786) caps the weight near 5.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -12,8 +12,6 @@ The log-ratio is clamped to [-20, 20] before exp, which keeps the loss finite (i
 beyond). At r = 1 the gradient is that of -A logprob: the plain policy gradient.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

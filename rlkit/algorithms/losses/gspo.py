@@ -11,8 +11,6 @@ mean makes the ratio tighter by about |o_i|: the published bounds are 3e-4 and 4
 Pair it with SequenceMeanTokenMean, with which sum_t L_it / |o_i| is the paper's sequence loss.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

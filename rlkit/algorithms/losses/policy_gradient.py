@@ -6,8 +6,6 @@ The gradient is that of the expected reward only where the tokens were sampled b
 weights: a stale token is not corrected and nothing bounds the step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

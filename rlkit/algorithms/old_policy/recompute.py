@@ -5,8 +5,6 @@ is seen apart. At lag > 0 it is a *proximal* anchor (AReaL's decoupled PPO): the
 age, so that clipping is silently off unless importance weights correct for it. Hence refused at lag > 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Anchor on the engine's own log-probs: the ratio holds engine mismatch and staleness together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
