@@ -10,15 +10,11 @@ optimiser step, on every rank:
     SequenceMeanTokenSum   w_i = 1 / B
     ConstantLength         w_i = 1 / (B max_length)
 
-The weights are known before the first forward pass, so micro-batches and ranks just add their sums:
-the gradient depends neither on how sequences are split nor on how many ranks there are.
+Micro-batches and ranks just add their sums: the gradient depends neither on how sequences are split nor on the number
+of ranks. A fully masked sequence has weight 0 and is not in B; one whose advantage is 0 counts with its length.
 
-A sequence of length 0 (fully masked) has weight 0 and is not counted in B. A sequence that is merely
-useless (its advantage is 0) has tokens and counts: pass its length even where its forward is skipped.
-
-Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is
-TokenMean (Yu et al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
-arXiv 2503.20783).
+Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is TokenMean (Yu et
+al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025, arXiv 2503.20783).
 """
 
 from collections.abc import Callable
@@ -60,13 +56,9 @@ class SequenceMeanTokenSum:
 
 @dataclass(frozen=True, slots=True)
 class ConstantLength:
-    """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO).
+    """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO)."""
 
-    `max_length` is the longest completion in tokens: `${rollout.max_completion_tokens}` in a
-    recipe. It sets the scale only; longer sequences are not an error.
-    """
-
-    max_length: int
+    max_length: int  # tokens, `${rollout.max_completion_tokens}` in a recipe: sets the scale only, bounds nothing
 
     def __post_init__(self) -> None:
         in_range("max_length", self.max_length, 1)

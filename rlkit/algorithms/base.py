@@ -1,8 +1,6 @@
 """The seams of an algorithm: what an advantage, a loss and an old-policy anchor are given and return.
 
-Shapes
-    N  sequences (rollouts) of one learner step, over all ranks
-    n  loss tokens of one micro-batch: completions laid end to end, masked tokens left out
+Shapes: N sequences (rollouts) of one learner step, over all ranks; n loss tokens of one micro-batch, end to end.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +17,13 @@ from rlkit.errors import ConfigError
 class AdvantageInputs:
     """The scored samples of a whole learner step (never a micro-batch, never one rank's share).
 
-    Attributes:
-        scores: [N] float64, finite; unscored samples are not among them.
-        group: [N] int64, which prompt a sample belongs to, 0 <= group < number of prompts.
-        lengths: [N] float64, loss tokens of every sequence.
-        parts: the named rewards behind the scores, [N] each; NaN where one has no say.
-
-    Example: two prompts, three samples each, one right answer in the first and none in the second:
-        scores = [1, 0, 0, 0, 0, 0], group = [0, 0, 0, 1, 1, 1]
+    Example: two prompts of three samples, one right answer: scores [1, 0, 0, 0, 0, 0], group [0, 0, 0, 1, 1, 1].
     """
 
-    scores: Tensor
-    group: Tensor
-    lengths: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Tensor  # [N] float64, finite; unscored samples are not among them
+    group: Tensor  # [N] int64, which prompt a sample belongs to, 0 <= group < number of prompts
+    lengths: Tensor  # [N] float64, loss tokens of every sequence
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # the named rewards, [N] each; NaN: has no say
 
 
 class Advantage(Protocol):
@@ -53,36 +44,22 @@ class GroupFilter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What a loss sees of one micro-batch.
+    """What a loss sees of one micro-batch; everything but `logprobs` is constant."""
 
-    Attributes:
-        logprobs: [n] under the current weights, with gradient.
-        old_logprobs: [n] the anchor of the ratio, constant.
-        behavior_logprobs: [n] as the engine reported them, constant.
-        advantages: [n] constant.
-        sequence: [n] int64, which of the micro-batch's sequences a token belongs to, ascending.
-        sequences: how many there are.
-    """
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    behavior_logprobs: Tensor
-    advantages: Tensor
-    sequence: Tensor
-    sequences: int
+    logprobs: Tensor  # [n] under the current weights, with gradient
+    old_logprobs: Tensor  # [n] the anchor of the ratio
+    behavior_logprobs: Tensor  # [n] as the engine reported them
+    advantages: Tensor  # [n]
+    sequence: Tensor  # [n] int64, which of the micro-batch's sequences a token belongs to, ascending
+    sequences: int  # how many there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """Loss of every token (to be MINIMISED; the aggregation weighs it) and diagnostics.
+    """Loss of every token and diagnostics."""
 
-    Attributes:
-        per_token: [n]
-        metrics: name -> [n] values without gradient, reported as their mean over all loss tokens.
-    """
-
-    per_token: Tensor
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    per_token: Tensor  # [n], to be MINIMISED; the aggregation weighs it
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # [n] each, no gradient; reported as token means
 
 
 class Loss(Protocol):
@@ -105,16 +82,11 @@ class Aggregation(Protocol):
 
 
 class OldPolicy(Protocol):
-    """Whose log-probs are the denominator of the ratio.
+    """Whose log-probs are the denominator of the ratio."""
 
-    Attributes:
-        uses_current_weights: the anchor is the policy at the start of the batch. With one update a
-            batch its log-probs equal the current ones, so no extra forward is spent.
-        exact_only_at_lag_zero: refused when tokens may be older than the weights.
-    """
-
+    # The anchor is the policy at the start of the batch: with one update a batch no extra forward is spent.
     uses_current_weights: ClassVar[bool]
-    exact_only_at_lag_zero: ClassVar[bool]
+    exact_only_at_lag_zero: ClassVar[bool]  # refused when tokens may be older than the weights
 
     def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Old log-probs of every sequence, [T_i] each; `rescore` is a no-grad forward of the policy."""
@@ -131,10 +103,7 @@ def group_mean(values: Tensor, group: Tensor, count: int) -> Tensor:
 
 
 def constant_groups(values: Tensor, group: Tensor, count: int) -> Tensor:
-    """True for groups whose values are all exactly equal, [count] bool.
-
-    Exact comparison, not a variance: (0.1 + 0.1 + 0.1) / 3 is not 0.1 in floating point.
-    """
+    """Groups whose values are all equal, [count] bool; exactly so: (0.1 + 0.1 + 0.1) / 3 is not 0.1 in floats."""
     low = torch.full((count,), torch.inf, dtype=values.dtype, device=values.device)
     high = (-low).scatter_reduce(0, group, values, "amax")
     return low.scatter_reduce(0, group, values, "amin") == high

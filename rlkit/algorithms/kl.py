@@ -1,19 +1,16 @@
 """Penalty against a reference model: three per-token estimates of KL(pi || ref).
 
-With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL
-Divergence"):
+With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL Divergence"):
 
     k1 = -d                 unbiased; negative at times, large variance
     k2 = d^2 / 2            biased, small variance, >= 0
     k3 = exp(d) - 1 - d     unbiased, small variance, >= 0
 
-Values and gradients are two matters. As a loss on tokens sampled from pi, in expectation (stale
-tokens bias each by the ratio, which is not applied here):
+As a loss on tokens sampled from pi, in expectation (stale tokens bias each by the ratio, which is not applied here):
 
     grad k1 = grad logprob                    0: only noise. Refused as a penalty.
     grad k2 = -d grad logprob                 the gradient of KL(pi || ref)
-    grad k3 = (1 - exp(d)) grad logprob       the gradient of KL(ref || pi), equal to the former to
-                                              first order near pi = ref; what GRPO uses
+    grad k3 = (1 - exp(d)) grad logprob       that of KL(ref || pi), equal to first order near pi = ref; GRPO's
 
 In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0 beyond.
 """
@@ -102,10 +99,7 @@ class KLInReward(KLPenalty):
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0) -> Tensor:
-    """k1, k2 or k3 of every token [n], in nats; no gradient to the reference.
-
-    Raises KeyError for another estimator.
-    """
+    """k1, k2 or k3 of every token [n], in nats; no gradient to the reference. KeyError for another estimator."""
     d = reference_logprobs.detach() - logprobs
     if estimator == "k1":
         return -d

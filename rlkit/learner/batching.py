@@ -1,15 +1,12 @@
 """From sequences to micro-batches: bucketed by length, under a token budget, the same for every rank.
 
-The gradient of an update does not depend on anything in this file: each sequence's tokens carry a
-weight computed from the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain
-sum over tokens, however it is cut.
+The gradient of an update does not depend on anything in this file: each sequence's tokens carry a weight computed from
+the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain sum over tokens, however it is cut.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,7 +30,7 @@ class TrainingSequence:
     advantage: float = 0.0
 
     @classmethod
-    def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> TrainingSequence:
+    def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> Self:
         """A rollout of `prompt` to train on."""
         return cls(
             prompt_token_ids=prompt.token_ids,
@@ -61,11 +58,8 @@ class MicroBatch:
     """One forward pass over some sequences; n = their loss tokens, end to end.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
-        input_ids      [[7, 8, 1, 2], [9, 3, 0, 0]]
-        head_positions [1, 2, 4]         (the hidden states that predict 1, 2 and 3)
-        targets        [1, 2, 3]
-        sequence       [0, 0, 1]
-        counts         [2, 1]
+        input_ids [[7, 8, 1, 2], [9, 3, 0, 0]], targets [1, 2, 3], sequence [0, 0, 1], counts [2, 1],
+        head_positions [1, 2, 4] (the hidden states that predict 1, 2 and 3)
     """
 
     input_ids: Tensor  # [B, L] right padded
@@ -80,7 +74,7 @@ class MicroBatch:
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
@@ -88,10 +82,9 @@ class MicroBatch:
 
 
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first.
+    """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first; each is in one of them.
 
-    A sequence longer than the budget gets a micro-batch of its own. Deterministic; every sequence
-    is in exactly one micro-batch.
+    A sequence longer than the budget gets a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     plan: list[list[int]] = []
@@ -106,10 +99,9 @@ def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]
 
 
 def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[list[int], bool]]:
-    """This rank's micro-batches and whether they count; every rank gets the same number of them.
+    """This rank's micro-batches and whether they count.
 
-    Collectives hang when ranks run different numbers of backward passes, so the shortest micro-batch
-    fills up with weight 0.
+    Collectives hang when ranks run different numbers of them, so the shortest one fills up with weight 0.
     """
     filled = [(part, True) for part in plan]
     while len(filled) % world:

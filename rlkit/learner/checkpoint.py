@@ -7,8 +7,8 @@
         trainer/state.json                                  step, counters, watermark, other RNGs
         manifest.json                                       size and checksum of every file
 
-A checkpoint is written beside its place, flushed, and renamed: it is there whole or not at all. On
-loading, every file is compared with the manifest first. Nothing is pickled.
+Written beside its place, flushed, and renamed: there whole or not at all. Loading compares every file with the
+manifest first. Nothing is pickled.
 """
 
 import hashlib

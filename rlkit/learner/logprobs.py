@@ -5,16 +5,14 @@ With z_iv = (h_i . w_v + b_v) / T the head returns
     logprob_i = z_{i, y_i} - lse_i,     lse_i = log sum_v exp z_iv,
     entropy_i = lse_i - sum_v p_iv z_iv,    p_iv = exp(z_iv - lse_i).
 
-The forward pass walks over tiles of at most `chunk_tokens` x `chunk_vocab` logits with a running
-(maximum, sum) per token and keeps `lse` [n] alone; the backward pass makes each tile again and
-multiplies it into both gradients at once:
+The forward pass walks over tiles of at most `chunk_tokens` x `chunk_vocab` logits with a running (maximum, sum) per
+token and keeps `lse` [n] alone; the backward pass makes each tile again and multiplies it into both gradients at once:
 
     d logprob_i / d z_iv = [v = y_i] - p_iv,    d entropy_i / d z_iv = -p_iv (log p_iv + entropy_i).
 
-The blockwise log-sum-exp and the recomputing backward pass are those of cut cross-entropy (Wijmans
-et al., arXiv 2411.09009), without its gradient filter: nothing is skipped, so the result is exact
-for every upstream gradient. The vocabulary is the outer loop: each slice of the weight is read once
-a pass and its gradient written once; only the [n, H] gradient of the hidden states is accumulated.
+Blockwise log-sum-exp and recomputing backward pass are those of cut cross-entropy (Wijmans et al., arXiv 2411.09009),
+without its gradient filter: exact for every upstream gradient. The vocabulary is the outer loop: a pass reads each
+slice of the weight once and writes its gradient once; only the [n, H] gradient of the hidden states is accumulated.
 """
 
 import math
@@ -52,20 +50,16 @@ def selected_logprobs(
         targets: [n] int64, in [0, V).
         bias: [V] or None.
         temperature: the sampling temperature, > 0, no unit.
-        chunk_tokens, chunk_vocab: most tokens and vocabulary entries whose logits exist at a time.
-            Scratch memory is chunk_tokens * chunk_vocab * 4 bytes (twice that with entropy), plus
-            chunk_vocab * H * 8 bytes where the weight is not float32.
-        with_entropy: also return the entropy.
+        chunk_tokens, chunk_vocab: most tokens and vocabulary entries whose logits exist at a time: scratch memory
+            of chunk_tokens * chunk_vocab * 4 bytes (twice that with entropy), plus chunk_vocab * H * 8 bytes where
+            the weight is not float32.
         entropy_grad: let gradients flow through the entropy; otherwise it is detached.
 
-    Returns:
-        logprobs [n] and entropy [n] in nats (None unless `with_entropy`), float32, or float64 if
-        an input is float64. Logits, sums and gradient sums are of that dtype whatever the
-        inputs' dtype and whatever the autocast state; gradients arrive in the inputs' dtypes.
+    Returns logprobs [n] and entropy [n] in nats (None unless `with_entropy`), float32, or float64 if an input is.
+    Logits and all sums are of that dtype, autocast or not; gradients arrive in the inputs' dtypes.
 
-    Raises:
-        ConfigError: temperature or chunk size out of range, or `entropy_grad` without `with_entropy`.
-        TrainingError: shapes or dtypes that do not fit, or a target outside [0, V).
+    Raises ConfigError: temperature or chunk size out of range, or `entropy_grad` without `with_entropy`;
+    TrainingError: shapes or dtypes that do not fit, or a target outside [0, V).
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError("out of range", key="temperature", value=temperature, expected="a finite number > 0")
@@ -137,10 +131,7 @@ class _Tiles:
 
 
 def _in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Targets' column within a tile [r, 1] (clamped) and whether they lie in it [r, 1].
-
-    Masks instead of `nonzero`: no device synchronisation in the loop.
-    """
+    """Targets' column within a tile [r, 1] (clamped) and whether they lie in it [r, 1]; without `nonzero`'s sync."""
     column = (targets - columns.start).unsqueeze(1)
     width = columns.stop - columns.start
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
@@ -193,8 +184,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         tiles = _Tiles(hidden, weight, bias, *ctx.tiling)
         lse, grad_logprobs = lse.unsqueeze(1), grad_logprobs.unsqueeze(1)
-        # Gradient with respect to z = row_scale * tile. Without an entropy gradient the upstream
-        # gradient is a factor of the whole row, so no tile has to be multiplied by it.
+        # d / dz = row_scale * tile. Without an entropy gradient the upstream one is a factor of the whole row.
         row_scale = -grad_logprobs / temperature
         if entropy is not None and grad_entropy is not None:
             entropy, grad_entropy = entropy.unsqueeze(1), grad_entropy.unsqueeze(1)

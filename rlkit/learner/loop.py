@@ -1,7 +1,6 @@
 """The training loop of rank 0: request, roll out, take, train, publish, evaluate, commit.
 
-Synchronous training is the special case max_staleness = 0 of the buffer's protocol: the worker runs
-in this process, between learner steps, on the learner's own weights.
+Synchronous: max_staleness = 0 of the buffer's protocol, with the worker in this process, between learner steps.
 """
 
 import time
@@ -55,15 +54,9 @@ class Trainer:
         self.group_filter: GroupFilter | None = build(chosen, key="algorithm.group_filter") if chosen else None
         self.budget: Budget = build(config.budget, key="budget")
         self.engine = self.session.engine(self.learner.model)
-        self.worker = RolloutWorker(
-            self.buffer,
-            self.engine,
-            self.pool,
-            self.session.sampling(config.rollout.temperature, config.seed),
-            worker_id="embedded-0",
-            capacity=config.prompts_per_step * config.samples_per_prompt,
-            lease_timeout_s=config.rollout.lease_timeout_s,
-        )
+        sampling = self.session.sampling(config.rollout.temperature, config.seed)
+        capacity, timeout = config.prompts_per_step * config.samples_per_prompt, config.rollout.lease_timeout_s
+        self.worker = RolloutWorker(self.buffer, self.engine, self.pool, sampling, "embedded-0", capacity, timeout)
         self.step = 0
         self.saved_step: int | None = None
         self.updates_of_step = 0  # optimiser steps at the last published step
@@ -95,9 +88,7 @@ class Trainer:
                 if self.step == config.steps or (every and self.step % every == 0):
                     await self.evaluate()
         except BaseException:
-            # Interrupted, a crash of the engine or the verifiers, an unusable step: where the weights
-            # are those of the last published step, a checkpoint of it loses nothing. Weights changed
-            # but not yet published are never saved: their groups would be trained twice.
+            # Weights changed but not yet published are never saved: their groups would be trained twice.
             untouched = self.learner.optimizer_steps == self.updates_of_step
             if untouched and self.saved_step != self.step and self.step > 0:
                 self.save()

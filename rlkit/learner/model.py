@@ -25,11 +25,8 @@ _FROM_MODEL_CONFIG = {"dtype": "model.dtype", "attn_implementation": "model.atte
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer: a character tokenizer of `alphabet`, or a pretrained one.
 
-    `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its
-    end-of-sequence token for it: masks are made from lengths, never from token ids, so a real
-    end-of-sequence token is never taken for padding.
-
-    Raises `ConfigError` when it cannot be made or loaded.
+    `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its end-of-sequence token for
+    it: masks are made from lengths, never from token ids. Raises `ConfigError` when it cannot be made or loaded.
     """
     from transformers import AutoTokenizer
 
@@ -51,10 +48,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
-    """A tokenizer with a token for each character of `alphabet`, in that order.
+    """A tokenizer with a token for each character of `alphabet`, in that order, from id 4 on.
 
-    Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>; the first character is 4. It saves and loads as
-    any tokenizer does; text begins with <bos>. Decoding joins characters without spaces.
+    Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. Text begins with <bos>; decoding joins characters without spaces.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -81,12 +77,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The policy on the CPU, in `dtype`, in eval mode with every dropout probability 0.
 
-    Dropout is off for good: importance ratios compare log-probs of one network, and with dropout
-    each forward pass is another. From `path` only safetensors are read and no remote code runs;
-    weights the file does not have are an error, not random numbers. From `architecture` the
-    initial weights are a function of the settings and `seed` alone (drawn in float32, then cast).
-
-    Raises `ConfigError` naming the setting that is wrong.
+    Importance ratios compare log-probs of one network; with dropout each forward pass is another. From `path` only
+    safetensors are read, no remote code runs, and weights the file lacks are an error. From `architecture` the weights
+    are a function of the settings and `seed` alone (drawn in float32, then cast). Raises `ConfigError`.
     """
     if config.path is not None:
         model = _pretrained_model(config.path, config.attention, dtype)
@@ -121,14 +114,9 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _disable_dropout(settings)
         model, report = from_pretrained(
-            folder,
-            config=settings,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+            folder, config=settings, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:
         problem = f"{len(absent)} weights are missing or of another shape, the first: {', '.join(absent[:3])}"

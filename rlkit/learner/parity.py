@@ -1,8 +1,7 @@
 """`rlkit check-parity`: do engine and learner agree on the log-probs of freshly sampled tokens?
 
-Samples a few prompts with the recipe's engine, scores the tokens with the learner's own forward and
-with the loss at learning rate 0, and compares. The same weights must give a ratio of 1, a clip
-fraction of 0 and log-probs that differ by rounding only. Run it before a long run on a new model.
+Samples a few prompts with the recipe's engine and scores the tokens with the learner's forward and its loss at learning
+rate 0. The same weights must give a ratio of 1, a clip fraction of 0 and log-probs that differ by rounding only.
 """
 
 import asyncio
@@ -22,8 +21,7 @@ from rlkit.learner.update import never_stop
 from rlkit.rollout.engine import sample
 from rlkit.types import FloatArray, Rollout
 
-PROMPTS = 8
-SAMPLES = 4
+PROMPTS, SAMPLES = 8, 4
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 5e-2}
 
 

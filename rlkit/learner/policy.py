@@ -1,8 +1,7 @@
 """The policy as the learner runs it: token ids -> log-probs of the sampled tokens, no logits kept.
 
-Sequences are right-padded and attention is causal, so no real token ever attends to padding and no
-attention mask is needed. Position ids are passed explicitly: `generate` derives them from the mask,
-a bare forward does not for every architecture, and a ratio would be wrong from step 0.
+Sequences are right-padded and attention is causal: no real token attends to padding, no mask is needed. Position ids
+are explicit, because not every architecture's bare forward counts them as `generate` does.
 """
 
 from torch import Tensor, nn
@@ -11,16 +10,12 @@ from transformers import PreTrainedModel
 from rlkit.errors import ConfigError
 from rlkit.learner.logprobs import selected_logprobs
 
-# Settings by which an architecture changes its logits after the head; the chunked head does not apply
-# them, so such a model is refused unless the setting is at its neutral value.
+# Settings that change logits after the head; the chunked head does not apply them: refused unless neutral.
 NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
 
 class Policy(nn.Module):
-    """A causal LM with the chunked log-prob head of `rlkit.learner.logprobs`.
-
-    The whole computation is in `forward`, so that DDP and FSDP wrappers see it.
-    """
+    """A causal LM with the chunked log-prob head, all of it in `forward`, so that DDP and FSDP wrappers see it."""
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
@@ -36,22 +31,13 @@ class Policy(nn.Module):
         self.chunk_tokens = chunk_tokens
 
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        head_positions: Tensor,
-        targets: Tensor,
+        self, input_ids: Tensor, position_ids: Tensor, head_positions: Tensor, targets: Tensor,
         entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy, at the sampling temperature, of chosen next tokens.
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Log-probs and entropies [n], at the sampling temperature, of chosen next tokens, float32 or wider, in nats.
 
-        Args:
-            input_ids, position_ids: [B, L].
-            head_positions: [n] indices into the flattened [B * L] hidden states.
-            targets: [n] the token that follows each of them.
-
-        Returns:
-            logprobs [n] and entropies [n], float32 or wider, in nats.
+        input_ids and position_ids [B, L]; head_positions [n] are indices into the flattened [B * L] hidden states,
+        targets [n] the token that follows each of them.
         """
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state

@@ -1,7 +1,5 @@
 """What training, warm start, evaluation and parity checks set up alike."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal
@@ -11,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -31,10 +29,8 @@ from rlkit.rollout.engine import Engine
 from rlkit.rollout.scoring import score_references
 from rlkit.types import Prompt, SamplingParams
 
-# A second signal within this is the first one again, and not a wish to leave at once.
-REPEAT_S = 0.5
-# How long ranks wait for rank 0 (which samples, scores and evaluates alone) before they give up.
-RANK_TIMEOUT = timedelta(hours=2)
+REPEAT_S = 0.5  # a second signal within this is the first one again, and not a wish to leave at once
+RANK_TIMEOUT = timedelta(hours=2)  # for ranks that wait while rank 0 samples, scores and evaluates alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +45,9 @@ class Session:
 
     @classmethod
     def open(
-        cls,
-        config: Config,
-        resolved: Mapping[str, Any],
-        check_stop: Callable[[], None] = never_stop,
+        cls, config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None] = never_stop,
         source: ModelConfig | None = None,
-    ) -> Session:
+    ) -> Self:  # fmt: skip
         """Start this rank; the tokenizer is that of `source`, or else of the recipe's model."""
         accelerator = start_accelerator(config.learner)
         return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
@@ -109,10 +102,8 @@ class Session:
 def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
     """Run `body(check_stop)`; return 0, or 128 + signal number after SIGINT or SIGTERM, as a shell reports it.
 
-    The first signal is acted on at the next safe point, a second one at once.
-    `check_stop` raises Interrupted once a signal has arrived. It is called between stretches of
-    generation, before a step's first update and between evaluation batches: places where the run
-    can be left as it was at the last finished step.
+    The first signal is acted on at the next safe point, where `check_stop` raises Interrupted: between stretches of
+    generation, before a step's first update, between evaluation batches. A second signal is acted on at once.
     """
     received: list[int] = []
     arrived: list[float] = []

@@ -1,8 +1,7 @@
 """Warm start: supervised fine-tuning on completions, cached by what it depends on.
 
-It runs through the same learner as reinforcement learning, with the loss -log p of each completion
-token and token-mean aggregation. A finished warm start is the checkpoint step_<steps> of a folder
-named by a hash of its inputs; an interrupted one goes on from its newest checkpoint.
+It runs through the learner, with loss -log p a completion token and token-mean aggregation. A finished warm start is
+the checkpoint step_<steps> of a folder named by a hash of its inputs; an interrupted one goes on from its newest.
 """
 
 import contextlib

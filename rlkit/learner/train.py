@@ -89,15 +89,12 @@ def _lead(session: Session, folder: Path) -> None:
         )
         stack.enter_context(contextlib.closing(buffer))
         buffer.rollback(previous.watermark or START if previous else START)
-        telemetry = Telemetry.open(
-            config.telemetry,
-            folder,
-            name=config.name,
-            total_steps=config.steps,
-            config=dict(session.resolved),
-            resume_step=previous.step if previous else -1,  # rows beyond it are of a lineage that is gone
+        recipe, last = dict(session.resolved), previous.step if previous else -1  # rows beyond: of a lineage gone
+        telemetry = stack.enter_context(
+            Telemetry.open(
+                config.telemetry, folder, name=config.name, total_steps=config.steps, config=recipe, resume_step=last
+            )
         )
-        stack.enter_context(telemetry)
         trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, telemetry)
         if previous is not None:
             trainer.resume(previous)

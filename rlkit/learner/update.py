@@ -1,11 +1,8 @@
 """One learner step: old log-probs, then one optimiser update per part of the batch.
 
-The loss of an update is   sum_i w_i sum_t (L_it + KL_it - c_H H_it)   over all sequences i of the
-update on all ranks, with weights w from the aggregation. Nothing else normalises, so micro-batching,
-bucketing, accumulation and rank count leave the gradient as it is. DDP averages gradients over ranks;
-the loss is multiplied by their number to undo that.
-
-Nothing here knows which algorithm runs: the pieces are called through `rlkit.algorithms.base`.
+The loss of an update is   sum_i w_i sum_t (L_it + KL_it - c_H H_it)   over all its sequences i on all ranks, with
+weights w from the aggregation. Nothing else normalises, so micro-batching, bucketing, accumulation and rank count leave
+the gradient as it is. DDP averages gradients over ranks; the loss is multiplied by their number to undo that.
 """
 
 import contextlib
@@ -51,9 +48,7 @@ def never_stop() -> None:
 def learning_rate(step: int, config: LearnerConfig, total_steps: int) -> float:
     """Learning rate at optimiser step `step` (0-based).
 
-    It rises linearly to the peak over `warmup_steps`; then it is constant, or goes linearly or by a
-    half-cosine down to 0 at `total_steps`.
-
+    Linear up to the peak over `warmup_steps`; then constant, or linear or half-cosine down to 0 at `total_steps`.
     Example: peak 1, warmup_steps=2, total_steps=4, linear: 0.5, 1.0, 1.0, 0.5.
     """
     warmup, share = config.warmup_steps, 1.0
@@ -183,10 +178,7 @@ class Learner:
         everything = [micro for part in parts for micro in part]
         behavior = [one for micro in everything for one in micro.behavior_logprobs.split(micro.counts)]
         old = iter(anchor(behavior, lambda: [one for micro in everything for one in self._rescore(micro)]))
-        return [
-            [replace(micro, old_logprobs=torch.cat([next(old) for _ in micro.counts])) for micro in part]
-            for part in parts
-        ]
+        return [[replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in part] for part in parts]
 
     @torch.no_grad()
     def _rescore(self, micro: MicroBatch) -> list[Tensor]:

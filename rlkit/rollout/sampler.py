@@ -1,12 +1,9 @@
 """Keyed sampling inside `generate`: every draw is a pure function of (seed, ordinal, index, position).
 
-A row's token at position t is drawn by inverse CDF from one uniform number that belongs to that row
-and position alone. So a run is reproducible, resumes on the same draws, can be cut anywhere and go on,
-and finished rows can be dropped from a batch without changing the others.
-
-`KeyedSampler` draws the token itself and leaves only it finite, which greedy selection by `generate`
-then picks; it records the log-prob of the draw under the full (untruncated) distribution at the
-sampling temperature: the behaviour log-prob. No [batch, steps, vocabulary] tensor is kept.
+A token is drawn by inverse CDF from one uniform number of its row and position alone: a run is reproducible, resumes on
+the same draws, and finished rows can leave a batch without changing the others. `KeyedSampler` leaves only the drawn
+token finite for `generate` to pick greedily, and records the draw's log-prob under the full (untruncated) distribution
+at the sampling temperature: the behaviour log-prob. No [batch, steps, vocabulary] tensor is kept.
 """
 
 from dataclasses import dataclass, field
@@ -29,10 +26,9 @@ def uniforms(seed: int, ordinal: int, index: int, count: int) -> NDArray[np.floa
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sample one token a row by inverse CDF.
+    """logits [B, V], uniform [B] float64 in [0, 1) -> tokens [B] int64, log-probs [B] float32 at `temperature`.
 
-    logits [B, V], uniform [B] float64 in [0, 1) -> tokens [B] int64, log-probs [B] float32 at
-    `temperature`. Temperature 0 is argmax, with log-probs at temperature 1.
+    Temperature 0 is argmax, with log-probs at temperature 1.
     """
     tokens, logprobs = [], []
     rows = max(1, ROW_CHUNK_ELEMENTS // logits.shape[-1])
@@ -70,10 +66,7 @@ class KeyedSampler(LogitsProcessor):
 
 @dataclass(eq=False)
 class StopTracker(StoppingCriteria):
-    """Marks rows finished by a stop token, a stop string or their length, and keeps the lengths.
-
-    The attribute `eos_token_id` makes `generate` pad rows after they finish.
-    """
+    """Marks rows finished by a stop token, a stop string or their length, and keeps the lengths."""
 
     lengths: Tensor  # [B] tokens generated
     prompt_width: int
@@ -82,6 +75,7 @@ class StopTracker(StoppingCriteria):
 
     def __post_init__(self) -> None:
         self.stopped = torch.zeros_like(self.lengths, dtype=torch.bool)
+        # `generate` reads this attribute and pads rows after they finish.
         self.eos_token_id = torch.tensor(list(self.sampling.stop_token_ids), device=self.lengths.device)
         self.window = max(map(len, self.sampling.stop_strings), default=0) + 8
 

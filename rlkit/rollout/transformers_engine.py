@@ -1,11 +1,8 @@
 """The embedded engine: transformers' `generate` in the learner's own process.
 
-It shares the learner's weights, so publishing a version costs nothing and log-probs agree to rounding.
-For models of a few million parameters on a CPU it is several times faster than a server.
-
-A batch is generated in stretches of `compact_every` tokens; after each one finished rows leave the
-batch (and their key-value cache with it), so that one long completion does not keep all others'
-places warm. The stretches run in a thread: verifiers and lease heartbeats go on meanwhile.
+It shares the learner's weights, so publishing a version costs nothing and log-probs agree to rounding. A batch is
+generated in stretches of `compact_every` tokens, in a thread: verifiers and lease heartbeats go on meanwhile. After
+each stretch finished rows leave the batch and its key-value cache.
 """
 
 from __future__ import annotations
@@ -33,10 +30,8 @@ from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSp
 class TransformersEngine:
     """Settings of the embedded engine (a component: `open` makes the engine)."""
 
-    compact_every: int = 16
-    """Tokens between two removals of finished rows."""
-    max_batch_samples: int = 256
-    """Rows generated at a time; bounds the key-value cache."""
+    compact_every: int = 16  # tokens between two removals of finished rows
+    max_batch_samples: int = 256  # rows generated at a time; bounds the key-value cache
 
     def __post_init__(self) -> None:
         for key, value in (("compact_every", self.compact_every), ("max_batch_samples", self.max_batch_samples)):
@@ -119,32 +114,24 @@ class EmbeddedEngine:
         mask = torch.cat([batch.attention_mask, generated], dim=1)
         was_training, defaults = self.model.training, self.model.generation_config
         settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=count,
-            pad_token_id=self.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            use_cache=True,
-        )
+            do_sample=False, max_new_tokens=count, pad_token_id=self.tokenizer.pad_token_id,
+            return_dict_in_generate=True, use_cache=True,
+        )  # fmt: skip
         self.model.eval()
-        # generate() fills unset fields from the model's own generation config, where a repetition
-        # penalty or top-k would bias the distribution: replace it for the call.
+        # generate() fills unset fields from the model's own generation config, where a repetition penalty or top-k
+        # would bias the distribution: replace it for the call.
         self.model.generation_config = GenerationConfig()
         try:
             generate: Any = self.model.generate
             output = generate(
-                batch.input_ids,
-                attention_mask=mask,
-                past_key_values=batch.cache,
-                generation_config=settings,
-                logits_processor=[sampler],
-                stopping_criteria=[tracker],
-            )
+                batch.input_ids, attention_mask=mask, past_key_values=batch.cache, generation_config=settings,
+                logits_processor=[sampler], stopping_criteria=[tracker],
+            )  # fmt: skip
         finally:
             self.model.generation_config = defaults
             self.model.train(was_training)
         steps = output.sequences.shape[1] - batch.input_ids.shape[1]
-        batch.input_ids = output.sequences
-        batch.cache = output.past_key_values
+        batch.input_ids, batch.cache = output.sequences, output.past_key_values
         batch.logprobs = torch.cat([batch.logprobs, torch.stack(sampler.logprobs[:steps], dim=1)], dim=1)
         batch.lengths = tracker.lengths
         return self._compact(batch, tracker)

@@ -1,8 +1,7 @@
 """The rollout worker: lease slices, sample them, have them scored, hand them in.
 
-It meets the learner in the buffer only. Slices are scored as soon as all their samples are there,
-while the engine goes on with the others. Leases are renewed in the background; whatever ends the
-worker, leases it still holds are given back.
+Slices are scored as soon as all their samples are there, while the engine goes on with the others. Leases are renewed
+in the background; whatever ends the worker, leases it still holds are given back.
 """
 
 import asyncio
@@ -89,10 +88,8 @@ class RolloutWorker:
     async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[tuple[Lease, list[Rollout]]]:
         """Generate all samples of `leases`; yield each lease when its last sample is there."""
         owner = {(a.ordinal, i): a for a in leases for i in range(a.start, a.stop)}
-        requests = [
-            GenerationRequest(ordinal=o, index=i, prompt_token_ids=lease.prompt.token_ids)
-            for (o, i), lease in owner.items()
-        ]
+        keyed = ((o, i, lease.prompt.token_ids) for (o, i), lease in owner.items())
+        requests = [GenerationRequest(ordinal=o, index=i, prompt_token_ids=tokens) for o, i, tokens in keyed]
         arrived: dict[int, list[Rollout]] = {lease.lease_id: [] for lease in leases}
         async with contextlib.aclosing(self.engine.generate(requests, self.sampling)) as stream:
             async for rollout in stream:

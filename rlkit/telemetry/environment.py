@@ -20,8 +20,8 @@ PACKAGES = [
 ]  # fmt: skip
 GIT_DEADLINE_S = 10.0
 
+# Keys of secrets; eos_token and the like are none.
 _WORDS = "api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token|(?<!_)token"
-"""Keys of secrets; eos_token and the like are none."""
 _SECRET = re.compile(rf"(?im)^(\s*(?:[\w.=+-]*[_.=+-])?(?:{_WORDS})(?:=|\s*:[ \t]*))\S.*$")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 

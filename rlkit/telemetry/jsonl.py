@@ -72,9 +72,8 @@ def read_metrics(run_dir: Path) -> list[Row]:
 class JsonlSink:
     """Append rows to run_dir/metrics.jsonl, each flushed, so that a killed run leaves what it knew.
 
-    Opening an existing file goes on with its run time. With `resume_step`, the step of the checkpoint the run
-    goes on from, training rows of later steps are removed; that step's own rows, its evaluation among them,
-    stay, and so do warm-start rows, whose steps count something else. Raises TelemetryError: the file is broken.
+    An existing file's run time goes on. Training rows of steps after `resume_step`, the checkpoint the run goes on
+    from, are removed; warm-start rows stay: their steps count something else. Raises TelemetryError: a broken file.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:

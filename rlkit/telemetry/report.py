@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlkit.telemetry.console import duration
 from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
@@ -19,9 +18,9 @@ from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.names import TelemetryError, read_resource
 from rlkit.telemetry.record import EvalCurve, RunRecord, load_run, read_mapping, with_error
 from rlkit.telemetry.rollouts import COLOURS, facts, judged_rollouts, rollout_steps, visible
+from rlkit.telemetry.sinks import duration
 
-HEAD_CHARACTERS = 1200
-TAIL_CHARACTERS = 500
+HEAD_CHARACTERS, TAIL_CHARACTERS = 1200, 500  # of a long text
 SAMPLES = 2  # completions of each verdict shown for a step
 
 

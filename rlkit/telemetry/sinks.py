@@ -9,15 +9,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
 from rlkit.config.schema import TelemetryConfig
-from rlkit.telemetry.console import ConsoleSink
 from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import Metrics, TelemetryError, check_name, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, check_name, is_warm_start
 
 logger = logging.getLogger(__name__)
 
 DEADLINES_S = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0}
 QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
+FIELDS = (
+    ("reward", "reward/mean", ".3f"),
+    ("dead", "group/dead_frac", ".0%"),
+    ("length", "completion/length/mean", ".1f"),
+    ("entropy", "policy/entropy", ".3f"),
+    ("loss", "sft/loss", ".4f"),
+    ("s/step", "time/step", ".2f"),
+)
+PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
 class Sink(Protocol):
@@ -79,6 +91,58 @@ class WandbSink:
         self._wandb.teardown(exit_code=int(failed))
 
 
+def duration(seconds: float) -> str:
+    """Short form of a time span: 42 s, 2 min, 1 h 1 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def figure(value: float | None, spec: str) -> str:
+    """A number in its format; "not finite" for null."""
+    return "not finite" if value is None else format(value, spec)
+
+
+class ConsoleSink:
+    """Progress bar with steps and time left on a terminal; plain lines anywhere else.
+
+    `total_steps`: learner steps of the whole run, or updates of a warm start; `start_step` of them are done already.
+    """
+
+    def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.total = total_steps
+        columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        plain = not self.console.is_terminal
+        self._progress = Progress(*columns, console=self.console, disable=plain, speed_estimate_period=PACE_WINDOW_S)
+        self._progress.add_task("steps", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Show one row: a step's summary, held-out figures, or both."""
+        shown = [f"{label} {figure(metrics[name], spec)}" for label, name, spec in FIELDS if name in metrics]
+        if shown:
+            (task,) = self._progress.tasks
+            self._progress.update(task.id, completed=step)
+            if self._progress.disable and task.time_remaining:
+                shown.append(f"ETA {duration(task.time_remaining)}")
+            kind = "sft " if is_warm_start(metrics) else ""
+            self._print("  ".join([f"{kind}step {step}/{self.total}", *shown]))
+        for name, value in metrics.items():
+            if match := EVAL_NAME.fullmatch(name):
+                error = metrics.get(name + "_se")
+                tail = "" if error is None else f" +- {error:.3f}"
+                self._print(f"step {step}  eval {match[1]}  {match[2]} {figure(value, '.3f')}{tail}", "bold cyan")
+
+    def _print(self, line: str, style: str = "") -> None:
+        self.console.print(Text(line, style=style), soft_wrap=True)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Take the bar down and leave the cursor visible; closing twice is harmless."""
+        self._progress.stop()
+
+
 class Telemetry:
     """Fan out rows to sinks, and own them: a context manager that always closes every one."""
 
@@ -87,15 +151,9 @@ class Telemetry:
 
     @classmethod
     def open(
-        cls,
-        telemetry: TelemetryConfig,
-        run_dir: Path,
-        *,
-        name: str,
-        total_steps: int,
-        config: Mapping[str, Any],
+        cls, telemetry: TelemetryConfig, run_dir: Path, *, name: str, total_steps: int, config: Mapping[str, Any],
         resume_step: int | None = None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """Make the sinks a recipe asks for; `config` is the resolved recipe as plain containers, for wandb.
 
         `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.

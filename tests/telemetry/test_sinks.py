@@ -12,10 +12,9 @@ from rich.console import Console
 
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry import sinks
-from rlkit.telemetry.console import ConsoleSink, duration
 from rlkit.telemetry.jsonl import JsonlSink, read_metrics
 from rlkit.telemetry.names import Metrics, TelemetryError
-from rlkit.telemetry.sinks import Telemetry, WandbSink
+from rlkit.telemetry.sinks import ConsoleSink, Telemetry, WandbSink, duration
 
 ROOT = Path(__file__).parents[2]
 

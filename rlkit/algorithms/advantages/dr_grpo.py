@@ -2,9 +2,8 @@
 
     A_i = R_i - mean_g R
 
-The paper drops the division by the group's standard deviation (it weighs very easy and very hard
-prompts up) and pairs this with a constant denominator: `aggregation.ConstantLength`. With n samples,
-RLOO's leave-one-out advantage is n / (n - 1) times this one.
+Dividing by the group's deviation would weigh very easy and very hard prompts up. Paired with a constant denominator,
+`aggregation.ConstantLength`. With n samples, RLOO's leave-one-out advantage is n / (n - 1) times this one.
 """
 
 from dataclasses import dataclass

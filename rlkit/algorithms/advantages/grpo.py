@@ -2,9 +2,8 @@
 
     A_i = (R_i - mean_g R) / (std_g R + epsilon)
 
-over the samples of one prompt, with the unbiased standard deviation (n - 1). A group whose scores
-are all equal has A = 0 exactly. Any increasing affine map of a group's scores leaves A unchanged (up to
-epsilon): corrections of the reward made before this normalisation are undone by it.
+over the samples of one prompt, with the unbiased standard deviation (n - 1). A group of equal scores has A = 0 exactly.
+Up to epsilon, no increasing affine map of a group's scores changes A: reward corrections of that kind are undone.
 """
 
 from dataclasses import dataclass

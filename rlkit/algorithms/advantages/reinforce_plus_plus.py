@@ -4,11 +4,8 @@
     x_i = R_i - mean_g R         REINFORCE++-baseline
     A_i = (x_i - m) / sqrt(v + epsilon)
 
-with mean m and unbiased variance v over all loss TOKENS of the step: with a score that is the same
-for every token of a sequence, a sequence of length l counts l times. Unlike GRPO's deviation of one
-group, the scale is shared by the batch, so prompts are not weighed by their difficulty.
-
-A step whose x are all equal has A = 0 exactly.
+with mean m and unbiased variance v over all loss TOKENS of the step: a sequence of length l counts l times. The batch
+shares one scale, so prompts are not weighed by their difficulty. A step whose x are all equal has A = 0 exactly.
 """
 
 from dataclasses import dataclass

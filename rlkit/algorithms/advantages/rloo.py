@@ -2,8 +2,7 @@
 
     A_i = R_i - mean of the other samples' scores = n / (n - 1) (R_i - mean_g R)
 
-for a prompt with n scored samples. The baseline of sample i does not depend on it, so the expected
-gradient of A_i log pi(o_i) is that of E[R] exactly, whatever n is.
+for n scored samples: the baseline does not depend on sample i, so E[grad A_i log pi(o_i)] is that of E[R], for any n.
 """
 
 from dataclasses import dataclass

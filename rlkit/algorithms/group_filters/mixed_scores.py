@@ -1,8 +1,7 @@
 """DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2): only groups with unequal scores.
 
-A group whose samples all have the same score has advantage 0 for every group-relative method: it takes a place
-in the step and gives no gradient. Such a group is dropped and the next prompt takes its place, so that every
-step has `prompts_per_step` groups that teach something.
+A group of equal scores has advantage 0 under every group-relative method; the next prompt takes its place, so that
+every step has `prompts_per_step` groups with a gradient.
 """
 
 from dataclasses import dataclass

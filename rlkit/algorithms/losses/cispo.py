@@ -2,9 +2,8 @@
 
     w = sg[clip(r, 1 - clip_low, 1 + clip_high)],    L = -w A logprob
 
-with r = exp(logprob - old_logprob) and sg a stop-gradient. PPO's clip takes the gradient of a token
-away; here its weight is bounded and every token keeps one. In practice there is no lower bound
-(clip_low = 1, the default) and a generous upper one; ScaleRL (arXiv 2510.13786) caps the weight near 5.
+with r = exp(logprob - old_logprob) and sg a stop-gradient: the weight is bounded, and every token keeps its gradient.
+In practice there is no lower bound (clip_low = 1) and a generous upper one, near 5 in ScaleRL (arXiv 2510.13786).
 """
 
 from dataclasses import dataclass

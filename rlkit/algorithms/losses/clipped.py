@@ -5,11 +5,9 @@
 
 Variants by setting, not by name:
     clip-higher (DAPO, arXiv 2503.14476): clip_high > clip_low, 0.28 against 0.2.
-    dual clip (Ye et al. 2019, arXiv 1912.09729, eq. 5): for A < 0, L = min(L, -dual_clip A), so that a
-    huge ratio on a bad token does not dominate; dual_clip > 1, usually 3 to 10.
+    dual clip (Ye et al. 2019, arXiv 1912.09729, eq. 5): A < 0: L = min(L, -dual_clip A); dual_clip > 1, often 3 to 10.
 
-The log-ratio is clamped to [-20, 20] before exp, which keeps the loss finite (its gradient is 0
-beyond). At r = 1 the gradient is that of -A logprob: the plain policy gradient.
+The log-ratio is clamped to [-20, 20] before exp: the loss stays finite, with gradient 0 beyond.
 """
 
 from dataclasses import dataclass

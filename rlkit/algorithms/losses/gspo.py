@@ -4,11 +4,9 @@
     s_it  = sg[s_i] exp(logprob_it - sg[logprob_it])
     L_it  = max(-s_it A_i, -clip(s_it, 1 - clip_low, 1 + clip_high) A_i)
 
-A reward is given to a sequence, so the importance weight is the sequence's, its geometric mean over
-tokens. Every token of a sequence has the same ratio and is clipped or not together with it. The
-mean makes the ratio tighter by about |o_i|: the published bounds are 3e-4 and 4e-4, not 0.2.
-
-Pair it with SequenceMeanTokenMean, with which sum_t L_it / |o_i| is the paper's sequence loss.
+Every token has its sequence's ratio, the geometric mean over tokens, and is clipped or not together with it. The mean
+makes the ratio tighter by about |o_i|: the published bounds are 3e-4 and 4e-4, not 0.2. Pair it with
+SequenceMeanTokenMean, with which sum_t L_it / |o_i| is the paper's sequence loss.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 
     L = -A logprob
 
-The gradient is that of the expected reward only where the tokens were sampled by the current
-weights: a stale token is not corrected and nothing bounds the step.
+The gradient is that of the expected reward only for tokens of the current weights: nothing corrects a stale one.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,8 @@
 """Anchor on the learner's weights at the start of the batch.
 
-Exact when every token was sampled by those weights (lag 0): then the ratio holds staleness only and
-the engine mismatch is seen apart. At lag > 0 it is a *proximal* anchor (AReaL's decoupled PPO): the
-ratio starts at 1 whatever the tokens' age, so that clipping is silently off unless importance
-weights correct for it. Hence refused at lag > 0.
+Exact when every token was sampled by those weights (lag 0): then the ratio holds staleness only and the engine mismatch
+is seen apart. At lag > 0 it is a *proximal* anchor (AReaL's decoupled PPO): the ratio starts at 1 whatever the tokens'
+age, so that clipping is silently off unless importance weights correct for it. Hence refused at lag > 0.
 """
 
 from collections.abc import Callable, Sequence
