@@ -32,7 +32,6 @@ class TokenMean:
     """Every token of the step counts the same: long sequences weigh more."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
-        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
         return _weights(lengths, lambda o, b: o.sum())
 
 
@@ -41,7 +40,6 @@ class SequenceMeanTokenMean:
     """Every sequence counts the same: a token of a long sequence weighs less."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
-        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
         return _weights(lengths, lambda o, b: b * o)
 
 
@@ -50,7 +48,6 @@ class SequenceMeanTokenSum:
     """The sequence's summed loss, averaged over sequences: the plain policy gradient's scale."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
-        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
         return _weights(lengths, lambda o, b: b)
 
 
@@ -64,12 +61,11 @@ class ConstantLength:
         in_range("max_length", self.max_length, 1)
 
     def __call__(self, lengths: Tensor) -> Tensor:
-        """lengths [N] loss tokens -> w [N] float64. Raises TrainingError for bad lengths."""
         return _weights(lengths, lambda o, b: b * self.max_length)
 
 
 def _weights(lengths: Tensor, denominator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """1 / denominator(lengths, B) where a sequence has tokens, 0 elsewhere; no division by 0 on the way."""
+    """lengths [N] -> w [N] float64: 1 / denominator(lengths, B), 0 for no tokens. TrainingError for bad lengths."""
     counts = lengths.detach().to(torch.float64)
     if counts.dim() != 1 or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
         expected = "one finite count >= 0 a sequence, shape [N]"

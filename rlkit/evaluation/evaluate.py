@@ -15,7 +15,7 @@ from rlkit.evaluation.estimators import summarise
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.setup import Session, model_at, open_pool
 from rlkit.rollout.engine import Engine, sample
-from rlkit.rollout.scoring import score_rollouts
+from rlkit.rollout.worker import score_rollouts
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
 

@@ -21,22 +21,16 @@ def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
 
 
 def assemble(
-    groups: Sequence[Group],
-    advantage: Advantage,
-    step: int,
-    steps_of: Mapping[int, int],
-    *,
-    penalties: Penalties | None = None,
-    mask_truncated: bool = False,
-) -> tuple[list[TrainingSequence], dict[str, float]]:
+    groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int], *,
+    penalties: Penalties | None = None, mask_truncated: bool = False,
+) -> tuple[list[TrainingSequence], dict[str, float]]:  # fmt: skip
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
     `penalties` gives what is taken off each score before the advantage, and its metrics; reported rewards are without.
-    `steps_of`: step of every version that sampled; a token's lag is `step` minus that.
-    Unscored samples are left out of the batch and of every mean; they count in
-    reward/unscored_frac. Groups must hold `advantage.minimum_group_size` usable samples or more. With
-    `mask_truncated` completions cut at the limit count in the advantages and in the metrics only, not in the batch
-    and so in no denominator; of a group whose completions are all cut, one stays with advantage 0.
+    `steps_of`: step of every version that sampled; a token's lag is `step` minus that. Unscored samples are left out of
+    the batch and of every mean, and count in reward/unscored_frac. Groups must hold `advantage.minimum_group_size`
+    usable samples or more. With `mask_truncated` completions cut at the limit count in the advantages and the metrics
+    only, in no denominator; of a group whose completions are all cut, one stays with advantage 0.
     """
     usable = [(number, g, r, v) for number, g in enumerate(groups) for r, v in usable_samples(g)]
     sequences = [TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
@@ -59,14 +53,9 @@ def assemble(
         problem, name = "the advantage must give one finite number a sequence", type(advantage).__name__
         raise TrainingError(problem, key="algorithm.advantage", value=name, expected=expected)
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
-    metrics = (
-        _metrics(groups, inputs, advantages)
-        | measured
-        | {
-            "off_policy/lag/mean": sum(n * lag for n, lag in spans) / sum(n for n, _ in spans),
-            "off_policy/lag/max": float(max(lag for _, lag in spans)),
-        }
-    )
+    metrics = _metrics(groups, inputs, advantages) | measured
+    metrics["off_policy/lag/mean"] = sum(n * lag for n, lag in spans) / sum(n for n, _ in spans)
+    metrics["off_policy/lag/max"] = float(max(lag for _, lag in spans))
     trained = [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)]
     if mask_truncated:
         cut = {(r.ordinal, r.index) for _, _, r, _ in usable if r.finish_reason == "length"}

@@ -33,14 +33,10 @@ class TrainingSequence:
     def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> Self:
         """A rollout of `prompt` to train on."""
         return cls(
-            prompt_token_ids=prompt.token_ids,
-            token_ids=rollout.token_ids,
-            behavior_logprobs=rollout.behavior_logprobs,
-            loss_mask=rollout.loss_mask,
-            group=rollout.ordinal,
-            index=rollout.index,
-            advantage=advantage,
-        )
+            prompt_token_ids=prompt.token_ids, token_ids=rollout.token_ids, advantage=advantage,
+            behavior_logprobs=rollout.behavior_logprobs, loss_mask=rollout.loss_mask,
+            group=rollout.ordinal, index=rollout.index,
+        )  # fmt: skip
 
     @property
     def total_tokens(self) -> int:

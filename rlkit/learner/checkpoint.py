@@ -73,15 +73,6 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def _optimizer_tensors(learner: Learner) -> dict[str, Tensor]:
-    """Optimiser state as {"exp_avg/<parameter>": tensor}; tied parameters once."""
-    out = {}
-    for name, parameter in learner.model.named_parameters():
-        for key, value in learner.optimizer.state.get(parameter, {}).items():
-            out[f"{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return out
-
-
 def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
     """Generators of torch and numpy as tensors; the rest of numpy's state and Python's as JSON."""
     kind, keys, *rest = np.random.get_state(legacy=True)
@@ -129,7 +120,12 @@ def save(
         tokenizer.save_pretrained(draft)
         tensors, others = _rng_state()
         state = {**progress, "optimizer_steps": learner.optimizer_steps}
-        save_file(_optimizer_tensors(learner), draft / "trainer" / "optimizer.safetensors")
+        moments = {  # "exp_avg/<parameter>"; tied parameters once
+            f"{key}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
+            for name, parameter in learner.model.named_parameters()
+            for key, value in learner.optimizer.state.get(parameter, {}).items()
+        }
+        save_file(moments, draft / "trainer" / "optimizer.safetensors")
         save_file(tensors, draft / "trainer" / "rng.safetensors")
         (draft / "trainer" / "state.json").write_text(json.dumps({"state": state, "rng": others}))
         files = sorted(p for p in draft.rglob("*") if p.is_file())

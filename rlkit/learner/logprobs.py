@@ -31,17 +31,9 @@ _LOG_ZERO = -1.0e4
 
 
 def selected_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-    chunk_vocab: int = 4096,
-    with_entropy: bool = True,
-    entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
+    chunk_tokens: int = 1024, chunk_vocab: int = 4096, with_entropy: bool = True, entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`log_softmax((hidden @ weight.T + bias) / temperature)` at `targets`, and its entropy.
 
     Args:

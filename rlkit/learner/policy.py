@@ -41,14 +41,10 @@ class Policy(nn.Module):
         """
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        chosen, bias = hidden.flatten(0, 1).index_select(0, head_positions), getattr(head, "bias", None)
         logprobs, entropy = selected_logprobs(
-            hidden.flatten(0, 1).index_select(0, head_positions),
-            head.weight,
-            targets,
-            bias=getattr(head, "bias", None),
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
+            chosen, head.weight, targets, bias=bias, temperature=self.temperature, chunk_tokens=self.chunk_tokens,
             entropy_grad=entropy_grad,
-        )
+        )  # fmt: skip
         assert entropy is not None
         return logprobs, entropy

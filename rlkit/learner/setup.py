@@ -1,16 +1,18 @@
 """What training, warm start, evaluation and parity checks set up alike."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import filelock
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -21,12 +23,12 @@ from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
-from rlkit.errors import ConfigError, Interrupted
+from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
 from rlkit.learner.policy import Policy
 from rlkit.learner.update import Learner, Objective, never_stop
 from rlkit.rollout.engine import Engine
-from rlkit.rollout.scoring import score_references
+from rlkit.rollout.worker import score_references
 from rlkit.types import Prompt, SamplingParams
 
 REPEAT_S = 0.5  # a second signal within this is the first one again, and not a wish to leave at once
@@ -161,6 +163,32 @@ def model_at(model: ModelConfig, path: Path) -> ModelConfig:
     return dataclasses.replace(model, path=str(path), architecture=None, tokenizer=None, alphabet=None)
 
 
+@contextlib.contextmanager
+def locked(
+    folder: Path, busy: RlkitError, *, key: str, wait_s: float = 0.0, check_stop: Callable[[], None] = never_stop
+) -> Iterator[None]:
+    """Make a folder and hold it, one process at a time; `busy` is raised where another has it for `wait_s` more.
+
+    Raises ConfigError, of the setting `key`, if the folder cannot be written.
+    """
+    lock, deadline = filelock.FileLock(folder / ".lock"), time.monotonic() + wait_s
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            check_stop()
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=min(wait_s, 0.5))
+            if not lock.is_locked and time.monotonic() >= deadline:
+                raise busy
+    except OSError as error:
+        problem, expected = f"it cannot be written: {error.strerror or error}", "a folder that can be made and written"
+        raise ConfigError(problem, key=key, value=str(folder), expected=expected) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_pool(config: RewardConfig) -> VerifierPool:
     """Start the verifier processes."""
     try:
@@ -170,10 +198,7 @@ def open_pool(config: RewardConfig) -> VerifierPool:
 
 
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
-    """Score the reference answers of the first prompts: a reward that cannot judge is found before any training.
-
-    Raises ConfigError if a reward gives NaN for any of them, or no score for all of them.
-    """
+    """Score the reference answers of the first prompts; ConfigError for a NaN, or where none of them gets a score."""
     scores = await score_references(pool, prompts[:count])
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "nan" in r.lower()]

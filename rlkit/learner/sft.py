@@ -9,11 +9,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from rlkit.algorithms.aggregation import TokenMean
@@ -26,7 +25,7 @@ from rlkit.data.sft import batches, load_examples
 from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.batching import TrainingSequence
-from rlkit.learner.setup import Session, interruptible, message_of, model_at
+from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at
 from rlkit.learner.update import Learner, Objective
 from rlkit.telemetry.sinks import Telemetry
 
@@ -68,7 +67,10 @@ def start_model(session: Session) -> ModelConfig:
         return config.model
     folder = Path(sft.cache_dir) / f"sft-{cache_key(config)}"
     final = folder / "checkpoints" / f"step_{sft.steps}"
-    with _exclusive(folder, session.check_stop) if accelerator.is_main_process else contextlib.nullcontext():
+    problem, fix = f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start", "end the process that holds it"
+    busy = RlkitError(problem, key="sft.cache_dir", value=str(folder), fix=fix)
+    lock = locked(folder, busy, key="sft.cache_dir", wait_s=LOCK_DEADLINE_S, check_stop=session.check_stop)
+    with lock if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         if final.exists():
             checkpoints.verify(final)
@@ -84,15 +86,12 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     examples, left_out = load_examples(sft.data, session.tokenizer, sft.max_completion_tokens, "sft.data")
     sequences = [
         TrainingSequence(
-            prompt_token_ids=example.prompt_ids,
-            token_ids=example.completion_ids,
+            prompt_token_ids=example.prompt_ids, token_ids=example.completion_ids, group=number, advantage=1.0,
             behavior_logprobs=np.zeros(len(example.completion_ids), dtype=np.float32),
             loss_mask=np.ones(len(example.completion_ids), dtype=np.bool_),
-            group=number,
-            advantage=1.0,
         )
         for number, example in enumerate(examples)
-    ]
+    ]  # fmt: skip
     if accelerator.is_main_process:
         print(message_of("sft.data", len(examples), left_out))
     previous = checkpoints.newest(folder / "checkpoints")
@@ -137,26 +136,3 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
             if step > done:
                 save()
             raise
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path, check_stop: Callable[[], None]) -> Iterator[None]:
-    """One process at a time in a cache folder; others wait, up to LOCK_DEADLINE_S."""
-    lock = filelock.FileLock(folder / ".lock")
-    deadline = time.monotonic() + LOCK_DEADLINE_S
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while not lock.is_locked:
-            check_stop()
-            with contextlib.suppress(filelock.Timeout):
-                lock.acquire(timeout=0.5)
-            if not lock.is_locked and time.monotonic() > deadline:
-                problem = f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start"
-                raise RlkitError(problem, key="sft.cache_dir", value=str(folder), fix="end the process that holds it")
-    except OSError as error:
-        problem, expected = f"cannot be written: {error.strerror}", "a folder that can be made and written"
-        raise ConfigError(problem, key="sft.cache_dir", value=str(folder), expected=expected) from error
-    try:
-        yield
-    finally:
-        lock.release()

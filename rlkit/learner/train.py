@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 from accelerate.utils import broadcast_object_list
 
@@ -21,7 +20,7 @@ from rlkit.data.prompts import PromptSet
 from rlkit.errors import ConfigError, DataError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.loop import Trainer
-from rlkit.learner.setup import Session, interruptible, message_of, model_at, open_pool, preflight
+from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at, open_pool, preflight
 from rlkit.learner.sft import start_model
 from rlkit.learner.update import Learner, never_stop
 from rlkit.telemetry.environment import write_environment
@@ -80,13 +79,10 @@ def _lead(session: Session, folder: Path) -> None:
         if session.accelerator.num_processes > 1:
             stack.callback(broadcast_object_list, [None], from_process=0)
         buffer = SqlBuffer(
-            config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}",
-            payload_dir=folder / "payloads",
-            prompts_per_step=config.prompts_per_step,
-            max_staleness=config.max_staleness,
-            slice_samples=config.rollout.slice_samples,
-            keep_payloads=config.buffer.keep_payloads,
-        )
+            config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}", payload_dir=folder / "payloads",
+            prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
+            slice_samples=config.rollout.slice_samples, keep_payloads=config.buffer.keep_payloads,
+        )  # fmt: skip
         stack.enter_context(contextlib.closing(buffer))
         buffer.rollback(previous.watermark or START if previous else START)
         recipe, last = dict(session.resolved), previous.step if previous else -1  # rows beyond: of a lineage gone
@@ -146,35 +142,18 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
     Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
     """
     path = Path(config.output_dir) / config.name
+    fix = "wait for that run to end, or set another name"
+    busy = ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix)
     if config.resume == "never" and path.exists() and any(path.iterdir()):
-        with _locked(path):
+        with locked(path, busy, key="output_dir"):
             places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
             path.rename(next(place for place in places if not place.exists()))
-    with _locked(path):
+    with locked(path, busy, key="output_dir"):
         stored = path / "config.yaml"
         if checkpoints.steps(path / "checkpoints") and stored.exists():
             _match(read_mapping(stored), resolved, path)
         replace_file(stored, yaml.safe_dump(dict(resolved), sort_keys=False).encode())
         yield path
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = filelock.FileLock(path / ".lock", timeout=0)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
-        fix = "wait for that run to end, or set another name"
-        raise ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix) from error
-    except OSError as error:
-        problem = f"the run folder cannot be written: {error.strerror or error}"
-        fix = "set output_dir to a folder you can write to"
-        raise ConfigError(problem, key="output_dir", value=str(path), fix=fix) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -> None:

@@ -127,10 +127,9 @@ class Learner:
         self.skips_zero_advantage = self.config.skip_zero_advantage and alone and proportional
 
     def step(self, sequences: Sequence[TrainingSequence], check_stop: Callable[[], None]) -> dict[str, float]:
-        """Train on a batch; returns metrics, equal on every rank.
+        """Train on a batch; returns metrics, equal on every rank. Raises TrainingError on a non-finite gradient.
 
-        `check_stop` may raise only before the first optimiser update, so that weights are never
-        left between the updates of a step. Raises TrainingError on a non-finite gradient.
+        `check_stop` is asked before the first optimiser update only: weights are never left between two updates.
         """
         self.policy.train()
         updates = split_updates([s.group for s in sequences], self.config.updates_per_step)
@@ -159,7 +158,7 @@ class Learner:
         """This rank's part of an update on sequences[indices].
 
         Where nothing but A L acts on a token, sequences with A = 0 (dead groups) add exactly 0: they count in the
-        weights' denominators and are not computed. One is kept if all are, so that the optimiser sees a gradient.
+        weights' denominators and are not computed; one is if all are such, so that the optimiser sees a gradient.
         """
         weights = self.weights(sequences, indices)
         if self.skips_zero_advantage:
@@ -182,8 +181,7 @@ class Learner:
 
     @torch.no_grad()
     def _rescore(self, micro: MicroBatch) -> list[Tensor]:
-        logprobs, _ = self._forward(self.policy, micro.to(self.accelerator.device))
-        return list(logprobs.cpu().split(micro.counts))
+        return list(self._forward(self.policy, micro.to(self.accelerator.device))[0].cpu().split(micro.counts))
 
     @torch.no_grad()
     def reward_penalties(self, sequences: Sequence[TrainingSequence]) -> tuple[Tensor, dict[str, float]]:
@@ -215,16 +213,12 @@ class Learner:
         entropy_coefficient = self.objective.entropy_coefficient
         logprobs, entropy = self._forward(self.policy, micro, entropy_grad=entropy_coefficient != 0)
         behavior = micro.behavior_logprobs.to(logprobs)
-        out = self.objective.loss(
-            LossInputs(
-                logprobs=logprobs,
-                old_logprobs=logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs.to(logprobs),
-                behavior_logprobs=behavior,
-                advantages=micro.advantages.to(logprobs),
-                sequence=micro.sequence,
-                sequences=len(micro.counts),
-            )
-        )
+        old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs.to(logprobs)
+        inputs = LossInputs(
+            logprobs=logprobs, old_logprobs=old, behavior_logprobs=behavior, advantages=micro.advantages.to(logprobs),
+            sequence=micro.sequence, sequences=len(micro.counts),
+        )  # fmt: skip
+        out = self.objective.loss(inputs)
         if out.per_token.shape != logprobs.shape:
             found, name = tuple(out.per_token.shape), type(self.objective.loss).__name__
             problem, expected = "the loss must give one number a token", f"{name}: shape {tuple(logprobs.shape)}"
@@ -253,8 +247,8 @@ class Learner:
 
     def _forward(self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         inputs = micro.input_ids, micro.position_ids, micro.head_positions, micro.targets
-        logprobs, entropy = policy(*inputs, entropy_grad)
-        return logprobs, entropy
+        outputs: tuple[Tensor, Tensor] = policy(*inputs, entropy_grad)
+        return outputs
 
     def _apply(self) -> float:
         limit = self.config.max_grad_norm or float("inf")

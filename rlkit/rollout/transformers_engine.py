@@ -154,17 +154,14 @@ class EmbeddedEngine:
         request, length = batch.requests[row], int(batch.lengths[row])
         tokens = batch.input_ids[row, batch.prompt_width :][:length].cpu().numpy().astype(np.int64)
         return Rollout(
-            ordinal=request.ordinal,
-            index=request.index,
-            token_ids=tokens,
+            ordinal=request.ordinal, index=request.index, token_ids=tokens, engine_id=self.engine_id,
             behavior_logprobs=batch.logprobs[row, :length].float().cpu().numpy(),
             loss_mask=np.ones(length, dtype=np.bool_),
             segments=np.zeros(length, dtype=np.int64),
             version_spans=(VersionSpan(version=self.version, start=0, end=length),),
             finish_reason="stop" if stopped else "length",
-            engine_id=self.engine_id,
             text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
-        )
+        )  # fmt: skip
 
     async def score(
         self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float

@@ -7,16 +7,16 @@ in the background; whatever ends the worker, leases it still holds are given bac
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
+from rewards.base import Sample, Score
 from rewards.pool import VerifierPool
 from rlkit.buffer.protocol import FencedError, Lease
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import EngineError
 from rlkit.rollout.engine import Engine, GenerationRequest
-from rlkit.rollout.scoring import score_rollouts
-from rlkit.types import Rollout, SamplingParams
+from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,3 +121,26 @@ class RolloutWorker:
         except FencedError as error:
             for lease in error.lost:
                 held.pop(lease.lease_id, None)
+
+
+def _sample(prompt: Prompt, completion: str, finish_reason: str, tokens: int) -> Sample:
+    return Sample(
+        prompt=prompt.text,
+        completion=completion,
+        reference=prompt.reference,
+        metadata=prompt.metadata,
+        finish_reason=finish_reason,
+        completion_tokens=tokens,
+    )
+
+
+async def score_rollouts(pool: VerifierPool, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:
+    """Verdicts of aligned prompts and rollouts, in their order."""
+    pairs = zip(prompts, rollouts, strict=True)
+    scores = await pool.score([_sample(p, r.text, r.finish_reason, len(r.token_ids)) for p, r in pairs])
+    return [Verdict(score=s.score, parts=dict(s.parts), answer=s.answer, reason=s.reason) for s in scores]
+
+
+async def score_references(pool: VerifierPool, prompts: Sequence[Prompt]) -> list[Score]:
+    """Scores of the reference answers as completions, to try rewards on before anything is sampled."""
+    return list(await pool.score([_sample(p, p.reference or "", "stop", 1) for p in prompts]))

@@ -27,10 +27,7 @@ _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact_argument(argument: str, cwd: Path) -> str:
-    """One word of a command line without logins, secrets ("judge.api_key=***") and absolute paths.
-
-    A path below `cwd` becomes relative to it, another one ".../<last part>".
-    """
+    """A command-line word without logins, secrets (api_key=***) and absolute paths (relative to `cwd`, or .../x)."""
     key, equals, value = _URL_LOGIN.sub("***@", _SECRET.sub(r"\1***", argument)).rpartition("=")
     if value.startswith(("/", "~")):
         path = Path(value)

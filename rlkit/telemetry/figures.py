@@ -133,10 +133,7 @@ def lengths(run: RunRecord) -> Figure | None:
 
 
 def time_shares(run: RunRecord) -> dict[str, float]:
-    """Seconds of the run by what they went to, the largest first.
-
-    generate and score replace wait_rollout where they fit inside it (a synchronous run); else the waiting is shown.
-    """
+    """Seconds of the run by what they went to, largest first; generate and score only where wait_rollout holds them."""
 
     def total(name: str) -> float:
         return sum(row.metrics.get(f"time/{name}") or 0.0 for row in run.training)
@@ -173,10 +170,7 @@ PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
 
 
 def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
-    """Draw into plots/*.png what the run has data for; panel -> (caption, SVG as a data URI), None without data.
-
-    A picture an earlier report drew and this run's metrics no longer support is removed.
-    """
+    """Draw plots/*.png, and remove those without data now; panel -> (caption, SVG as a data URI), None without."""
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
     drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)

@@ -112,10 +112,7 @@ def verdict_of(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 
 def visible(text: str) -> list[tuple[str, bool]]:
-    r"""Text in pieces, with everything a terminal or browser would act on or hide written out.
-
-    Control characters but tab and newline, direction marks and zero-width characters become \x1b or such, with True.
-    """
+    r"""Text in pieces; what a terminal or browser would act on or hide (not tab, newline) is \x1b or so, with True."""
 
     def escape(character: str) -> str:
         code = ord(character)
