@@ -1,7 +1,6 @@
-"""Admission and order: which ordinals may be requested, taken, dropped and trained on.
+"""Admission and order: which ordinals may be requested, taken, dropped and trained on, on an open transaction.
 
-Functions on an open transaction. These rules are the whole of the staleness bound; its proof is in
-docs/buffer.md.
+These rules are the whole of the staleness bound; its proof is in docs/buffer.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,18 +33,11 @@ def request(
     problem, most = "more groups than the staleness bound admits now", f"at most capacity() = {capacity(now)}"
     fix = "wait for the next publish, or raise max_staleness"
     require(len(requests) <= capacity(now), problem, key="requests", value=len(requests), expected=most, fix=fix)
-    rows = [
-        {
-            "ordinal": x.ordinal,
-            "state": GroupState.REQUESTED,
-            "samples": x.samples,
-            "prompt_id": x.prompt.id.encode("utf-8", "replace").decode(),
-            "prompt": prompt,
-            "min_version": now.version,
-            "requested_at": clock,
-        }
-        for x, prompt in zip(requests, prompts, strict=True)
-    ]
+    fields = {"state": GroupState.REQUESTED, "min_version": now.version, "requested_at": clock}
+    rows = []
+    for x, prompt in zip(requests, prompts, strict=True):
+        name = x.prompt.id.encode("utf-8", "replace").decode()
+        rows.append(fields | {"ordinal": x.ordinal, "samples": x.samples, "prompt_id": name, "prompt": prompt})
     connection.execute(insert(groups), rows)
     insert_slices(connection, {x.ordinal: x.samples for x in requests}, slice_samples)
     connection.execute(update(meta).values(next_ordinal=expected[-1] + 1))

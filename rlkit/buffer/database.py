@@ -1,8 +1,7 @@
 """Opening the buffer's database, and its two kinds of transaction: read and write.
 
-SQLite in WAL mode: readers see a snapshot and never wait, one writer at a time (BEGIN IMMEDIATE),
-others wait up to `BUSY_TIMEOUT_S`. It needs shared memory between the processes that use it, hence
-a node-local disk.
+SQLite in WAL mode: readers see a snapshot and never wait, one writer at a time (BEGIN IMMEDIATE), others wait up to
+`BUSY_TIMEOUT_S`. It needs shared memory between the processes that use it, hence a node-local disk.
 """
 
 import os
@@ -31,9 +30,8 @@ _NETWORK = re.compile(
 class Database:
     """A SQLite database of the buffer's schema, made if there is none.
 
-    Raises:
-        BufferError: not a SQLite file URL, on a network filesystem, corrupt, of another schema
-            version, or made with other settings than `prompts_per_step` and `max_staleness`.
+    BufferError if it is not a SQLite file URL, on a network filesystem, corrupt, of another schema version, or made
+    with other settings than `prompts_per_step` and `max_staleness`.
     """
 
     def __init__(self, url: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
@@ -41,9 +39,8 @@ class Database:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         refuse_network_filesystem(self.path)
         self._pid = os.getpid()
-        self._engine = create_engine(
-            f"sqlite:///{self.path}", connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
-        )
+        arguments = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
+        self._engine = create_engine(f"sqlite:///{self.path}", connect_args=arguments)
         self._writer = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         event.listen(self._engine, "connect", _configure)
         event.listen(self._engine, "begin", _begin)

@@ -1,7 +1,4 @@
-"""What a run's buffer holds, as text: states, lags, leases, drops, slowest prompts.
-
-Reads a snapshot and writes nothing, so it may be used while the run goes on, and afterwards.
-"""
+"""What a run's buffer holds, as text, during the run or after it: reads a snapshot and writes nothing."""
 
 import sqlite3
 import time
@@ -114,21 +111,20 @@ def render(view: BufferView) -> Group:
     )
     workers = [(*row[:3], f"{row[3]:.0f} s") for row in view.workers]
     slowest = [(*row[:3], f"{row[3]:.1f} s") for row in view.slowest]
-    tables = (
-        _table("groups", ("state", "groups"), stats.states.items()),
-        _table("dropped", ("reason", "groups"), stats.dropped_reasons.items()),
-        _table("staleness of trained groups", ("lag", "groups"), view.lags.items()),
-        _table("leases", ("worker", "slices", "samples", "first expires in"), workers),
-        _table("slowest prompts", ("ordinal", "prompt", "state", "request to score"), slowest),
-    )
-    return Group(Text(head), *(table for table in tables if table.row_count))
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[tuple[object, ...]]) -> Table:
-    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, min_width=len(title))
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))
-    return table
+    sections: dict[str, tuple[tuple[str, ...], Iterable[tuple[object, ...]]]] = {
+        "groups": (("state", "groups"), stats.states.items()),
+        "dropped": (("reason", "groups"), stats.dropped_reasons.items()),
+        "staleness of trained groups": (("lag", "groups"), view.lags.items()),
+        "leases": (("worker", "slices", "samples", "first expires in"), workers),
+        "slowest prompts": (("ordinal", "prompt", "state", "request to score"), slowest),
+    }
+    tables = []
+    for title, (columns, rows) in sections.items():
+        table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, min_width=len(title))
+        for row in rows:
+            table.add_row(*(Text(str(value)) for value in row))
+        tables += [table] if table.row_count else []
+    return Group(Text(head), *tables)
 
 
 def main(run_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """Leases of slices, as functions on an open write transaction."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
@@ -15,7 +16,6 @@ from rlkit.types import GroupState, Prompt
 _SLICE = (slices.c.ordinal == bindparam("at_ordinal")) & (slices.c.start == bindparam("at_start"))
 UPDATE_SLICE = update(slices).where(_SLICE)
 """executemany with at_ordinal and at_start."""
-
 
 # statements of the busy verbs, built once: building one costs more than running it
 _UPDATE_GROUP = update(groups).where(groups.c.ordinal == bindparam("at_ordinal"))
@@ -35,21 +35,18 @@ def at(row: Any) -> dict[str, int]:
 
 def anything_to_lease(connection: Connection, now: float) -> bool:
     """Whether a slice waits, or would once expired leases are reclaimed."""
-    waiting = slices.c.state == GroupState.REQUESTED
     expired = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= now)
-    query = select(slices.c.ordinal).where(waiting | expired).limit(1)
-    return connection.execute(query).first() is not None
+    query = select(slices.c.ordinal).where((slices.c.state == GroupState.REQUESTED) | expired)
+    return connection.execute(query.limit(1)).first() is not None
 
 
-def reclaim_expired(connection: Connection, now: float) -> int:
-    """Take back every lease past its deadline, counted; returns how many."""
-    expired = connection.execute(
-        select(slices.c.ordinal, slices.c.start).where(slices.c.state.in_(IN_WORK), slices.c.deadline <= now)
-    ).all()
+def reclaim_expired(connection: Connection, now: float) -> None:
+    """Take back every lease past its deadline, counted."""
+    query = select(slices.c.ordinal, slices.c.start).where(slices.c.state.in_(IN_WORK), slices.c.deadline <= now)
+    expired = connection.execute(query).all()
     if expired:
         give_back(connection, expired)
         connection.execute(update(meta).values(expired_leases=meta.c.expired_leases + len(expired)))
-    return len(expired)
 
 
 def give_back(connection: Connection, rows: Sequence[Any]) -> None:
@@ -78,7 +75,9 @@ def lease_slices(connection: Connection, worker_id: str, max_samples: int, deadl
             if leases:
                 break
             stop = row.start + left
-            _split(connection, row, stop)
+            rest = {"ordinal": row.ordinal, "start": stop, "stop": row.stop, "epoch": row.epoch}
+            connection.execute(UPDATE_SLICE, [at(row) | {"stop": stop}])
+            connection.execute(insert(slices).values(**rest, state=GroupState.REQUESTED))
         left -= stop - row.start
         if row.ordinal not in prompts:
             prompts[row.ordinal] = decode(row.prompt, Prompt)
@@ -97,26 +96,18 @@ def lease_slices(connection: Connection, worker_id: str, max_samples: int, deadl
 
 def held(connection: Connection, leases: Sequence[Lease]) -> tuple[dict[int, Any], list[Lease]]:
     """(slice rows by lease_id of leases that are the newest of their slice, the lost leases)."""
-    found = connection.execute(_HELD, {"ids": [x.lease_id for x in leases]})
-    rows = {row.lease_id: row for row in found}
     # ids are never reused; epoch and place guard against a lease of another database
-    lost = [
-        x
-        for x in leases
-        if (row := rows.get(x.lease_id)) is None
-        or (row.epoch, row.ordinal, row.start, row.stop) != (x.epoch, x.ordinal, x.start, x.stop)
-    ]
-    for x in lost:
-        rows.pop(x.lease_id, None)
-    return rows, lost
+    place = attrgetter("lease_id", "epoch", "ordinal", "start", "stop")
+    found = {place(row): row for row in connection.execute(_HELD, {"ids": [x.lease_id for x in leases]})}
+    rows = {x.lease_id: found[place(x)] for x in leases if place(x) in found}
+    return rows, [x for x in leases if place(x) not in found]
 
 
 def renew(connection: Connection, leases: Sequence[Lease], deadline: float) -> list[Lease]:
     """Extend held leases; returns the lost ones."""
     rows, lost = held(connection, leases)
     if rows:
-        fields = {"deadline": deadline}
-        connection.execute(UPDATE_SLICE, [at(row) | fields for row in rows.values()])
+        connection.execute(UPDATE_SLICE, [at(row) | {"deadline": deadline} for row in rows.values()])
     return lost
 
 
@@ -149,11 +140,8 @@ def score(connection: Connection, work: Sequence[tuple[Lease, bytes]], now: floa
     rows, lost = held(connection, [lease for lease, _ in work])
     for row in rows.values():
         in_state(row, GroupState.GENERATED, "scored")
-    updates = [
-        at(lease) | {"state": GroupState.SCORED, "verdicts": verdicts}
-        for lease, verdicts in work
-        if lease.lease_id in rows
-    ]
+    fields = {"state": GroupState.SCORED}
+    updates = [at(lease) | fields | {"verdicts": verdicts} for lease, verdicts in work if lease.lease_id in rows]
     if updates:
         connection.execute(UPDATE_SLICE, updates)
         refresh_groups(connection, {row.ordinal for row in rows.values()}, now)
@@ -168,25 +156,17 @@ def release(connection: Connection, leases: Sequence[Lease]) -> None:
         give_back(connection, unfinished)
 
 
-def count_fenced(connection: Connection, lost: Sequence[Lease]) -> None:
-    """Count refused writes."""
-    if lost:
-        connection.execute(update(meta).values(fenced_writes=meta.c.fenced_writes + len(lost)))
-
-
 def refresh_groups(connection: Connection, ordinals: Iterable[int], scored_at: float | None = None) -> None:
     """Set the state of open groups from that of their slices."""
     wanted = sorted(set(ordinals))
     states: dict[int, dict[str, Any]] = {}
     for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": wanted}):
         states.setdefault(ordinal, {})[state] = oldest
-    updates: list[dict[str, Any]] = []
+    updates = []
     for ordinal, found in states.items():
         state = next(x for x in _PRECEDENCE if x in found)
-        when: dict[str, Any] = {"oldest_version": None, "scored_at": None}
-        if state == GroupState.SCORED:
-            when = {"oldest_version": found[state], "scored_at": scored_at}
-        updates.append({"at_ordinal": ordinal, "state": state, **when})
+        oldest, when = (found[state], scored_at) if state == GroupState.SCORED else (None, None)
+        updates.append({"at_ordinal": ordinal, "state": state, "oldest_version": oldest, "scored_at": when})
     connection.execute(_UPDATE_GROUP, updates)
 
 
@@ -202,9 +182,3 @@ def insert_slices(connection: Connection, samples: Mapping[int, int], slice_samp
 
 _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)
 """A group is leased while any slice is, requested while any waits, scored once all are."""
-
-
-def _split(connection: Connection, row: Any, stop: int) -> None:
-    rest = {"ordinal": row.ordinal, "start": stop, "stop": row.stop, "epoch": row.epoch}
-    connection.execute(UPDATE_SLICE, [at(row) | {"stop": stop}])
-    connection.execute(insert(slices).values(**rest, state=GroupState.REQUESTED))

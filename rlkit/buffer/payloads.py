@@ -32,11 +32,9 @@ class PayloadRef(NamedTuple):
 
 
 class SegmentFiles:
-    """Append-only segment files in one folder that all processes of a node share.
+    """Append-only segment files in one folder (made if missing) that all processes of a node share.
 
-    Args:
-        folder: created when missing.
-        segment_bytes: a segment that has grown past this is left and a new one begun.
+    A segment that has grown past `segment_bytes` is left and a new one begun.
     """
 
     def __init__(self, folder: Path, *, segment_bytes: int = 64 * 2**20) -> None:
@@ -78,10 +76,7 @@ class SegmentFiles:
         return body
 
     def keep_only(self, segments: Collection[str]) -> None:
-        """Delete every other segment, under the database's write lock.
-
-        A writer whose segment goes begins a new one at its next append.
-        """
+        """Delete every other segment, under the database's write lock; its writer begins a new one when it appends."""
         for path in self._folder.glob(f"*{_SUFFIX}"):
             if path.name not in segments:
                 path.unlink(missing_ok=True)

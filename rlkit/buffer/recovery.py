@@ -1,7 +1,6 @@
-"""Commit and rollback: what a checkpoint covers, and how a run goes on from one.
+"""Commit and rollback: what a checkpoint covers (ordinals below its `next_ordinal`), and how a run goes on from one.
 
-A checkpoint covers every ordinal below its `next_ordinal`. Rollback re-establishes the invariant
-behind the staleness bound (docs/buffer.md) for every group it keeps:
+Rollback re-establishes the invariant behind the staleness bound (docs/buffer.md) for every group it keeps:
 
     ordinal - (drops below it) < (step of its oldest version + S + 1) * P
 """
@@ -60,24 +59,20 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     # what a database behind the checkpoint still holds of groups the checkpoint covers
     below = groups.c.ordinal < watermark.next_ordinal
     connection.execute(delete(groups).where(below, groups.c.state.in_(UNENDED)))
-    rows = connection.execute(
-        select(groups.c.ordinal, groups.c.prompt.is_(None).label("forgotten"))
-        .where(groups.c.ordinal >= watermark.next_ordinal)
-        .order_by(groups.c.ordinal)
-    ).all()
+    later = select(groups.c.ordinal, groups.c.prompt.is_(None).label("forgotten"))
+    later = later.where(groups.c.ordinal >= watermark.next_ordinal).order_by(groups.c.ordinal)
+    rows = connection.execute(later).all()
     # without gaps from the watermark up to the bound; the learner requests the rest again
-    kept: list[int] = []
-    for expected, row in enumerate(rows, start=watermark.next_ordinal):
-        if row.forgotten or row.ordinal != expected or expected >= bound(watermark.step):
+    end = watermark.next_ordinal
+    for row in rows:
+        if row.forgotten or row.ordinal != end or end >= bound(watermark.step):
             break
-        kept.append(row.ordinal)
-    end = watermark.next_ordinal + len(kept)
+        end += 1
     removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
     connection.execute(delete(groups).where(groups.c.ordinal >= end))
 
-    by_ordinal: dict[int, list[Any]] = {ordinal: [] for ordinal in kept}
-    query = select(slices).where(slices.c.ordinal >= watermark.next_ordinal)
-    for row in connection.execute(query):
+    by_ordinal: dict[int, list[Any]] = {ordinal: [] for ordinal in range(watermark.next_ordinal, end)}
+    for row in connection.execute(select(slices).where(slices.c.ordinal >= watermark.next_ordinal)):
         by_ordinal[row.ordinal].append(row)
     restored, again, corrupt = [], [], []
     for ordinal, parts in by_ordinal.items():
@@ -123,8 +118,7 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
         expected = f"a live version of the buffer (newest: {place.version}); or move the buffer aside to start it empty"
         raise _refused("this checkpoint's version is not in the buffer's surviving lineage", watermark, expected)
     newer = versions.c.live & (versions.c.version > watermark.version)
-    dead = connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars()
-    dying = list(dead)
+    dying = list(connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars())
     connection.execute(update(versions).where(newer).values(live=False))
     return dying
 
@@ -156,9 +150,8 @@ def _check(connection: Connection, watermark: Watermark) -> None:
 
 def _check_ledger(connection: Connection, watermark: Watermark) -> None:
     """What the checkpoint covers cannot have been trained on after it."""
-    trained = groups.c.state == GroupState.TRAINED
-    later = groups.c.trained_step >= watermark.step
-    query = select(groups.c.ordinal).where(trained, later, groups.c.ordinal < watermark.next_ordinal)
+    later = (groups.c.state == GroupState.TRAINED) & (groups.c.trained_step >= watermark.step)
+    query = select(groups.c.ordinal).where(later, groups.c.ordinal < watermark.next_ordinal)
     ordinal = connection.execute(query.limit(1)).scalar()
     if ordinal is not None:
         problem = "this checkpoint is of an abandoned lineage, written before an earlier rollback"

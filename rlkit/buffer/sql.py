@@ -5,12 +5,13 @@ to score) and recovery.py (watermark, commit, rollback); here is what happens ar
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, update
 
 from rlkit.buffer import admission, recovery
 from rlkit.buffer import leases as leasing
@@ -19,7 +20,7 @@ from rlkit.buffer.codec import check_rollout, check_verdict, decode, encode
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
 from rlkit.buffer.protocol import BufferStats, FencedError, GroupRequest, Lease, RollbackReport, Watermark, require
-from rlkit.buffer.tables import groups, position, update_each, versions
+from rlkit.buffer.tables import groups, meta, position, update_each, versions
 from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
@@ -29,14 +30,12 @@ class SqlBuffer:
     Args:
         url: sqlite:///path.
         payload_dir: folder of the payload segments; the same for every process.
-        prompts_per_step: P of the admission bound; fixed for a database's life.
-        max_staleness: S of the admission bound; fixed for a database's life.
+        prompts_per_step, max_staleness: P and S of the admission bound; fixed for a database's life.
         slice_samples: largest slice of the groups this process requests.
         clock: unix seconds; it decides when a lease has expired.
         keep_payloads: let `commit` remove nothing.
 
-    Raises:
-        BufferError: a setting out of range, or see Database.
+    Raises BufferError for a setting out of range, or see Database.
     """
 
     def __init__(
@@ -93,11 +92,9 @@ class SqlBuffer:
     def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
         """Extend the deadlines; a lost lease raises FencedError, the others are extended."""
         positive("timeout_s", timeout_s)
-        with self._db.write() as connection:
+        with self._fencing() as (connection, lost):
             deadline = self._clock() + timeout_s
-            lost = leasing.renew(connection, leases, deadline)
-            leasing.count_fenced(connection, lost)
-        _raise_if(lost)
+            lost += leasing.renew(connection, leases, deadline)
         return [replace(x, deadline=deadline) for x in leases]
 
     def submit(self, lease: Lease, rollouts: Sequence[Rollout]) -> None:
@@ -115,10 +112,8 @@ class SqlBuffer:
                 check_rollout(x)
             spanned = {span.version for x in ordered for span in x.version_spans}
             encoded.append((lease, encode(ordered, "rollouts"), spanned or {lease.min_version}))
-        with self._db.write() as connection:
-            lost = leasing.submit(connection, encoded, self._payloads)
-            leasing.count_fenced(connection, lost)
-        _raise_if(lost)
+        with self._fencing() as (connection, lost):
+            lost += leasing.submit(connection, encoded, self._payloads)
 
     def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
         """Store a slice's verdicts, in order of sample index; the group is SCORED once all are."""
@@ -129,15 +124,12 @@ class SqlBuffer:
         distinct("leases", [lease.lease_id for lease, _ in work])
         encoded = []
         for lease, verdicts in work:
-            indices = range(lease.start, lease.start + len(verdicts))
-            covers(lease, "verdicts", [(lease.ordinal, index) for index in indices])
+            covers(lease, "verdicts", [(lease.ordinal, lease.start + i) for i in range(len(verdicts))])
             for x in verdicts:
                 check_verdict(x)
             encoded.append((lease, encode(verdicts, "verdicts")))
-        with self._db.write() as connection:
-            lost = leasing.score(connection, encoded, self._clock())
-            leasing.count_fenced(connection, lost)
-        _raise_if(lost)
+        with self._fencing() as (connection, lost):
+            lost += leasing.score(connection, encoded, self._clock())
 
     def release(self, leases: Sequence[Lease]) -> None:
         """Give leases back: unfinished slices are REQUESTED again, lost leases passed over."""
@@ -212,8 +204,7 @@ class SqlBuffer:
         """Ledger: ordinals trained in the surviving lineage, in training order."""
         query = select(groups.c.ordinal).where(groups.c.state == GroupState.TRAINED)
         with self._db.read() as connection:
-            ordered = query.order_by(groups.c.trained_step, groups.c.ordinal)
-            return list(connection.execute(ordered).scalars())
+            return list(connection.execute(query.order_by(groups.c.trained_step, groups.c.ordinal)).scalars())
 
     def stats(self) -> BufferStats:
         """Counters for telemetry and `rlkit buffer`."""
@@ -225,41 +216,34 @@ class SqlBuffer:
         self._payloads.close()
         self._db.close()
 
+    @contextmanager
+    def _fencing(self) -> Iterator[tuple[Connection, list[Lease]]]:
+        """A write that gathers its lost leases; they raise after it: what the others wrote is kept, the count too."""
+        lost: list[Lease] = []
+        with self._db.write() as connection:
+            yield connection, lost
+            if lost:
+                connection.execute(update(meta).values(fenced_writes=meta.c.fenced_writes + len(lost)))
+        if lost:
+            raise FencedError(lost)
+
     def _load(self, row: Any, parts: Sequence[Any]) -> Group:
-        rollouts: list[Rollout] = []
-        verdicts: list[Verdict] = []
-        for part in parts:
-            ref = PayloadRef(part.segment, part.offset, part.length)
-            rollouts += decode(self._payloads.read(ref), list[Rollout])
-            verdicts += decode(part.verdicts, list[Verdict])
-        return Group(
-            ordinal=row.ordinal,
-            prompt=decode(row.prompt, Prompt),
-            samples=row.samples,
-            rollouts=tuple(rollouts),
-            verdicts=tuple(verdicts),
-        )
+        stored = [self._payloads.read(PayloadRef(x.segment, x.offset, x.length)) for x in parts]
+        rollouts = tuple(rollout for record in stored for rollout in decode(record, list[Rollout]))
+        verdicts = tuple(verdict for x in parts for verdict in decode(x.verdicts, list[Verdict]))
+        prompt = decode(row.prompt, Prompt)
+        return Group(ordinal=row.ordinal, prompt=prompt, samples=row.samples, rollouts=rollouts, verdicts=verdicts)
 
 
 def read_stats(connection: Connection) -> BufferStats:
     """Counts of a snapshot."""
     now = position(connection)
     by_state = select(groups.c.state, func.count()).group_by(groups.c.state)
-    dropped = groups.c.state == GroupState.DROPPED
-    by_reason = select(groups.c.drop_reason, func.count()).where(dropped)
-    by_reason = by_reason.group_by(groups.c.drop_reason)
+    by_reason = select(groups.c.drop_reason, func.count()).where(groups.c.state == GroupState.DROPPED)
     states = {state: count for state, count in connection.execute(by_state)}
+    counters = ("step", "version", "next_ordinal", "expired_leases", "fenced_writes")
     return BufferStats(
         states={str(state): states.get(state, 0) for state in GroupState},
-        dropped_reasons={reason: count for reason, count in connection.execute(by_reason)},
-        step=now.step,
-        version=now.version,
-        next_ordinal=now.next_ordinal,
-        expired_leases=now.expired_leases,
-        fenced_writes=now.fenced_writes,
+        dropped_reasons={reason: n for reason, n in connection.execute(by_reason.group_by(groups.c.drop_reason))},
+        **{name: getattr(now, name) for name in counters},
     )
-
-
-def _raise_if(lost: Sequence[Lease]) -> None:
-    if lost:  # after the transaction: what the other leases wrote is kept, and the count too
-        raise FencedError(lost)
