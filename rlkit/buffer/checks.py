@@ -17,13 +17,11 @@ def at_least(key: str, value: int, least: int) -> None:
 
 
 def positive(key: str, value: float) -> None:
-    sound = math.isfinite(value) and value > 0
-    require(sound, f"{key} is out of range", key=key, value=value, expected="> 0 seconds")
+    require(0 < value < math.inf, f"{key} is out of range", key=key, value=value, expected="> 0 seconds")
 
 
 def distinct(key: str, values: Sequence[int]) -> None:
-    unique = len(set(values)) == len(values)
-    require(unique, "named twice", key=key, value=list(values), expected="distinct values")
+    require(len(set(values)) == len(values), "named twice", key=key, value=list(values), expected="distinct values")
 
 
 def covers(lease: Lease, what: str, places: Sequence[tuple[int, int]]) -> None:

@@ -118,14 +118,12 @@ def sqlite_path(url: str) -> Path:
 
 def filesystem_type(path: Path, mountinfo: str) -> str | None:
     """Type of the filesystem `path` is on, of the text of /proc/self/mountinfo; None if unknown."""
-    best, found = -1, None
+    kinds: dict[Path, str] = {}
     for line in mountinfo.splitlines():
         fields, _, rest = line.partition(" - ")
         mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), fields.split()[4])
-        # of mounts on one point the last one listed lies on top
-        if path.is_relative_to(mount) and len(mount) >= best:
-            best, found = len(mount), rest.split()[0]
-    return found
+        kinds[Path(mount)] = rest.split()[0]  # of mounts on one point the last one listed lies on top
+    return next((kinds[x] for x in (path, *path.parents) if x in kinds), None)
 
 
 def refuse_network_filesystem(path: Path, mountinfo: str | None = None) -> None:
