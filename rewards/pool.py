@@ -87,7 +87,7 @@ class VerifierPool:
         self._finalizer = weakref.finalize(self, self._scorer.close)
         try:
             self._scorer.submit(self._scorer.start()).result()
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, no process stays
             self.close()
             raise
 

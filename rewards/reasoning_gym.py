@@ -87,7 +87,7 @@ def _load(name: str, settings: Mapping[str, Any]) -> tuple[Any, bool]:
     try:
         dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **settings})
         entry = dataset[0]
-    except Exception as error:
+    except Exception as error:  # each task checks its settings by an error of its own kind
         raise RewardError(f"task={name!r} with {dict(settings)} cannot be built: {error}") from error
     expected = dataset.score_answer(entry["answer"], entry)
     # Keys and scalars of numpy types become plain text: what a data file would hold.

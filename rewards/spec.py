@@ -167,7 +167,7 @@ def _construct(target: str, settings: dict[str, Any]) -> Function:
         reward = factory(**settings)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # other people's code raises what it likes, or would end the run silently
         raise RewardError(f"{target}({settings}) raised {_describe(error)}") from error
     if not callable(reward):
         raise RewardError(f"{target} builds a {type(reward).__name__}, not callable; give it __call__(self, sample)")

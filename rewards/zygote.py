@@ -178,7 +178,7 @@ def main() -> None:
         zygote = Zygote(setup)
     except RewardError as error:
         return control.sendall(line(str(error)))
-    except Exception:
+    except (Exception, SystemExit):  # other people's code raises what it likes; the pool must hear of it
         return control.sendall(line(f"a reward's warm_up raised:\n{traceback.format_exc()}"))
     gc.collect()
     gc.freeze()  # children touch fewer of the shared pages
@@ -191,7 +191,7 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # the pool is gone
         pass
-    except BaseException:
+    except BaseException:  # os._exit below would swallow it: its traceback goes to the file the pool quotes
         traceback.print_exc()
         status = 1
     sys.stderr.flush()

@@ -15,6 +15,7 @@ As a loss on tokens sampled from pi, in expectation (stale tokens bias each by t
 In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0 beyond.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -24,7 +25,20 @@ from torch import Tensor
 from rlkit.algorithms.base import LossOutput, in_range
 from rlkit.errors import ConfigError, TrainingError
 
-ESTIMATORS = ("k1", "k2", "k3")
+
+def _k3(d: Tensor, limit: float) -> Tensor:
+    d = d.clamp(-limit, limit)
+    return torch.expm1(d) - d  # exp(d) - 1 - d would lose every digit of a small d
+
+
+# Name -> estimate of (ref_logprob - logprob [n], log_ratio_limit).
+ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "k1": lambda d, limit: -d,
+    "k2": lambda d, limit: 0.5 * d.square(),
+    "k3": _k3,
+}
+NO_GRADIENT = frozenset({"k1"})
+"""Estimators whose expected gradient as a loss is 0."""
 
 
 class KL(Protocol):
@@ -66,9 +80,10 @@ class KLPenalty:
         in_range("coefficient", self.coefficient, 0)
         if self.estimator not in ESTIMATORS:
             raise ConfigError("unknown", key="estimator", value=self.estimator, expected=" or ".join(ESTIMATORS))
-        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
+        if self.estimator in NO_GRADIENT and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
-            raise ConfigError("as a loss, k1 has an expected gradient of 0", key="estimator", value="k1", fix=fix)
+            problem = "as a loss, its expected gradient is 0"
+            raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)
         if not self.log_ratio_limit > 0:
             raise ConfigError("out of range", key="log_ratio_limit", value=self.log_ratio_limit, expected="nats > 0")
 
@@ -100,12 +115,4 @@ class KLInReward(KLPenalty):
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0) -> Tensor:
     """k1, k2 or k3 of every token [n], in nats; no gradient to the reference. KeyError for another estimator."""
-    d = reference_logprobs.detach() - logprobs
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return 0.5 * d.square()
-    if estimator != "k3":
-        raise KeyError(estimator)
-    d = d.clamp(-log_ratio_limit, log_ratio_limit)
-    return torch.expm1(d) - d  # exp(d) - 1 - d would lose every digit of a small d
+    return ESTIMATORS[estimator](reference_logprobs.detach() - logprobs, log_ratio_limit)

@@ -46,7 +46,7 @@ class Database:
         event.listen(self._engine, "begin", _begin)
         try:
             self._create(prompts_per_step, max_staleness, now)
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, no connection stays
             self.close()
             raise
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlkit.buffer.sql import SqlBuffer
@@ -21,21 +22,6 @@ from rlkit.cli import main
 from rlkit.telemetry.rollouts import read_rollouts
 
 pytestmark = pytest.mark.slow
-
-TINY = [
-    "recipe=quickstart",
-    "sft.steps=8",
-    "sft.data.source.size=256",
-    "data.train.source.size=64",
-    "data.eval.heldout.source.size=8",
-    "prompts_per_step=4",
-    "samples_per_prompt=4",
-    "rollout.max_completion_tokens=12",
-    "learner.deterministic=true",
-    "learner.num_threads=1",
-    "telemetry.report=false",
-    "evaluation.every_steps=0",
-]
 
 
 def settings(folder: Path, name: str, *more: str) -> list[str]:
@@ -274,3 +260,12 @@ def test_a_plug_in_that_exits_at_import_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["train", *settings(tmp_path, "run"), "reward.rewards={one: {_target_: leaves.one}}"]) == 2
     assert "leaves" in capsys.readouterr().err
+
+
+def test_a_reward_whose_constructor_exits_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "quits.py").write_text(
+        "class One:\n    def __init__(self):\n        raise SystemExit(0)\n\n    def __call__(self, s):\n        return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["train", *settings(tmp_path, "run"), "reward.rewards={one: {_target_: quits.One}}"]) == 2
+    assert "quits.One" in capsys.readouterr().err

@@ -11,27 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import TINY
 
 from rlkit.cli import main
 from rlkit.errors import ConfigError
 from rlkit.experiments.compare import compare, find_variants
 from rlkit.experiments.sweep import plan
 
-TINY = (
-    "sft.steps=8",
-    "sft.data.source.size=256",
-    "data.train.source.size=64",
-    "data.eval.heldout.source.size=8",
-    "prompts_per_step=4",
-    "samples_per_prompt=4",
-    "rollout.max_completion_tokens=12",
-    "learner.deterministic=true",
-    "learner.num_threads=1",
-    "telemetry.report=false",
-    "evaluation.every_steps=0",
-    "checkpoint.every_steps=2",
-    "steps=8",
-)
+SHORT = ("checkpoint.every_steps=2", "steps=8")
 
 
 def test_plan_is_the_product_of_what_is_swept(tmp_path: Path) -> None:
@@ -62,7 +49,7 @@ def test_bad_input_is_found_before_any_run(overrides: list[str], named: str) -> 
 
 def arguments(folder: Path) -> list[str]:
     swept = ["algorithm=mean_centred_token_mean,rloo", "seed=0,1", "name=sweep"]
-    return ["sweep", "recipe=quickstart", *TINY, *swept, f"output_dir={folder}", f"sft.cache_dir={folder}/cache"]
+    return ["sweep", *TINY, *SHORT, *swept, f"output_dir={folder}", f"sft.cache_dir={folder}/cache"]
 
 
 @pytest.mark.slow
