@@ -263,9 +263,8 @@ def test_a_plug_in_that_exits_at_import_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_a_reward_whose_constructor_exits_is_named(tmp_path, capsys, monkeypatch):
-    (tmp_path / "quits.py").write_text(
-        "class One:\n    def __init__(self):\n        raise SystemExit(0)\n\n    def __call__(self, s):\n        return 1.0\n"
-    )
+    body = "class One:\n    def __init__(self):\n        raise SystemExit(0)\n"
+    (tmp_path / "quits.py").write_text(body)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["train", *settings(tmp_path, "run"), "reward.rewards={one: {_target_: quits.One}}"]) == 2
     assert "quits.One" in capsys.readouterr().err
