@@ -80,7 +80,7 @@ def run_rlkit(folder: Path, steps: int, threads: int) -> dict[str, Any]:
     }
 
 
-def run_trl(model: Path, steps: int, threads: int) -> dict[str, Any]:
+def run_trl(model: Path, steps: int, threads: int, batch: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -124,9 +124,9 @@ def run_trl(model: Path, steps: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         settings = GRPOConfig(
             output_dir=out,
-            per_device_train_batch_size=PROMPTS * SAMPLES,
+            per_device_train_batch_size=batch,
             num_generations=SAMPLES,
-            gradient_accumulation_steps=1,
+            gradient_accumulation_steps=PROMPTS * SAMPLES // batch,
             gradient_checkpointing=False,
             max_completion_length=NEW_TOKENS,
             temperature=1.0,
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help=f"of each process; the first {SKIP} are not counted")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--trl-batch", type=int, default=64, help="TRL's samples of one forward and backward")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "benchmark-trl")
     parser.add_argument("--side", choices=("rlkit", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -189,7 +190,7 @@ def main() -> None:
     if options.side is not None:
         side = options.side == "rlkit"
         found = run_rlkit(folder, options.steps, options.threads) if side else None
-        print(json.dumps(found or run_trl(options.model, options.steps, options.threads)))
+        print(json.dumps(found or run_trl(options.model, options.steps, options.threads, options.trl_batch)))
         return
     folder.mkdir(parents=True, exist_ok=True)
     model = warm_start(folder)

@@ -28,8 +28,8 @@ class Engine(Protocol):
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
-    ) -> AsyncGenerator[Rollout, None]:
-        """Yield a rollout for every request, in the order they finish.
+    ) -> AsyncGenerator[list[Rollout], None]:
+        """Yield a rollout for every request, in the order they finish, those that finish together in one list.
 
         Behaviour log-probs are those of the sampling distribution, version spans the engine's own.
         """
@@ -55,4 +55,6 @@ async def sample(
         for ordinal, prompt in enumerate(prompts, first)
         for index in range(samples)
     ]
-    return sorted([r async for r in engine.generate(requests, sampling)], key=lambda r: (r.ordinal, r.index))
+    return sorted(
+        [r async for part in engine.generate(requests, sampling) for r in part], key=lambda r: (r.ordinal, r.index)
+    )

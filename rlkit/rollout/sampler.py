@@ -1,18 +1,15 @@
-"""Keyed sampling inside `generate`: every draw is a pure function of (seed, ordinal, index, position).
+"""Keyed sampling: every draw is a pure function of (seed, ordinal, index, position); and where a completion stops.
 
 A token is drawn by inverse CDF from one uniform number of its row and position alone: a run is reproducible, resumes on
-the same draws, and finished rows can leave a batch without changing the others. `KeyedSampler` leaves only the drawn
-token finite for `generate` to pick greedily, and records the draw's log-prob under the full (untruncated) distribution
-at the sampling temperature: the behaviour log-prob. No [batch, steps, vocabulary] tensor is kept.
+the same draws, and finished rows can leave a batch without changing the others. With it comes its log-prob under the
+full (untruncated) distribution at the sampling temperature: the behaviour log-prob.
 """
-
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from rlkit.types import SamplingParams
 
@@ -47,52 +44,23 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-@dataclass(eq=False)
-class KeyedSampler(LogitsProcessor):
-    """Draws the next token of every row and records its log-prob; one instance a `generate` call."""
+def stop_positions(
+    tokens: Tensor, done: int, sampling: SamplingParams, tokenizer: PreTrainedTokenizerBase
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Tokens of each row up to and including the one that stops it, and whether one does, [B] each.
 
-    uniforms: Tensor  # [B, max_tokens] float64
-    prompt_width: int  # padded prompt length: position = width of input_ids - prompt_width
-    temperature: float
-    logprobs: list[Tensor] = field(default_factory=list)  # [B], one a step
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """Return scores with the drawn token at 0 and everything else at -inf, [B, V]."""
-        position = input_ids.shape[1] - self.prompt_width
-        token, logprob = draw(scores, self.uniforms[:, position], self.temperature)
-        self.logprobs.append(logprob)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token.unsqueeze(1), 0.0)
-
-
-@dataclass(eq=False)
-class StopTracker(StoppingCriteria):
-    """Marks rows finished by a stop token, a stop string or their length, and keeps the lengths."""
-
-    lengths: Tensor  # [B] tokens generated
-    prompt_width: int
-    sampling: SamplingParams
-    tokenizer: PreTrainedTokenizerBase
-
-    def __post_init__(self) -> None:
-        self.stopped = torch.zeros_like(self.lengths, dtype=torch.bool)
-        # `generate` reads this attribute and pads rows after they finish.
-        self.eos_token_id = torch.tensor(list(self.sampling.stop_token_ids), device=self.lengths.device)
-        self.window = max(map(len, self.sampling.stop_strings), default=0) + 8
-
-    @property
-    def finished(self) -> Tensor:
-        """[B] bool: stopped, or at the length limit."""
-        return self.stopped | (self.lengths >= self.sampling.max_tokens)
-
-    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:  # type: ignore[override]
-        """Take note of the newest column; return which rows are done, [B] bool."""
-        open_rows = ~self.finished
-        self.lengths = self.lengths + open_rows.long()
-        hit = torch.isin(input_ids[:, -1], self.eos_token_id)
-        if self.sampling.stop_strings:
-            start = max(self.prompt_width, input_ids.shape[1] - self.window)
-            for row in torch.nonzero(open_rows & ~hit).flatten().tolist():
-                tail = self.tokenizer.decode(input_ids[row, start:])
-                hit[row] = any(s in tail for s in self.sampling.stop_strings)
-        self.stopped = self.stopped | (open_rows & hit)
-        return self.finished
+    tokens [B, T], of which the first `done` hold no stop. Rows without one have length T.
+    """
+    fresh = tokens[:, done:].cpu().numpy()
+    hit = np.isin(fresh, list(sampling.stop_token_ids))
+    stopped: NDArray[np.bool_] = np.any(hit, axis=1)
+    lengths = np.where(stopped, done + hit.argmax(axis=1) + 1, tokens.shape[1])
+    if sampling.stop_strings:
+        start = max(0, done - max(map(len, sampling.stop_strings)) - 8)  # a string may begin in an earlier stretch
+        for row, ids in enumerate(tokens[:, start:].tolist()):
+            if any(s in tokenizer.decode(ids[: lengths[row] - start]) for s in sampling.stop_strings):
+                ends = range(done - start + 1, lengths[row] - start + 1)
+                texts = ((end, tokenizer.decode(ids[:end])) for end in ends)
+                end = next(end for end, text in texts if any(s in text for s in sampling.stop_strings))
+                lengths[row], stopped[row] = start + end, True
+    return lengths, stopped

@@ -1,8 +1,8 @@
-"""The embedded engine: transformers' `generate` in the learner's own process.
+"""The embedded engine: a transformers model sampled in the learner's own process.
 
 It shares the learner's weights, so publishing a version costs nothing and log-probs agree to rounding. A batch is
-generated in stretches of `compact_every` tokens, in a thread: verifiers and lease heartbeats go on meanwhile. After
-each stretch finished rows leave the batch and its key-value cache.
+generated in stretches of `compact_every` tokens, in a thread: verifiers and lease heartbeats go on meanwhile. A prompt
+is read once for all its samples; after each stretch finished rows leave the batch and its key-value cache.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
-from rlkit.rollout.sampler import KeyedSampler, StopTracker, uniforms
+from rlkit.rollout.sampler import draw, stop_positions, uniforms
 from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
+
+ROOM_TOKENS = 32  # the key-value cache grows by so many at a time
 
 
 @dataclass(frozen=True, slots=True)
 class TransformersEngine:
     """Settings of the embedded engine (a component: `open` makes the engine)."""
 
-    compact_every: int = 16  # tokens between two removals of finished rows
+    compact_every: int = 8  # tokens between two removals of finished rows
     max_batch_samples: int = 256  # rows generated at a time; bounds the key-value cache
 
     def __post_init__(self) -> None:
@@ -45,18 +48,43 @@ class TransformersEngine:
         return EmbeddedEngine(self, model, tokenizer, check_stop)
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer that grows in place, `ROOM_TOKENS` at a time, instead of being copied for every token."""
+
+    room: tuple[Tensor, Tensor] | None = None  # keys and values [B, heads, allocated tokens, width]; a prefix is used
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        used = self.get_seq_length()
+        length = used + key_states.shape[-2]
+        if self.room is None or self.room[0].shape[-2] < length:
+            self.lazy_initialization(key_states, value_states)
+            shapes = [(*new.shape[:-2], length + ROOM_TOKENS, new.shape[-1]) for new in (key_states, value_states)]
+            old, self.room = self.room, (key_states.new_empty(shapes[0]), value_states.new_empty(shapes[1]))
+            for room, before in zip(self.room, old or (), strict=False):
+                room[..., :used, :] = before[..., :used, :]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[..., used:length, :] = new
+        self.keys, self.values = (room[..., :length, :] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        assert self.room is not None
+        length = self.get_seq_length()
+        self.room = self.room[0][indices], self.room[1][indices]
+        self.keys, self.values = (room[..., :length, :] for room in self.room)
+
+
 @dataclass(slots=True)
 class _Batch:
     """Rows still being generated; all tensors have the rows of `requests`."""
 
     requests: list[GenerationRequest]
-    input_ids: Tensor  # [B, prompt_width + tokens so far], left padded
-    attention_mask: Tensor  # [B, prompt_width]
+    attention_mask: Tensor  # [B, prompt width], left padded
     uniforms: Tensor  # [B, max_tokens] float64
-    lengths: Tensor  # [B] tokens generated
+    tokens: Tensor  # [B, tokens so far]
     logprobs: Tensor  # [B, tokens so far] float32
-    prompt_width: int
-    cache: Any = None  # transformers Cache
+    cache: Any  # transformers Cache
+    logits: Tensor | None  # [B, V] of the first token; None once it is drawn
 
 
 @dataclass(slots=True)
@@ -73,94 +101,123 @@ class EmbeddedEngine:
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
-    ) -> AsyncGenerator[Rollout, None]:
-        """Yield rollouts as they finish; raises what `check_stop` raises between stretches."""
+    ) -> AsyncGenerator[list[Rollout], None]:
+        """Yield rollouts as they finish; raises what `check_stop` raises between stretches.
+
+        What is yielded is dealt with while the next stretch is computed.
+        """
         self.generating += 1
+        under_way: asyncio.Task[Any] | None = None
         try:
             size = self.settings.max_batch_samples
             for start in range(0, len(requests), size):
-                batch: _Batch | None = self._start(list(requests[start : start + size]), sampling)
+                batch = await asyncio.to_thread(self._prefill, list(requests[start : start + size]), sampling)
+                finished: list[Rollout] = []
                 while batch is not None:
                     self.check_stop()
-                    batch, finished = await asyncio.to_thread(self._stretch, batch, sampling)
-                    for rollout in finished:
-                        yield rollout
+                    under_way = asyncio.create_task(asyncio.to_thread(self._stretch, batch, sampling))
+                    if finished:
+                        yield finished
+                    batch, finished = await asyncio.shield(under_way)
+                yield finished
         finally:
+            if under_way is not None:  # a thread cannot be cancelled; the weights are in use until it is done
+                await asyncio.wait([under_way])
             self.generating -= 1
 
-    def _start(self, requests: list[GenerationRequest], sampling: SamplingParams) -> _Batch:
-        left_padded = partial(pad_sequence, batch_first=True, padding_side="left")
-        prompts = [torch.tensor(r.prompt_token_ids) for r in requests]
-        draws = np.stack([uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens) for r in requests])
+    @torch.no_grad()
+    def _prefill(self, requests: list[GenerationRequest], sampling: SamplingParams) -> _Batch:
+        """Read every distinct prompt once; its samples then share what was computed."""
         device = self.model.device
+        distinct = {request.prompt_token_ids.tobytes(): request.prompt_token_ids for request in requests}
+        place = {key: number for number, key in enumerate(distinct)}
+        owner = torch.tensor([place[request.prompt_token_ids.tobytes()] for request in requests], device=device)
+        prompts = [torch.from_numpy(tokens) for tokens in distinct.values()]
+        left_padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        mask = left_padded([torch.ones_like(prompt) for prompt in prompts]).to(device)
+        draws = np.stack([uniforms(sampling.seed, r.ordinal, r.index, sampling.max_tokens) for r in requests])
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        # A bare forward does not count positions past padding as it should.
+        positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+        logits = self._forward(left_padded(prompts).to(device), mask, positions, cache)
+        cache.batch_select_indices(owner)
         return _Batch(
             requests=requests,
-            input_ids=left_padded(prompts, padding_value=self.tokenizer.pad_token_id).to(device),
-            attention_mask=left_padded([torch.ones_like(p) for p in prompts]).to(device),
+            attention_mask=mask[owner],
             uniforms=torch.from_numpy(draws).to(device),
-            lengths=torch.zeros(len(requests), dtype=torch.long, device=device),
+            tokens=owner.new_empty(len(requests), 0),
             logprobs=torch.empty(len(requests), 0, device=device),
-            prompt_width=max(map(len, prompts)),
+            cache=cache,
+            logits=logits[owner],
         )
+
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits [B, V] of the token after input_ids [B, L]; mask [B, cached + L], positions [B, L]."""
+        if self.model.training:
+            self.model.eval()  # without dropout; the learner turns training on again itself
+        output = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     @torch.no_grad()
     def _stretch(self, batch: _Batch, sampling: SamplingParams) -> tuple[_Batch | None, list[Rollout]]:
         """Generate up to `compact_every` tokens; return the open rows and the finished rollouts."""
-        done = batch.input_ids.shape[1] - batch.prompt_width
-        count = min(self.settings.compact_every, sampling.max_tokens - done)
-        sampler = KeyedSampler(batch.uniforms, batch.prompt_width, sampling.temperature)
-        tracker = StopTracker(batch.lengths, batch.prompt_width, sampling, self.tokenizer)
-        generated = batch.attention_mask.new_ones(len(batch.requests), done)
-        mask = torch.cat([batch.attention_mask, generated], dim=1)
-        was_training, defaults = self.model.training, self.model.generation_config
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=count, pad_token_id=self.tokenizer.pad_token_id,
-            return_dict_in_generate=True, use_cache=True,
-        )  # fmt: skip
-        self.model.eval()
-        # generate() fills unset fields from the model's own generation config, where a repetition penalty or top-k
-        # would bias the distribution: replace it for the call.
-        self.model.generation_config = GenerationConfig()
-        try:
-            generate: Any = self.model.generate
-            output = generate(
-                batch.input_ids, attention_mask=mask, past_key_values=batch.cache, generation_config=settings,
-                logits_processor=[sampler], stopping_criteria=[tracker],
-            )  # fmt: skip
-        finally:
-            self.model.generation_config = defaults
-            self.model.train(was_training)
-        steps = output.sequences.shape[1] - batch.input_ids.shape[1]
-        batch.input_ids, batch.cache = output.sequences, output.past_key_values
-        batch.logprobs = torch.cat([batch.logprobs, torch.stack(sampler.logprobs[:steps], dim=1)], dim=1)
-        batch.lengths = tracker.lengths
-        return self._compact(batch, tracker)
+        done = batch.tokens.shape[1]
+        stop = min(done + self.settings.compact_every, sampling.max_tokens)
+        mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(len(batch.requests), stop)], dim=1)
+        width, prompt_lengths = batch.attention_mask.shape[1], batch.attention_mask.sum(dim=1, keepdim=True)
+        tokens, logprobs = list(batch.tokens.unbind(1)), list(batch.logprobs.unbind(1))
+        for position in range(done, stop):
+            if batch.logits is None:
+                seen = mask[:, : width + position]
+                logits = self._forward(tokens[-1][:, None], seen, prompt_lengths + position - 1, batch.cache)
+            else:
+                logits, batch.logits = batch.logits, None
+            token, logprob = draw(logits, batch.uniforms[:, position], sampling.temperature)
+            tokens.append(token)
+            logprobs.append(logprob)
+        batch.tokens, batch.logprobs = torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1)
+        return self._compact(batch, sampling, done)
 
-    def _compact(self, batch: _Batch, tracker: StopTracker) -> tuple[_Batch | None, list[Rollout]]:
-        done = torch.nonzero(tracker.finished).flatten().tolist()
-        finished = [self._rollout(batch, row, stopped=bool(tracker.stopped[row])) for row in done]
-        if not finished:
+    def _compact(self, batch: _Batch, sampling: SamplingParams, done: int) -> tuple[_Batch | None, list[Rollout]]:
+        """Take out the rows that stopped after `done` tokens, or are as long as they may be."""
+        lengths, stopped = stop_positions(batch.tokens, done, sampling, self.tokenizer)
+        over = stopped if batch.tokens.shape[1] < sampling.max_tokens else np.ones_like(stopped)
+        if not over.any():
             return batch, []
-        keep = torch.nonzero(~tracker.finished).flatten()
-        if len(keep) == 0:
+        rows = np.flatnonzero(over)
+        tokens, logprobs = batch.tokens.cpu().numpy(), batch.logprobs.float().cpu().numpy()
+        chosen = [tokens[row, : lengths[row]] for row in rows]
+        texts = self.tokenizer.batch_decode([own.tolist() for own in chosen], skip_special_tokens=True)
+        finished = [
+            self._rollout(batch.requests[row], own, logprobs[row, : len(own)], text, stopped=bool(stopped[row]))
+            for row, own, text in zip(rows, chosen, texts, strict=True)
+        ]
+        if over.all():
             return None, finished
+        keep = torch.from_numpy(np.flatnonzero(~over)).to(batch.tokens.device)
         batch.cache.batch_select_indices(keep)
         batch.requests = [batch.requests[row] for row in keep.tolist()]
-        for name in ("input_ids", "attention_mask", "uniforms", "lengths", "logprobs"):
+        for name in ("attention_mask", "uniforms", "tokens", "logprobs"):
             setattr(batch, name, getattr(batch, name)[keep])
         return batch, finished
 
-    def _rollout(self, batch: _Batch, row: int, *, stopped: bool) -> Rollout:
-        request, length = batch.requests[row], int(batch.lengths[row])
-        tokens = batch.input_ids[row, batch.prompt_width :][:length].cpu().numpy().astype(np.int64)
+    def _rollout(
+        self, request: GenerationRequest, tokens: IntArray, logprobs: FloatArray, text: str, *, stopped: bool
+    ) -> Rollout:
+        length = len(tokens)
         return Rollout(
-            ordinal=request.ordinal, index=request.index, token_ids=tokens, engine_id=self.engine_id,
-            behavior_logprobs=batch.logprobs[row, :length].float().cpu().numpy(),
+            ordinal=request.ordinal, index=request.index, token_ids=tokens.copy(), engine_id=self.engine_id,
+            behavior_logprobs=logprobs.copy(),
             loss_mask=np.ones(length, dtype=np.bool_),
             segments=np.zeros(length, dtype=np.int64),
             version_spans=(VersionSpan(version=self.version, start=0, end=length),),
             finish_reason="stop" if stopped else "length",
-            text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
+            text=text,
         )  # fmt: skip
 
     async def score(

@@ -1,7 +1,8 @@
 """The rollout worker: lease slices, sample them, have them scored, hand them in.
 
-Slices are scored as soon as all their samples are there, while the engine goes on with the others. Leases are renewed
-in the background; whatever ends the worker, leases it still holds are given back.
+Slices are scored as soon as all their samples are there, while the engine goes on with the others; those that finish
+together cross the buffer and the verifiers together. Leases are renewed in the background; whatever ends the worker,
+leases it still holds are given back.
 """
 
 import asyncio
@@ -55,17 +56,17 @@ class RolloutWorker:
         started = time.perf_counter()
         held = {lease.lease_id: lease for lease in leases}
         renewing = asyncio.create_task(self._renew(held))
-        scoring: list[asyncio.Task[bool]] = []
+        scoring: list[asyncio.Task[int]] = []
         tokens = 0
         try:
-            async for lease, rollouts in self._finished_slices(leases):
+            async for finished in self._finished_slices(leases):
                 if renewing.done():
                     renewing.result()  # raises what ended it
-                tokens += sum(len(r.token_ids) for r in rollouts)
+                tokens += sum(len(r.token_ids) for _, rollouts in finished for r in rollouts)
                 with self._giving_up(held):
-                    if lease.lease_id in held:
-                        self.buffer.submit(lease, rollouts)
-                        scoring.append(asyncio.create_task(self._score(lease, rollouts, held)))
+                    self.buffer.submit_many([work for work in finished if work[0].lease_id in held])
+                if kept := [work for work in finished if work[0].lease_id in held]:
+                    scoring.append(asyncio.create_task(self._score(kept, held)))
             generated = time.perf_counter()
             handed_in = sum(await asyncio.gather(*scoring))
         except BaseException:
@@ -85,26 +86,32 @@ class RolloutWorker:
             score_wait_seconds=time.perf_counter() - generated,
         )
 
-    async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[tuple[Lease, list[Rollout]]]:
-        """Generate all samples of `leases`; yield each lease when its last sample is there."""
+    async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[list[tuple[Lease, list[Rollout]]]]:
+        """Generate all samples of `leases`; yield the slices whose last samples have just come."""
         owner = {(a.ordinal, i): a for a in leases for i in range(a.start, a.stop)}
         keyed = ((o, i, lease.prompt.token_ids) for (o, i), lease in owner.items())
         requests = [GenerationRequest(ordinal=o, index=i, prompt_token_ids=tokens) for o, i, tokens in keyed]
         arrived: dict[int, list[Rollout]] = {lease.lease_id: [] for lease in leases}
         async with contextlib.aclosing(self.engine.generate(requests, self.sampling)) as stream:
-            async for rollout in stream:
-                lease = owner[rollout.ordinal, rollout.index]
-                have = arrived[lease.lease_id]
-                have.append(rollout)
-                if len(have) == lease.stop - lease.start:
-                    yield lease, sorted(have, key=lambda r: r.index)
+            async for rollouts in stream:
+                finished = []
+                for rollout in rollouts:
+                    lease = owner[rollout.ordinal, rollout.index]
+                    have = arrived[lease.lease_id]
+                    have.append(rollout)
+                    if len(have) == lease.stop - lease.start:
+                        finished.append((lease, sorted(have, key=lambda r: r.index)))
+                if finished:
+                    yield finished
 
-    async def _score(self, lease: Lease, rollouts: list[Rollout], held: dict[int, Lease]) -> bool:
-        """Whether the slice was handed in."""
-        verdicts = await score_rollouts(self.pool, [lease.prompt] * len(rollouts), rollouts)
+    async def _score(self, slices: list[tuple[Lease, list[Rollout]]], held: dict[int, Lease]) -> int:
+        """How many of the slices were handed in."""
+        pairs = [(lease.prompt, rollout) for lease, rollouts in slices for rollout in rollouts]
+        verdicts = iter(await score_rollouts(self.pool, [p for p, _ in pairs], [r for _, r in pairs]))
+        work = [(lease, [next(verdicts) for _ in rollouts]) for lease, rollouts in slices]
         with self._giving_up(held):
-            self.buffer.score(lease, verdicts)
-        return held.pop(lease.lease_id, None) is not None
+            self.buffer.score_many([(lease, scored) for lease, scored in work if lease.lease_id in held])
+        return sum(held.pop(lease.lease_id, None) is not None for lease, _ in slices)
 
     async def _renew(self, held: dict[int, Lease]) -> None:
         """Renew what is held, three times a timeout, until cancelled."""

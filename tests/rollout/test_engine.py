@@ -46,7 +46,7 @@ def generate(compact_every: int, rows: int, params: SamplingParams) -> dict[tupl
     ]
 
     async def run() -> list[Rollout]:
-        return [r async for r in engine.generate(requests, params)]
+        return [r async for part in engine.generate(requests, params) for r in part]
 
     rollouts = asyncio.run(run())
     prompts = [np.arange(4, 5 + r.ordinal) for r in rollouts]

@@ -34,7 +34,7 @@ class PacedEngine:
             self.before(number)
             if number == self.fail_at:
                 raise EngineError("the engine broke")
-            yield Rollout(
+            rollout = Rollout(
                 ordinal=request.ordinal,
                 index=request.index,
                 token_ids=np.array([5, 6]),
@@ -46,6 +46,7 @@ class PacedEngine:
                 engine_id=self.engine_id,
                 text="12",
             )
+            yield [rollout]
 
 
 @pytest.fixture(scope="module")
