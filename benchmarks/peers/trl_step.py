@@ -1,18 +1,21 @@
 """One training step of TRL's GRPOTrainer and of rlkit on the same job, in alternation.
 
     pip install "trl==1.16.*"
-    python benchmarks/peers/trl_step.py [--rounds 3] [--steps 8] [--threads 1]
+    python benchmarks/peers/trl_step.py [--rounds 3] [--steps 10] [--threads 2]
 
-The job: the quickstart's warm-started model, 32 prompts x 8 completions, at most 48 new tokens, temperature 1, one
-AdamW step at learning rate 1e-6 (so that the policy, and with it lengths and rewards, stay what they are), no KL.
-Each round starts one process of either side, in changing order, and leaves out the first two steps of each.
+The job: 32 prompts x 8 completions of the quickstart, at most 48 new tokens, temperature 1, one AdamW step at learning
+rate 1e-6 (so that the policy, and with it lengths and rewards, stay what they are), no KL. It is run for two policies:
+`warm`, the quickstart's warm start, right in half of its samples, where nearly every group has a gradient, and
+`trained`, the same after 60 steps, where most groups are all correct, as they are for most of a run. Each round starts
+one process of either side for each policy, in changing order, and leaves out the first two steps of each.
 
-TRL runs at its best settings for this machine: one batch without accumulation, no gradient checkpointing, static data,
-the transformers engine, its reward a string comparison in process; rlkit scores in its sandboxed verifiers, writes its
-buffer and every rollout. Both are timed from the request for completions to the updated weights.
+TRL runs at its best settings for this machine: micro-batches of 64 samples (256, 128 and 32 are slower or equal), no
+gradient checkpointing, the transformers engine, its reward a string comparison in process; rlkit scores in sandboxed
+verifiers, writes its buffer and every rollout. Both are timed from the request for completions to the updated weights.
 
-The last line is JSON: medians and spreads of both, `ratio` = TRL seconds / rlkit seconds (median of the rounds'
-ratios, with the smallest and largest), generation and learner apart, peak memory of the training process.
+The last line is JSON: for each policy medians and spreads of both sides, generation and learner apart, peak memory of
+the training process, `ratio` = TRL seconds / rlkit seconds (median of the rounds' ratios, with the smallest and
+largest); `ratio` at the top is that of `warm`.
 """
 
 from __future__ import annotations
@@ -33,14 +36,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 PROMPTS, SAMPLES, NEW_TOKENS, SKIP = 32, 8, 48, 2
+TRAINED_STEPS = 60
+POLICIES = ("warm", "trained")
+SINGLE = ("reward", "dead", "length", "peak_gb")
 OVERRIDES = [
     f"prompts_per_step={PROMPTS}",
     f"samples_per_prompt={SAMPLES}",
     f"rollout.max_completion_tokens={NEW_TOKENS}",
-    "model.architecture.max_position_embeddings=80",
-    "learner.learning_rate=1e-6",
-    "learner.warmup_steps=0",
 ]
+ROOMY = "model.architecture.max_position_embeddings=80"
+QUIET = ["evaluation.at_start=false", "evaluation.every_steps=0", "data.eval={}", "checkpoint.every_steps=1000"]
+QUIET += ["telemetry.report=false", "telemetry.console=false"]
 
 
 def peak_gb() -> float:
@@ -48,26 +54,40 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def warm_start(folder: Path) -> Path:
-    """The checkpoint of the quickstart's warm start, trained now unless it is cached."""
-    command = [sys.executable, "-m", "rlkit", "sft", "recipe=quickstart", *OVERRIDES]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=True)
-    return folder / done.stdout.strip().splitlines()[-1].removeprefix("warm start: ")
+def policy(name: str, folder: Path) -> Path:
+    """The checkpoint of a policy, made now unless it is there."""
+    shared = ["recipe=quickstart", *OVERRIDES, ROOMY]
+    if name == "trained":
+        checkpoint = folder / "trained" / "checkpoints" / f"step_{TRAINED_STEPS}"
+        command = ["train", *shared, *QUIET, "name=trained", f"output_dir={folder}", f"steps={TRAINED_STEPS}"]
+        if not checkpoint.exists():
+            rlkit(command, folder)
+        return checkpoint
+    return folder / rlkit(["sft", *shared], folder).splitlines()[-1].removeprefix("warm start: ")
+
+
+def rlkit(command: list[str], folder: Path) -> str:
+    """Run rlkit in `folder`; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rlkit", *command], cwd=folder, env=environment(), capture_output=True, text=True,
+        check=True, timeout=1800,
+    )  # fmt: skip
+    return done.stdout.strip()
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def run_rlkit(folder: Path, steps: int, threads: int) -> dict[str, Any]:
+def run_rlkit(folder: Path, model: Path, steps: int, threads: int) -> dict[str, Any]:
     from rlkit.cli import main
 
     name = f"step-{os.getpid()}"
     settings = [f"name={name}", f"output_dir={folder / 'runs'}", f"steps={steps}", f"learner.num_threads={threads}"]
-    settings += ["evaluation.at_start=false", "evaluation.every_steps=0", "data.eval={}", "checkpoint.every_steps=1000"]
-    settings += ["telemetry.report=false", "telemetry.console=false"]
+    settings += [f"model.path={model}", "model.architecture=null", "model.alphabet=null", "sft=null"]
+    settings += ["learner.learning_rate=1e-6", "learner.warmup_steps=0"]
     os.chdir(folder)
-    assert main(["train", "recipe=quickstart", *OVERRIDES, *settings]) == 0
+    assert main(["train", "recipe=quickstart", *OVERRIDES, *QUIET, *settings]) == 0
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     rows = [row for line in lines if "time/step" in (row := json.loads(line))][SKIP:]
     return {
@@ -75,6 +95,7 @@ def run_rlkit(folder: Path, steps: int, threads: int) -> dict[str, Any]:
         "generation": [row["time/generate"] for row in rows],
         "learner": [row["time/learner"] for row in rows],
         "reward": statistics.fmean(row["reward/mean"] for row in rows),
+        "dead": statistics.fmean(row["group/dead_frac"] for row in rows),
         "length": statistics.fmean(row["completion/length/mean"] for row in rows),
         "peak_gb": peak_gb(),
     }
@@ -161,6 +182,7 @@ def run_trl(model: Path, steps: int, threads: int, batch: int) -> dict[str, Any]
 
 def measured(side: str, folder: Path, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--model", str(model)]
+    command += ["--trl-batch", str(options.trl_batch)]
     command += ["--steps", str(options.steps), "--threads", str(options.threads)]
     env = environment() | {"OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1800, check=False)
@@ -173,42 +195,53 @@ def measured(side: str, folder: Path, model: Path, options: argparse.Namespace) 
 def summary(runs: list[dict[str, Any]], key: str) -> dict[str, float]:
     values = sorted(value for run in runs for value in run[key])
     tenth = len(values) // 10
-    return {"median": statistics.median(values), "p10": values[tenth], "p90": values[-1 - tenth]}
+    return {
+        "median": round(statistics.median(values), 4),
+        "p10": round(values[tenth], 4),
+        "p90": round(values[-1 - tenth], 4),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help=f"of each process; the first {SKIP} are not counted")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl-batch", type=int, default=64, help="TRL's samples of one forward and backward")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "benchmark-trl")
     parser.add_argument("--side", choices=("rlkit", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if options.side is not None:
-        side = options.side == "rlkit"
-        found = run_rlkit(folder, options.steps, options.threads) if side else None
-        print(json.dumps(found or run_trl(options.model, options.steps, options.threads, options.trl_batch)))
+    if options.side == "rlkit":
+        print(json.dumps(run_rlkit(folder, options.model, options.steps, options.threads)))
+        return
+    if options.side == "trl":
+        print(json.dumps(run_trl(options.model, options.steps, options.threads, options.trl_batch)))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    model = warm_start(folder)
-    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "rlkit": []}
+    models = {name: policy(name, folder) for name in POLICIES}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"trl": [], "rlkit": []} for name in POLICIES}
     for number in range(options.rounds):
-        for side in ("trl", "rlkit") if number % 2 == 0 else ("rlkit", "trl"):
-            found = measured(side, folder, model, options)
-            runs[side].append(found)
-            print(f"round {number} {side}: {statistics.median(found['step']):.3f} s a step", flush=True)
+        for name, model in models.items():
+            for side in ("trl", "rlkit") if number % 2 == 0 else ("rlkit", "trl"):
+                found = measured(side, folder, model, options)
+                runs[name][side].append(found)
+                print(f"round {number} {name} {side}: {statistics.median(found['step']):.3f} s a step", flush=True)
+    result: dict[str, Any] = {name: compared(of_policy) for name, of_policy in runs.items()}
+    print(json.dumps(result | {"threads": options.threads, "ratio": result["warm"]["ratio"]}))
+
+
+def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Figures of both sides on one policy, and the ratios of the rounds."""
     medians = [[statistics.median(run["step"]) for run in runs[side]] for side in ("trl", "rlkit")]
     ratios = [theirs / ours for theirs, ours in zip(*medians, strict=True)]
-    result: dict[str, Any] = {
+    sides = {
         side: {key: summary(of_side, key) for key in ("step", "generation", "learner")}
-        | {key: statistics.fmean(run[key] for run in of_side) for key in ("reward", "length", "peak_gb")}
+        | {key: statistics.fmean(run[key] for run in of_side) for key in of_side[0] if key in SINGLE}
         for side, of_side in runs.items()
     }
-    result |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-    print(json.dumps(result))
+    return sides | {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
 
 
 if __name__ == "__main__":
