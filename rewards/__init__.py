@@ -2,11 +2,9 @@
 
 from rewards.base import Reward, RewardError, Sample, Score, Unscorable, nearest
 from rewards.pool import PoolCounts, VerifierPool
-from rewards.sandbox import Limits
 from rewards.spec import RewardSet, build, check_spec
 
 __all__ = [
-    "Limits",
     "PoolCounts",
     "Reward",
     "RewardError",

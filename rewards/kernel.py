@@ -17,7 +17,6 @@ import stat
 import sys
 import tempfile
 import termios
-from collections.abc import Iterable
 from typing import Any
 
 _ALLOWED = """
@@ -142,15 +141,10 @@ def landlock_abi() -> int:
         return 0
 
 
-def default_read_paths() -> list[str]:
-    """Where Python, its packages and the system's libraries and time zones lie."""
+def landlock_ruleset() -> int:
+    """A ruleset's file descriptor: what Python, its packages and the system's libraries need may be read. OSError."""
     fixed = "/usr /lib /lib64 /etc/ld.so.cache /etc/localtime /dev/null /dev/urandom /proc/cpuinfo /proc/meminfo"
     places = [*fixed.split(), sys.prefix, sys.base_prefix, *(path or os.getcwd() for path in sys.path)]
-    return [path for path in dict.fromkeys(places) if os.path.exists(path)]
-
-
-def landlock_ruleset(read_paths: Iterable[str]) -> int:
-    """A ruleset's file descriptor that allows reading below `read_paths` only. Raises OSError."""
     version = landlock_abi()
     handled = _ALL_V1
     for needed, right in ((2, _REFER_V2), (3, _TRUNCATE_V3), (5, _IOCTL_V5)):
@@ -158,7 +152,7 @@ def landlock_ruleset(read_paths: Iterable[str]) -> int:
     attributes = ctypes.c_uint64(handled)  # struct landlock_ruleset_attr
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     ruleset = _syscall(_CREATE, ctypes.byref(attributes), size, ctypes.c_uint32(0))
-    for path in read_paths:
+    for path in filter(os.path.exists, dict.fromkeys(places)):
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             folder = stat.S_ISDIR(os.fstat(fd).st_mode)

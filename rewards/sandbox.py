@@ -10,29 +10,14 @@ import resource
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 
 from rewards import kernel
 from rewards.base import RewardError
 from rewards.kernel import compile_filter, process_control
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
-_MIB = 1 << 20
+_FILE_MB, _OPEN_FILES = 16, 64
 _MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Resource limits of a scoring child.
-
-    memory_mb: address space in MiB beyond what the warm process already maps.
-    file_mb: largest file it may write, in MiB (mode `limits`; `strict` lets it write none).
-    open_files: most file descriptors.
-    """
-
-    memory_mb: int = 1024
-    file_mb: int = 16
-    open_files: int = 64
 
 
 def die_with(parent: int) -> None:
@@ -50,25 +35,30 @@ def adopt_orphans() -> None:
 class Sandbox:
     """Prepared once in the warm process, entered in each child. Raises RewardError if `strict` cannot be had here."""
 
-    def __init__(self, mode: str, limits: Limits, read_paths: list[str]) -> None:
-        self._limits = limits
-        self._filter: bytes | None = None
-        self._ruleset: int | None = None
-        self._base_bytes = _mapped_bytes()
-        if mode == "strict":
-            self._filter = _seccomp_filter()
-            paths = [*kernel.default_read_paths(), *read_paths]
-            try:
-                self._ruleset = kernel.landlock_ruleset(paths) if kernel.landlock_abi() > 0 else None
-            except OSError as error:
-                raise RewardError(f"sandbox 'strict': read_paths {paths}: {error}") from error
+    def __init__(self, mode: str, cpu_seconds: int, memory_mb: int) -> None:
+        """cpu_seconds: of one child; memory_mb: its address space, in MiB beyond what this process maps now."""
+        self._limits = {
+            resource.RLIMIT_CORE: (0, 0),
+            resource.RLIMIT_FSIZE: (_FILE_MB << 20,) * 2,  # in mode `limits`; `strict` lets it write none
+            resource.RLIMIT_NOFILE: (_OPEN_FILES,) * 2,
+            resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),  # SIGXCPU at the first, SIGKILL at the second
+        }
+        if (mapped := _mapped_bytes()) is not None:
+            self._limits[resource.RLIMIT_AS] = (mapped + (memory_mb << 20),) * 2
+        strict = mode == "strict"
+        self._filter = _seccomp_filter() if strict else None
+        self._ruleset = kernel.landlock_ruleset() if strict and kernel.landlock_abi() > 0 else None
 
-    def enter(self, cpu_seconds: int) -> None:
+    def enter(self) -> None:
         """Confine this process for good. Call it single-threaded, in the forked child.
 
         Raises OSError, and RewardError if something is not refused that `strict` must refuse.
         """
-        self._set_limits(cpu_seconds)
+        for kind, (soft, hard) in self._limits.items():
+            ceiling = resource.getrlimit(kind)[1]
+            if ceiling != resource.RLIM_INFINITY:
+                soft, hard = min(soft, ceiling), min(hard, ceiling)
+            resource.setrlimit(kind, (soft, hard))
         if self._filter is None:
             return
         process_control(_PR_SET_NO_NEW_PRIVS, 1)
@@ -82,22 +72,6 @@ class Sandbox:
     def kept_fds(self) -> set[int]:
         """Descriptors the child must still hold when it enters."""
         return set() if self._ruleset is None else {self._ruleset}
-
-    def _set_limits(self, cpu_seconds: int) -> None:
-        wanted = {
-            resource.RLIMIT_CORE: (0, 0),
-            resource.RLIMIT_FSIZE: (self._limits.file_mb * _MIB,) * 2,
-            resource.RLIMIT_NOFILE: (self._limits.open_files,) * 2,
-            # SIGXCPU at the first, SIGKILL at the second.
-            resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),
-        }
-        if self._base_bytes is not None:
-            wanted[resource.RLIMIT_AS] = (self._base_bytes + self._limits.memory_mb * _MIB,) * 2
-        for kind, (soft, hard) in wanted.items():
-            ceiling = resource.getrlimit(kind)[1]
-            if ceiling != resource.RLIM_INFINITY:
-                soft, hard = min(soft, ceiling), min(hard, ceiling)
-            resource.setrlimit(kind, (soft, hard))
 
 
 def _violations() -> list[str]:

@@ -6,7 +6,6 @@ are JSON, one a line, decoded into typed records.
 """
 
 import gc
-import math
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from rewards.base import RewardError, Sample
-from rewards.sandbox import Limits, Sandbox, adopt_orphans, die_with
+from rewards.sandbox import Sandbox, adopt_orphans, die_with
 from rewards.spec import Measurement, RewardSet, build
 
 _MAX_TEXT_CHARS = 10_000
@@ -34,12 +33,9 @@ class Setup(msgspec.Struct, frozen=True):
     """
 
     spec: dict[str, dict[str, Any]]
-    workers: int
-    batch_size: int
-    timeout_s: float
+    cpu_seconds: int
+    memory_mb: int
     sandbox: str
-    limits: Limits
-    read_paths: list[str]
     work_dir: str
 
 
@@ -56,7 +52,7 @@ class Zygote:
         self._setup = setup
         self._rewards = build(setup.spec)
         self._rewards.warm_up()
-        self._sandbox = Sandbox(setup.sandbox, setup.limits, setup.read_paths)
+        self._sandbox = Sandbox(setup.sandbox, setup.cpu_seconds, setup.memory_mb)
         self._kept = _children()  # what the rewards started themselves
         self._living: set[int] = set()  # pids of scoring children
         self._pid = os.getpid()
@@ -95,7 +91,7 @@ class Zygote:
                 die_with(self._pid)
                 _drop_descriptors({peer.fileno(), *self._sandbox.kept_fds()})
                 os.chdir(self._setup.work_dir)
-                self._sandbox.enter(math.ceil(self._setup.timeout_s * self._setup.batch_size) + 2)
+                self._sandbox.enter()
             except Exception as error:  # whatever it is, the pool must hear of it
                 peer.sendall(line(f"{type(error).__name__}: {error}"))
             else:
