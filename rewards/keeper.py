@@ -97,12 +97,7 @@ class Keeper:
         self._closed = threading.Event()
 
     def fork(self) -> Child:
-        """A fresh child, confined. Raises RewardError."""
-        while True:
-            with contextlib.suppress(ZygoteDied):  # another is started, until it has died too often
-                return self._fork()
-
-    def _fork(self) -> Child:
+        """A fresh child, confined, of a fresh zygote if need be. Raises ZygoteDied: ask again; and RewardError."""
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(ours.close)

@@ -178,8 +178,9 @@ class VerifierPool:
         scores: list[Score] = []
         deaths = 0  # of zygotes with the next sample in hand: it may have killed them
         while not future.cancelled():
-            child = self._keeper.fork()
+            child = None
             try:
+                child = self._keeper.fork()
                 while child.alive and len(scores) < len(batch) and not future.cancelled():
                     entry = batch[len(scores)]
                     score = entry if isinstance(entry, Score) else self._score(child, len(scores), entry)
@@ -188,11 +189,11 @@ class VerifierPool:
                 if child.alive:
                     self._keeper.end(child)
             except ZygoteDied as death:
-                deaths += len(scores) < len(batch)
+                deaths += child is not None and len(scores) < len(batch)
                 if deaths >= _ATTEMPTS:
                     scores.append(self._counted(self._unscored(f"verifier worker died ({death})"), crashed=True))
                     deaths = 0
-            if len(scores) == len(batch):
+            if child is not None and len(scores) == len(batch):
                 break
         return scores
 

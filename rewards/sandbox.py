@@ -15,7 +15,7 @@ from rewards import kernel
 from rewards.base import RewardError
 from rewards.kernel import compile_filter, process_control
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _FILE_MB, _OPEN_FILES = 16, 64
 _MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
 
@@ -25,11 +25,6 @@ def die_with(parent: int) -> None:
     process_control(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends, so that they can be killed."""
-    process_control(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 class Sandbox:
