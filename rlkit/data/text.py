@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 
 def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str | None:
-    """Fill a template from the fields of row `number`; None when a field it uses is null.
+    """Fill a template from the fields of row `number`; None when a field it uses is null, or all are blank.
 
     The grammar is that of `str.format` with named fields and indexing (a literal brace is doubled), and one more
     format: `:nospace` removes all white space, so that "{metadata[expression]:nospace}=" gives "4-1+7=".
     `DataError` names `key` (the setting the template comes from), the row, what is missing and what exists.
     """
+    formatter = _Formatter()
     try:
-        return _Formatter().vformat(template, (), row)
+        text = formatter.vformat(template, (), row)
+        return text if "".join(formatter.filled).strip() or not formatter.filled else None
     except _NullField:
         return None
     except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
@@ -46,6 +48,9 @@ class _NullField(Exception):
 
 
 class _Formatter(string.Formatter):
+    def __init__(self) -> None:
+        self.filled: list[str] = []  # what stands for each field
+
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not isinstance(key, str):
             raise ValueError("a field without a name, such as {} or {0}")
@@ -54,7 +59,9 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes null as NaN
             raise _NullField
-        return "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
+        text = "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
+        self.filled.append(text)
+        return text
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
