@@ -47,10 +47,8 @@ _SOCKET_TYPE_MASK = 0xF
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
-# Rights known at ABI 1: execute, write, read, list, remove and make of every kind.
-_ALL_V1 = (1 << 13) - 1
-_REFER_V2, _TRUNCATE_V3, _IOCTL_V5 = 1 << 13, 1 << 14, 1 << 15
-
+# Rights by the ABI that brought them: execute, write, read, list, remove, make of every kind; refer; truncate; ioctl.
+_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 2, 8
 
 
@@ -146,9 +144,7 @@ def landlock_ruleset() -> int:
     fixed = "/usr /lib /lib64 /etc/ld.so.cache /etc/localtime /dev/null /dev/urandom /proc/cpuinfo /proc/meminfo"
     places = [*fixed.split(), sys.prefix, sys.base_prefix, *(path or os.getcwd() for path in sys.path)]
     version = landlock_abi()
-    handled = _ALL_V1
-    for needed, right in ((2, _REFER_V2), (3, _TRUNCATE_V3), (5, _IOCTL_V5)):
-        handled |= right if version >= needed else 0
+    handled = sum(rights for needed, rights in _RIGHTS.items() if version >= needed)
     attributes = ctypes.c_uint64(handled)  # struct landlock_ruleset_attr
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     ruleset = _syscall(_CREATE, ctypes.byref(attributes), size, ctypes.c_uint32(0))

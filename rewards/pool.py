@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards.base import RewardError, Sample, Score
@@ -27,17 +26,6 @@ _REAP_S = 0.25  # how long a child that closed its socket may take to end by its
 _CLOSE_S = 20.0
 
 Scores = Future[list[Score]]
-
-
-@dataclass(slots=True)
-class PoolCounts:
-    """What happened since the pool was started, in samples (restarts: of the warm process)."""
-
-    scored: int = 0
-    unscored: int = 0
-    timeouts: int = 0
-    crashes: int = 0
-    restarts: int = 0
 
 
 class VerifierPool:
@@ -74,10 +62,9 @@ class VerifierPool:
         self._folder = tempfile.mkdtemp(prefix="rewards-")
         cpu_seconds = math.ceil(timeout_s * batch_size) + 2
         self._keeper = Keeper(Setup(plain, cpu_seconds, memory_mb, sandbox, self._folder))
-        self._counts = PoolCounts()
         self._owner = os.getpid()
         self._closed = False
-        self._lock = threading.Lock()  # over the counts, and so that nothing is handed in behind `close`
+        self._handing_in = threading.Lock()  # nothing is handed in behind `close`
         self._batches: queue.SimpleQueue[tuple[Scores, list[bytes | Score]] | None] = queue.SimpleQueue()
         # Daemons, since the interpreter would wait for others before it lets the pool close itself.
         self._threads = [threading.Thread(target=self._work, name="verifier", daemon=True) for _ in range(workers)]
@@ -100,9 +87,9 @@ class VerifierPool:
         return [score for batch in self._submit(samples) for score in batch.result()]
 
     @property
-    def counts(self) -> PoolCounts:
-        """A copy of the counters."""
-        return replace(self._counts, restarts=self._keeper.restarts)
+    def restarts(self) -> int:
+        """How often the warm process has died and was replaced."""
+        return self._keeper.restarts
 
     @property
     def warm_pid(self) -> int | None:
@@ -119,7 +106,7 @@ class VerifierPool:
         """End all processes; samples still waiting fail with RewardError."""
         if os.getpid() != self._owner:  # a fork of the owner has no processes to end
             return
-        with self._lock:
+        with self._handing_in:
             self._closed = True
         self._keeper.close()
         for _ in self._threads:
@@ -152,7 +139,7 @@ class VerifierPool:
     def _hand_in(self, batches: list[list[bytes | Score]]) -> list[Scores]:
         if os.getpid() != self._owner:
             raise RewardError("the verifier pool was made before this process was forked; make one in each")
-        with self._lock:
+        with self._handing_in:
             if self._closed:
                 raise RewardError("the verifier pool is closed; make a new one")
             futures = [Scores() for _ in batches]
@@ -183,15 +170,14 @@ class VerifierPool:
                 child = self._keeper.fork()
                 while child.alive and len(scores) < len(batch) and not future.cancelled():
                     entry = batch[len(scores)]
-                    score = entry if isinstance(entry, Score) else self._score(child, len(scores), entry)
-                    scores.append(self._counted(score, crashed=not child.alive and score.reason != "timeout"))
+                    scores.append(entry if isinstance(entry, Score) else self._score(child, len(scores), entry))
                     deaths = 0
                 if child.alive:
                     self._keeper.end(child)
             except ZygoteDied as death:
                 deaths += child is not None and len(scores) < len(batch)
                 if deaths >= _ATTEMPTS:
-                    scores.append(self._counted(self._unscored(f"verifier worker died ({death})"), crashed=True))
+                    scores.append(self._unscored(f"verifier worker died ({death})"))
                     deaths = 0
             if child is not None and len(scores) == len(batch):
                 break
@@ -215,14 +201,6 @@ class VerifierPool:
         seconds = time.monotonic() - started
         ending = self._keeper.end(child, patience_s)
         return self._unscored(fault or f"verifier {ending}", seconds)
-
-    def _counted(self, score: Score, crashed: bool) -> Score:
-        with self._lock:
-            self._counts.scored += score.score is not None
-            self._counts.unscored += score.score is None
-            self._counts.timeouts += score.reason == "timeout"
-            self._counts.crashes += crashed
-        return score
 
     def _unscored(self, reason: str, seconds: float = 0.0) -> Score:
         return Score(None, {weight.name: None for weight in self._keeper.weights}, None, reason, seconds)

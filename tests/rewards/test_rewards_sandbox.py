@@ -113,7 +113,7 @@ def test_attack_through_a_scorer_has_no_effect(
     assert scene.traces() == []
     assert attacked.score != 1.0
     assert neighbour.parts.keys() == {"gym"} and neighbour.score is not None
-    assert gym.warm_pid == pid and gym.counts.restarts == 0
+    assert gym.warm_pid == pid and gym.restarts == 0
 
 
 _CONTROL = """
