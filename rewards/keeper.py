@@ -26,7 +26,6 @@ MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
 _START_S = 60.0  # to import the rewards and warm them up
 _MAX_RESTARTS = 5  # in a row; then the pool fails
 _GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
-_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.1, 5.0
 _EXIT_S = 2.0  # how long a zygote may take to end its children and itself
 _KILL_S = 10.0
 _REPLY_LIMIT_BYTES = 1 << 20
@@ -94,7 +93,7 @@ class Keeper:
         self._deaths: list[str] = []  # in a row, without a child ended between
         self._exchange = threading.Lock()  # one exchange with the zygote at a time, its start included
         self._change = threading.Lock()  # over `zygote` and what is counted with it
-        self._closed = threading.Event()
+        self._closed = False
 
     def fork(self) -> Child:
         """A fresh child, confined, of a fresh zygote if need be. Raises ZygoteDied: ask again; and RewardError."""
@@ -125,23 +124,20 @@ class Keeper:
     def close(self) -> None:
         """End the zygote and all its children, and so whatever waits for one of them; start none again."""
         with self._change:
-            self._closed.set()
+            self._closed = True
             zygote = self.zygote
         if zygote is not None:
             self._bury(zygote)
 
     def _start(self) -> Zygote:
-        """Start a zygote, after a pause if it has died before. Raises ZygoteDied, RewardError."""
-        deaths = len(self._deaths)
-        if deaths > _MAX_RESTARTS:
+        """Start a zygote. Raises ZygoteDied, RewardError."""
+        if len(self._deaths) > _MAX_RESTARTS:
             words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip() or "(nothing on stderr)"
-            how = f"died {deaths} times in a row ({self._deaths[-1]})"
+            how = f"died {len(self._deaths)} times in a row ({self._deaths[-1]})"
             raise RewardError(f"the verifier's warm process {how}; its last words:\n{words}")
-        if deaths:
-            self._closed.wait(min(_BACK_OFF_S * 2 ** (deaths - 1), _LONGEST_BACK_OFF_S))
         ours, theirs = socket.socketpair()
         with theirs, self._change, self._stderr.open("wb") as stderr:
-            if self._closed.is_set():
+            if self._closed:
                 ours.close()
                 raise RewardError("the verifier pool was closed; make a new one")
             process = subprocess.Popen(
@@ -189,7 +185,7 @@ class Keeper:
         with self._change:
             if self.zygote is zygote:  # else it was buried before
                 self.zygote = None
-                self.restarts += not self._closed.is_set()
+                self.restarts += not self._closed
                 self._deaths.append(death)
         return ZygoteDied(death)
 
