@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import socket
-import sys
+from pathlib import Path
 
 from rewards import kernel
 from rewards.base import RewardError
@@ -38,11 +38,18 @@ class Sandbox:
             resource.RLIMIT_NOFILE: (_OPEN_FILES,) * 2,
             resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),  # SIGXCPU at the first, SIGKILL at the second
         }
-        if (mapped := _mapped_bytes()) is not None:
+        if (statm := Path("/proc/self/statm")).exists():
+            mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
             self._limits[resource.RLIMIT_AS] = (mapped + (memory_mb << 20),) * 2
-        strict = mode == "strict"
-        self._filter = _seccomp_filter() if strict else None
-        self._ruleset = kernel.landlock_ruleset() if strict and kernel.landlock_abi() > 0 else None
+        self._filter: bytes | None = None
+        self._ruleset: int | None = None
+        if mode == "strict":
+            try:
+                self._filter = compile_filter()
+            except (ImportError, RuntimeError, OSError) as error:
+                how = "pip install pyseccomp, and libseccomp (Debian: libseccomp2)"
+                raise RewardError(f"sandbox 'strict' needs Linux with seccomp ({error}); {how}, or {_MEND}") from error
+            self._ruleset = kernel.landlock_ruleset() if kernel.landlock_abi() > 0 else None
 
     def enter(self) -> None:
         """Confine this process for good. Call it single-threaded, in the forked child.
@@ -87,24 +94,3 @@ def _violations() -> list[str]:
                 continue
         escaped.append(name)
     return escaped
-
-
-def _seccomp_filter() -> bytes:
-    if sys.platform != "linux":
-        raise RewardError(f"sandbox 'strict' needs Linux (this is {sys.platform}); move there or {_MEND}")
-    try:
-        return compile_filter()
-    except ImportError as error:
-        raise RewardError(f"sandbox 'strict' needs pyseccomp ({error}); pip install pyseccomp or {_MEND}") from error
-    except (RuntimeError, OSError) as error:
-        how = "install it (Debian: libseccomp2, Fedora: libseccomp)"
-        raise RewardError(f"sandbox 'strict' needs the libseccomp library ({error}); {how} or {_MEND}") from error
-
-
-def _mapped_bytes() -> int | None:
-    """Address space this process maps now; None where /proc does not say."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[0]) * resource.getpagesize()
-    except FileNotFoundError:
-        return None
