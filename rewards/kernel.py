@@ -49,7 +49,7 @@ _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 # Rights by the ABI that brought them: execute, write, read, list, remove, make of every kind; refer; truncate; ioctl.
 _RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 2, 8
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 38, 2, 8
 
 
 class _Program(ctypes.Structure):
@@ -73,12 +73,6 @@ def process_control(option: int, value: int, argument: Any = ctypes.c_ulong(0)) 
     """prctl(2). Raises OSError; does nothing where there is no prctl."""
     if sys.platform == "linux":
         _checked(_libc.prctl(option, ctypes.c_ulong(value), argument, *[ctypes.c_ulong(0)] * 2), f"prctl({option})")
-
-
-def restrict_calls(program: bytes) -> None:
-    """Apply a compiled filter to this thread, for good. Needs no_new_privs. Raises OSError."""
-    wanted = _Program(len(program) // _INSTRUCTION_BYTES, program)
-    process_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(wanted))
 
 
 def compile_filter() -> bytes:
@@ -159,6 +153,11 @@ def landlock_ruleset() -> int:
     return ruleset
 
 
-def restrict_files(ruleset: int) -> None:
-    """Apply the ruleset to this thread, for good. Needs no_new_privs. Raises OSError."""
-    _syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+def confine(program: bytes, ruleset: int | None) -> None:
+    """Apply a compiled filter, and a ruleset, which is closed, to this thread for good. Raises OSError."""
+    process_control(_PR_SET_NO_NEW_PRIVS, 1)
+    if ruleset is not None:
+        _syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+        os.close(ruleset)
+    wanted = _Program(len(program) // _INSTRUCTION_BYTES, program)
+    process_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(wanted))

@@ -15,7 +15,7 @@ from rewards import kernel
 from rewards.base import RewardError
 from rewards.kernel import compile_filter, process_control
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG = 1
 _FILE_MB, _OPEN_FILES = 16, 64
 _MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
 
@@ -42,14 +42,14 @@ class Sandbox:
             mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
             self._limits[resource.RLIMIT_AS] = (mapped + (memory_mb << 20),) * 2
         self._filter: bytes | None = None
-        self._ruleset: int | None = None
+        self.ruleset: int | None = None  # a descriptor the child must still hold when it enters
         if mode == "strict":
             try:
                 self._filter = compile_filter()
             except (ImportError, RuntimeError, OSError) as error:
                 how = "pip install pyseccomp, and libseccomp (Debian: libseccomp2)"
                 raise RewardError(f"sandbox 'strict' needs Linux with seccomp ({error}); {how}, or {_MEND}") from error
-            self._ruleset = kernel.landlock_ruleset() if kernel.landlock_abi() > 0 else None
+            self.ruleset = kernel.landlock_ruleset() if kernel.landlock_abi() > 0 else None
 
     def enter(self) -> None:
         """Confine this process for good. Call it single-threaded, in the forked child.
@@ -63,17 +63,9 @@ class Sandbox:
             resource.setrlimit(kind, (soft, hard))
         if self._filter is None:
             return
-        process_control(_PR_SET_NO_NEW_PRIVS, 1)
-        if self._ruleset is not None:
-            kernel.restrict_files(self._ruleset)
-            os.close(self._ruleset)
-        kernel.restrict_calls(self._filter)
+        kernel.confine(self._filter, self.ruleset)
         if escaped := _violations():
             raise RewardError(f"sandbox 'strict' does not hold on this machine: {', '.join(escaped)}; {_MEND}")
-
-    def kept_fds(self) -> set[int]:
-        """Descriptors the child must still hold when it enters."""
-        return set() if self._ruleset is None else {self._ruleset}
 
 
 def _violations() -> list[str]:

@@ -84,7 +84,7 @@ class Zygote:
             try:
                 os.setsid()
                 die_with(self._pid)
-                _drop_descriptors({peer.fileno(), *self._sandbox.kept_fds()})
+                _drop_descriptors({peer.fileno(), self._sandbox.ruleset or 0})
                 os.chdir(self._setup.work_dir)
                 self._sandbox.enter()
             except Exception as error:  # whatever it is, the pool must hear of it
@@ -129,7 +129,7 @@ def _drop_descriptors(keep: set[int]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    for low, high in pairwise([2, *sorted(keep), os.sysconf("SC_OPEN_MAX")]):
+    for low, high in pairwise(sorted({0, 1, 2, *keep, os.sysconf("SC_OPEN_MAX")})):
         os.closerange(low + 1, high)
 
 

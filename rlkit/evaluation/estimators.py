@@ -23,8 +23,6 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
     1 - C(n - c, k) / C(n, k): the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
     """
-    if not 0 < k <= samples:
-        raise ValueError(f"k={k}: expected 1..{samples}, the number of samples")
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
