@@ -22,10 +22,8 @@ def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str 
     """
     formatter = _Formatter()
     try:
-        text = formatter.vformat(template, (), row)
-        return text if "".join(formatter.filled).strip() or not formatter.filled else None
-    except _NullField:
-        return None
+        text, filled = formatter.vformat(template, (), row), formatter.filled
+        return None if None in filled or (filled and not any(map(str.strip, filter(None, filled)))) else text
     except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
         fields = field_names(row)
         problem = f"not a valid template (row {number}): {error}"
@@ -43,13 +41,9 @@ def field_names(row: Mapping[str, Any]) -> list[str]:
     return [*map(str, row), *nested]
 
 
-class _NullField(Exception):
-    pass
-
-
 class _Formatter(string.Formatter):
     def __init__(self) -> None:
-        self.filled: list[str] = []  # what stands for each field
+        self.filled: list[str | None] = []  # what stands for each field
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not isinstance(key, str):
@@ -58,7 +52,8 @@ class _Formatter(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes null as NaN
-            raise _NullField
+            self.filled.append(None)
+            return ""
         text = "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
         self.filled.append(text)
         return text
