@@ -1,13 +1,10 @@
 """Verifiable rewards: named, weighted reward functions, scored in confined, killable processes."""
 
 from rewards.base import Reward, RewardError, Sample, Score, Unscorable, nearest
-from rewards.pool import PoolCounts, VerifierPool
-from rewards.sandbox import Limits
+from rewards.pool import VerifierPool
 from rewards.spec import RewardSet, build, check_spec
 
 __all__ = [
-    "Limits",
-    "PoolCounts",
     "Reward",
     "RewardError",
     "RewardSet",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from rewards.base import RewardError, Sample, Unscorable
+from rewards.base import Sample, Unscorable
 from rewards.extraction import check_extraction, extract
 
 # No exponents: Fraction("1e999999999") would build the number.
@@ -18,7 +18,7 @@ class ExactMatch:
 
     extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
     numeric: compare as numbers ("$1,234.50" equals "1234.5"); a reference that is no number is unscorable, an answer
-        that is none is 0.0. tolerance: largest absolute difference that still counts, for numeric.
+        that is none is 0.0.
     ignore_case: for text.
     """
 
@@ -26,15 +26,10 @@ class ExactMatch:
     extract: str = "delimiter"
     marker: str = ""
     numeric: bool = False
-    tolerance: float = 0.0
     ignore_case: bool = False
 
     def __post_init__(self) -> None:
         check_extraction(self.extract, self.marker)
-        if not 0 <= self.tolerance < float("inf"):
-            raise RewardError(f"tolerance={self.tolerance!r} must be a finite number >= 0")
-        if self.tolerance and not self.numeric:
-            raise RewardError(f"tolerance={self.tolerance!r} needs numeric=true")
 
     def __call__(self, sample: Sample) -> float:
         if sample.reference is None:
@@ -44,8 +39,7 @@ class ExactMatch:
             gold = to_fraction(sample.reference)
             if gold is None:
                 raise Unscorable(f"reference {sample.reference!r} is not a number")
-            value = to_fraction(found or "")
-            return float(value is not None and abs(value - gold) <= Fraction(self.tolerance))
+            return float(to_fraction(found or "") == gold)
         return float(found is not None and self._text(found) == self._text(sample.reference))
 
     def answer(self, sample: Sample) -> str | None:

@@ -17,7 +17,6 @@ import stat
 import sys
 import tempfile
 import termios
-from collections.abc import Iterable
 from typing import Any
 
 _ALLOWED = """
@@ -48,11 +47,9 @@ _SOCKET_TYPE_MASK = 0xF
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
-# Rights known at ABI 1: execute, write, read, list, remove and make of every kind.
-_ALL_V1 = (1 << 13) - 1
-_REFER_V2, _TRUNCATE_V3, _IOCTL_V5 = 1 << 13, 1 << 14, 1 << 15
-
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 2, 8
+# Rights by the ABI that brought them: execute, write, read, list, remove, make of every kind; refer; truncate; ioctl.
+_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 22, 38, 2, 8
 
 
 class _Program(ctypes.Structure):
@@ -76,12 +73,6 @@ def process_control(option: int, value: int, argument: Any = ctypes.c_ulong(0)) 
     """prctl(2). Raises OSError; does nothing where there is no prctl."""
     if sys.platform == "linux":
         _checked(_libc.prctl(option, ctypes.c_ulong(value), argument, *[ctypes.c_ulong(0)] * 2), f"prctl({option})")
-
-
-def restrict_calls(program: bytes) -> None:
-    """Apply a compiled filter to this thread, for good. Needs no_new_privs. Raises OSError."""
-    wanted = _Program(len(program) // _INSTRUCTION_BYTES, program)
-    process_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(wanted))
 
 
 def compile_filter() -> bytes:
@@ -142,23 +133,16 @@ def landlock_abi() -> int:
         return 0
 
 
-def default_read_paths() -> list[str]:
-    """Where Python, its packages and the system's libraries and time zones lie."""
+def landlock_ruleset() -> int:
+    """A ruleset's file descriptor: what Python, its packages and the system's libraries need may be read. OSError."""
     fixed = "/usr /lib /lib64 /etc/ld.so.cache /etc/localtime /dev/null /dev/urandom /proc/cpuinfo /proc/meminfo"
     places = [*fixed.split(), sys.prefix, sys.base_prefix, *(path or os.getcwd() for path in sys.path)]
-    return [path for path in dict.fromkeys(places) if os.path.exists(path)]
-
-
-def landlock_ruleset(read_paths: Iterable[str]) -> int:
-    """A ruleset's file descriptor that allows reading below `read_paths` only. Raises OSError."""
     version = landlock_abi()
-    handled = _ALL_V1
-    for needed, right in ((2, _REFER_V2), (3, _TRUNCATE_V3), (5, _IOCTL_V5)):
-        handled |= right if version >= needed else 0
+    handled = sum(rights for needed, rights in _RIGHTS.items() if version >= needed)
     attributes = ctypes.c_uint64(handled)  # struct landlock_ruleset_attr
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     ruleset = _syscall(_CREATE, ctypes.byref(attributes), size, ctypes.c_uint32(0))
-    for path in read_paths:
+    for path in filter(os.path.exists, dict.fromkeys(places)):
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             folder = stat.S_ISDIR(os.fstat(fd).st_mode)
@@ -169,6 +153,11 @@ def landlock_ruleset(read_paths: Iterable[str]) -> int:
     return ruleset
 
 
-def restrict_files(ruleset: int) -> None:
-    """Apply the ruleset to this thread, for good. Needs no_new_privs. Raises OSError."""
-    _syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+def confine(program: bytes, ruleset: int | None) -> None:
+    """Apply a compiled filter, and a ruleset, which is closed, to this thread for good. Raises OSError."""
+    process_control(_PR_SET_NO_NEW_PRIVS, 1)
+    if ruleset is not None:
+        _syscall(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+        os.close(ruleset)
+    wanted = _Program(len(program) // _INSTRUCTION_BYTES, program)
+    process_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(wanted))

@@ -1,8 +1,9 @@
 """reasoning-gym's own scorers. Several of them evaluate model output: use `VerifierPool`."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rewards.base import RewardError, Sample, Unscorable, nearest
@@ -26,8 +27,6 @@ class ReasoningGym:
     task: str | Sequence[str] | Mapping[str, Mapping[str, Any]]
     extract: str = "tag"
     marker: str = ""
-    # Each task's data set, and whether its tuples, which JSON turned into lists, must be restored for its scorer.
-    _loaded: dict[str, tuple[Any, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_extraction(self.extract, self.marker)
@@ -36,8 +35,8 @@ class ReasoningGym:
 
     def warm_up(self) -> None:
         """Build every task's data set and check that it scores its own reference after JSON."""
-        for name in self._settings():
-            self._task(name)
+        for name, settings in self._settings().items():
+            _load(name, json.dumps(settings))
 
     def __call__(self, sample: Sample) -> float:
         found = self.answer(sample)
@@ -45,7 +44,11 @@ class ReasoningGym:
             return 0.0
         if sample.reference is None:
             raise Unscorable("no reference")
-        dataset, tuples = self._task(self._name(sample))
+        tasks = self._settings()
+        name = sample.metadata.get("source_dataset") if len(tasks) > 1 else next(iter(tasks))
+        if name not in tasks:
+            raise Unscorable(f"metadata['source_dataset'] is {name!r}, expected one of: {', '.join(tasks)}")
+        dataset, tuples = _load(name, json.dumps(tasks[name]))
         question = sample.metadata.get("question", sample.prompt)
         metadata = _tuples(sample.metadata) if tuples else dict(sample.metadata)
         entry = {"question": question, "answer": sample.reference, "metadata": metadata}
@@ -62,33 +65,20 @@ class ReasoningGym:
             return dict(self.task)
         return {name: {} for name in self.task}
 
-    def _name(self, sample: Sample) -> str:
-        tasks = self._settings()
-        if len(tasks) == 1:
-            return next(iter(tasks))
-        name = sample.metadata.get("source_dataset")
-        if name not in tasks:
-            raise Unscorable(f"metadata['source_dataset'] is {name!r}, expected one of: {', '.join(tasks)}")
-        return str(name)
 
-    def _task(self, name: str) -> tuple[Any, bool]:
-        if name not in self._loaded:
-            self._loaded[name] = _load(name, self._settings()[name])
-        return self._loaded[name]
-
-
-def _load(name: str, settings: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Build the data set; see whether its scorer takes an entry that went through JSON."""
+@functools.cache
+def _load(name: str, settings: str) -> tuple[Any, bool]:
+    """The task's data set of `settings` (JSON), and whether its scorer needs back the tuples JSON turned into lists."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
         raise RewardError(f"task={name!r} is no reasoning-gym task; {nearest(name, DATASETS)}")
     try:
-        dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **settings})
+        dataset = reasoning_gym.create_dataset(name, **{"seed": 0, **json.loads(settings)})
         entry = dataset[0]
     except Exception as error:  # each task checks its settings by an error of its own kind
-        raise RewardError(f"task={name!r} with {dict(settings)} cannot be built: {error}") from error
+        raise RewardError(f"task={name!r} with {settings} cannot be built: {error}") from error
     expected = dataset.score_answer(entry["answer"], entry)
     # Keys and scalars of numpy types become plain text: what a data file would hold.
     returned = json.loads(json.dumps(entry, default=str))

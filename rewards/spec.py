@@ -26,7 +26,7 @@ class Weight:
     answers: bool = False  # whether the reward extracts answers to vote on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Measurement:
     """What the rewards said of one sample, before it is added up."""
 
@@ -42,29 +42,23 @@ class RewardSet:
     weights: tuple[Weight, ...]
     functions: tuple[Function, ...]
 
-    def warm_up(self) -> None:
-        """Run each reward's `warm_up`, if it has one."""
-        for function in self.functions:
-            getattr(function, "warm_up", lambda: None)()
-
     def measure(self, sample: Sample) -> Measurement:
         """Call every reward. Never raises: what goes wrong is that reward's reason."""
-        parts: dict[str, float | None] = {}
-        reasons: dict[str, str] = {}
-        answer: str | None = None
+        found = Measurement({}, {}, None)
         for weight, function in zip(self.weights, self.functions, strict=True):
-            name, extract = weight.name, getattr(function, "answer", None)
+            part: float | None = None
             try:
-                parts[name], reason = _checked(function(sample), weight)
-                if extract is not None and answer is None and (found := extract(sample)) is not None:
-                    answer = str(found)
+                part, reason = _checked(function(sample), weight)
+                if weight.answers and found.answer is None and (answer := function.answer(sample)) is not None:  # type: ignore[attr-defined]
+                    found.answer = str(answer)
             except Unscorable as error:
-                parts[name], reason = None, f"{error} (reward {name!r})"
+                reason = f"{error} (reward {weight.name!r})"
             except BaseException as error:  # model text that is evaluated can raise SystemExit
-                parts[name], reason = None, f"reward {name!r} raised {_describe(error)}"
+                reason = f"reward {weight.name!r} raised {_describe(error)}"
+            found.parts[weight.name] = part
             if reason is not None:
-                reasons[name] = reason
-        return Measurement(parts, reasons, answer)
+                found.reasons[weight.name] = reason
+        return found
 
 
 def total(weights: Sequence[Weight], measured: Measurement) -> tuple[float | None, dict[str, float | None], str | None]:
@@ -74,41 +68,41 @@ def total(weights: Sequence[Weight], measured: Measurement) -> tuple[float | Non
     """
     parts: dict[str, float | None] = {}
     reasons: list[str] = []
-    score, complete = 0.0, True
+    score: float | None = 0.0
     for weight in weights:
         part, reason = _checked(measured.parts.get(weight.name), weight)
         parts[weight.name] = part
-        if part is not None:
-            score += weight.value * part
-        else:
+        if part is None:
             reasons.append(measured.reasons.get(weight.name) or reason or "not scored")
-            complete = complete and weight.value == 0
-    if not math.isfinite(score):
+            score = None if weight.value else score
+        elif score is not None:
+            score += weight.value * part
+    if score is not None and not math.isfinite(score):
         reasons.append(f"the weighted sum of the parts is {score}")
-    return score if complete and math.isfinite(score) else None, parts, "; ".join(reasons) or None
+        score = None
+    return score, parts, "; ".join(reasons) or None
 
 
 def _checked(value: Any, weight: Weight) -> tuple[float | None, str | None]:
-    name = weight.name
+    """(the part, None), or (None, why it is none)."""
     if value is None:
-        return None, f"reward {name!r} returned None"
+        return None, f"reward {weight.name!r} returned None"
     try:
         number = float(value if not isinstance(value, str | bytes) else "text")
     except (TypeError, ValueError):
-        return None, f"reward {name!r} returned {type(value).__name__}, expected a number or None"
+        return None, f"reward {weight.name!r} returned {type(value).__name__}, expected a number or None"
     if not math.isfinite(number):
-        return None, f"{'NaN' if math.isnan(number) else number} from reward {name!r}"
+        return None, f"{'NaN' if math.isnan(number) else number} from reward {weight.name!r}"
     if not weight.bounds[0] <= number <= weight.bounds[1]:
-        return None, f"{number} from reward {name!r} lies outside its bounds {weight.bounds}"
+        return None, f"{number} from reward {weight.name!r} lies outside its bounds {weight.bounds}"
     return number, None
 
 
 def _describe(error: BaseException) -> str:
     try:
-        text = str(error)
+        return f"{type(error).__name__}: {error}"[:500]
     except Exception as nested:  # a message that cannot be rendered must not cost the verdict
-        text = f"(its message raised {type(nested).__name__})"
-    return f"{type(error).__name__}: {text}"[:500]
+        return f"{type(error).__name__}: (its message raised {type(nested).__name__})"
 
 
 def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -123,8 +117,8 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise RewardError(f"reward {name!r} is {entry!r}, expected a name and a mapping with _target_")
         target, weight = entry.get("_target_"), entry.get("weight", 1.0)
         if not isinstance(target, str) or "." not in target:
-            problem = f"_target_={target!r} must be an import path, e.g. rewards.math_verify.MathVerify"
-            raise RewardError(f"reward {name!r} with the keys {list(entry)}: {problem}")
+            expected = "an import path, e.g. rewards.math_verify.MathVerify"
+            raise RewardError(f"reward {name!r} with the keys {list(entry)}: _target_={target!r} must be {expected}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise RewardError(f"reward {name!r}: weight={weight!r} must be a finite number")
         try:  # settings travel to the verifier process as JSON, in which NaN would become null
@@ -144,7 +138,7 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
         try:
             function = _construct(target, entry)
         except RewardError as error:
-            raise RewardError(f"reward {name!r}: {error}") from error
+            raise RewardError(f"reward {name!r}: {target}: {error}") from error
         low, high = getattr(function, "bounds", None) or (-_LARGEST, _LARGEST)
         bounds = max(float(low), -_LARGEST), min(float(high), _LARGEST)
         weights.append(Weight(name, weight, bounds, callable(getattr(function, "answer", None))))
@@ -153,37 +147,32 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
 
 
 def _construct(target: str, settings: dict[str, Any]) -> Function:
-    factory = _locate(target)
+    """Other people's code raises what it likes, or would end the run silently: all becomes a RewardError."""
+    module_name, _, attribute = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        problem = f"importing {module_name!r} raised {_describe(error)}; is it on the Python path?"
+        raise RewardError(problem) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        near = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
+        raise RewardError(f"{module_name!r} has no callable {attribute!r}; {near}")
     plain = inspect.isfunction(factory)  # a function takes the sample first and its settings by keyword
     try:
         inspect.signature(factory).bind(*[None] * plain, **settings)
     except TypeError as error:
         known = list(inspect.signature(factory).parameters)[plain:]
         wrong = next((f"; {key!r} is not one, {nearest(key, known)}" for key in settings if key not in known), "")
-        raise RewardError(f"{target}: {error}; its settings are {', '.join(known) or 'none'}{wrong}") from error
+        raise RewardError(f"{error}; its settings are {', '.join(known) or 'none'}{wrong}") from error
     if plain:
         return functools.partial(factory, **settings)
     try:
         reward = factory(**settings)
     except RewardError:
         raise
-    except (Exception, SystemExit) as error:  # other people's code raises what it likes, or would end the run silently
-        raise RewardError(f"{target}({settings}) raised {_describe(error)}") from error
-    if not callable(reward):
-        raise RewardError(f"{target} builds a {type(reward).__name__}, not callable; give it __call__(self, sample)")
-    return reward  # type: ignore[no-any-return]
-
-
-def _locate(target: str) -> Callable[..., Any]:
-    module_name, _, attribute = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        problem = f"importing {module_name!r} raised {_describe(error)}; is it on the Python path?"
-        raise RewardError(f"_target_={target!r}: {problem}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        members = [key for key, value in vars(module).items() if callable(value)]
-        problem = f"{module_name!r} has no callable {attribute!r}"
-        raise RewardError(f"_target_={target!r}: {problem}; {nearest(attribute, members)}")
-    return found  # type: ignore[no-any-return]
+        raise RewardError(f"building it with {settings} raised {_describe(error)}") from error
+    if not callable(reward):
+        raise RewardError(f"it builds a {type(reward).__name__}, not callable; give it __call__(self, sample)")
+    return reward  # type: ignore[no-any-return]

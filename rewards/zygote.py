@@ -6,22 +6,24 @@ are JSON, one a line, decoded into typed records.
 """
 
 import gc
-import math
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from typing import Any, NoReturn
+from itertools import pairwise
+from typing import Any
 
 import msgspec
 
 from rewards.base import RewardError, Sample
-from rewards.sandbox import Limits, Sandbox, adopt_orphans, die_with
-from rewards.spec import Measurement, RewardSet, build
+from rewards.kernel import process_control
+from rewards.sandbox import Sandbox, die_with
+from rewards.spec import Measurement, build
 
 _MAX_TEXT_CHARS = 10_000
+_PR_SET_CHILD_SUBREAPER = 36
 
 decode = msgspec.json.decode
 
@@ -34,12 +36,9 @@ class Setup(msgspec.Struct, frozen=True):
     """
 
     spec: dict[str, dict[str, Any]]
-    workers: int
-    batch_size: int
-    timeout_s: float
+    cpu_seconds: int
+    memory_mb: int
     sandbox: str
-    limits: Limits
-    read_paths: list[str]
     work_dir: str
 
 
@@ -55,8 +54,9 @@ class Zygote:
         """Import the rewards and warm them up. Raises RewardError."""
         self._setup = setup
         self._rewards = build(setup.spec)
-        self._rewards.warm_up()
-        self._sandbox = Sandbox(setup.sandbox, setup.limits, setup.read_paths)
+        for function in self._rewards.functions:
+            getattr(function, "warm_up", lambda: None)()
+        self._sandbox = Sandbox(setup.sandbox, setup.cpu_seconds, setup.memory_mb)
         self._kept = _children()  # what the rewards started themselves
         self._living: set[int] = set()  # pids of scoring children
         self._pid = os.getpid()
@@ -72,36 +72,29 @@ class Zygote:
                 control.sendall(line(self._end(pid, patience_s)))
         for pid in list(self._living):
             self._end(pid)
-        while left := _children():  # what the rewards started
-            for pid in left:
-                _kill(pid)
+        _kill_all(set())  # what the rewards started
 
     def _fork(self, peer: socket.socket) -> int:
-        pid = os.fork()
-        if pid == 0:
-            self._live(peer)
-        peer.close()
-        self._living.add(pid)
-        return pid
-
-    def _live(self, peer: socket.socket) -> NoReturn:
-        """A child's life: it confines itself, says so (an empty text, or what failed), and scores.
-
-        It leaves by os._exit: none of the zygote's own exit handlers may run here.
-        """
+        """Fork a child; it confines itself, says so (an empty text, or what failed), and scores."""
+        if pid := os.fork():
+            peer.close()
+            self._living.add(pid)
+            return pid
         try:
             try:
                 os.setsid()
                 die_with(self._pid)
-                _drop_descriptors({peer.fileno(), *self._sandbox.kept_fds()})
+                _drop_descriptors({peer.fileno(), self._sandbox.ruleset or 0})
                 os.chdir(self._setup.work_dir)
-                self._sandbox.enter(math.ceil(self._setup.timeout_s * self._setup.batch_size) + 2)
+                self._sandbox.enter()
             except Exception as error:  # whatever it is, the pool must hear of it
                 peer.sendall(line(f"{type(error).__name__}: {error}"))
             else:
                 peer.sendall(line(""))
-                _score(peer, self._rewards)
-        finally:
+                for request in peer.makefile("rb"):
+                    index, sample = decode(request, type=tuple[int, Sample])
+                    peer.sendall(line((index, _plain(self._rewards.measure(sample)))))
+        finally:  # none of the zygote's own exit handlers may run here
             os._exit(1)
 
     def _end(self, pid: int, patience_s: float = 0.0) -> str:
@@ -112,30 +105,23 @@ class Zygote:
         if not ended[0]:
             _kill(pid)
         self._living.remove(pid)
-        while orphans := _children() - self._kept - self._living:  # mode `limits` lets it fork
-            for orphan in orphans:
-                _kill(orphan)
-        code = os.waitstatus_to_exitcode(ended[1])
+        _kill_all(self._kept | self._living)  # mode `limits` lets it fork
         if not ended[0]:
             return "closed its result pipe"
+        code = os.waitstatus_to_exitcode(ended[1])
         if code == -signal.SIGXCPU:
             return "used up its CPU time"
         return f"crashed (signal {-code})" if code < 0 else f"exited (status {code})"
 
 
-def _score(peer: socket.socket, rewards: RewardSet) -> None:
-    """In a child: measure one sample after the other."""
-    for request in peer.makefile("rb"):
-        index, sample = decode(request, type=tuple[int, Sample])
-        found = rewards.measure(sample)
-        reasons = {name: _plain(reason) for name, reason in found.reasons.items()}
-        answer = None if found.answer is None else _plain(found.answer)
-        peer.sendall(line((index, Measurement(found.parts, reasons, answer))))
+def _plain(found: Measurement) -> Measurement:
+    """With texts cut to a sane length, and without lone surrogates, which JSON cannot carry."""
 
+    def plain(text: str) -> str:
+        return text[:_MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")
 
-def _plain(text: str) -> str:
-    """Cut to a sane length; without lone surrogates, which JSON cannot carry."""
-    return text[:_MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")
+    reasons = {name: plain(reason) for name, reason in found.reasons.items()}
+    return Measurement(found.parts, reasons, None if found.answer is None else plain(found.answer))
 
 
 def _drop_descriptors(keep: set[int]) -> None:
@@ -143,10 +129,8 @@ def _drop_descriptors(keep: set[int]) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    low = 3
-    for fd in [*sorted(keep), os.sysconf("SC_OPEN_MAX")]:
-        os.closerange(low, fd)
-        low = fd + 1
+    for low, high in pairwise(sorted({0, 1, 2, *keep, os.sysconf("SC_OPEN_MAX")})):
+        os.closerange(low + 1, high)
 
 
 def _children() -> set[int]:
@@ -166,10 +150,17 @@ def _kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
+def _kill_all(spared: set[int]) -> None:
+    """Kill all children but those spared, and what they leave behind."""
+    while others := _children() - spared:
+        for pid in others:
+            _kill(pid)
+
+
 def main() -> None:
     """Warm up and obey, or tell the pool why the rewards cannot be had."""
     die_with(int(sys.argv[1]))
-    adopt_orphans()
+    process_control(_PR_SET_CHILD_SUBREAPER, 1)  # descendants whose parent ends become its own, and can be killed
     control = socket.socket(fileno=os.dup(0))
     with open(os.devnull, "rb") as null, control.makefile("rb") as first:
         os.dup2(null.fileno(), 0)

@@ -21,7 +21,7 @@ RECIPE_COMMANDS = {
     "train": ("rlkit.learner.train", "train with RL: recipe=NAME [key=value ...]"),
     "sft": ("rlkit.learner.sft", "only the warm start of a recipe"),
     "eval": ("rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on a recipe's held-out sets"),
-    "check": ("rlkit.config.check", "print the resolved config, batch table and memory estimate; start nothing"),
+    "check": ("rlkit.learner.check", "print the resolved config, batch table and memory estimate; start nothing"),
     "sweep": ("rlkit.experiments.sweep", "train variants x seeds: key=value,value,... is swept"),
     "check-parity": ("rlkit.learner.parity", "compare the engine's log-probs with the learner's"),
 }

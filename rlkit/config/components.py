@@ -20,31 +20,31 @@ SCALARS = (bool, int, float, str, NoneType, Any, object, Ellipsis)
 CONTAINERS = (list, tuple, set, frozenset, dict, Mapping, Sequence, Collection, Iterable)
 
 
-def build(component: Mapping[str, Any], *, key: str, **extra: Any) -> Any:
-    """Import a component's target and call it with its fields and `extra`; `key` is its place in the configuration.
+def build(component: Mapping[str, Any], *, key: str) -> Any:
+    """Import a component's target and call it with its fields; `key` is its place in the configuration.
 
     Raises ConfigError as `validate`, and for whatever the target's constructor refuses.
     """
-    settings = validate(component, key, extra)
+    settings = validate(component, key)
     try:
-        return import_target(component[TARGET], key)(**settings, **extra)
+        return import_target(component[TARGET], key)(**settings)
     # Plug-ins raise what they like (rewards have their own error class); the cause is kept.
     except (Exception, SystemExit) as error:
         problem = f"{component[TARGET]} refuses its settings ({type(error).__name__}: {error})"
         raise ConfigError(problem, key=key, value=settings) from error
 
 
-def validate(component: Any, key: str, supplied: Collection[str] = ()) -> dict[str, Any]:
+def validate(component: Any, key: str) -> dict[str, Any]:
     """Check a component without calling its target; return its settings, lists as tuples if asked.
 
-    `supplied` are parameters the caller will give. Raises ConfigError: not a mapping with `_target_`, target not to be
-    had, setting unknown (with the nearest), missing or of another type; the same for components among the settings.
+    Raises ConfigError: not a mapping with `_target_`, target not to be had, setting unknown (with the nearest), missing
+    or of another type; the same for components among the settings.
     """
     if not isinstance(component, Mapping) or TARGET not in component:
         near = nearest(TARGET, map(str, component)) if isinstance(component, Mapping) else ""
         raise ConfigError(f"not a component.{near}", key=key, value=component, expected=f"a mapping with {EXAMPLE}")
     path = component[TARGET]
-    known = {name: p for name, p in parameters(import_target(path, key)).items() if name not in supplied}
+    known = parameters(import_target(path, key))
     names = [name for name, p in known.items() if p.kind is not p.VAR_KEYWORD]
     settings = {str(name): value for name, value in component.items() if name != TARGET}
     for name, value in settings.items():

@@ -39,17 +39,23 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
     library = Library.open(config_dir)
     library.check(recipe)
     groups = library.groups()
-    choices, changes = [], []
+    choices: dict[str, str] = {}
+    changes = []
     for override in map(_parsed, overrides):
         name, value, where = override.key_or_group, override.value(), f" in override {override.input_line!r}"
         names_option = not isinstance(value, dict) and value is not None and name in groups
         if (names_option or "/" in name) and not override.is_delete():
             library.check(f"{name}/{value}", where)
-            choices.append(f"{name}={value}")
+            if name in choices:
+                problem = f"two options of one group: {name}={choices[name]} and {name}={value}"
+                raise ConfigError(problem, key=name, value=value, expected="one of them")
+            choices[name] = str(value)
         else:
             keys.locate(name, value=value, where=where)
             changes.append(override)
-    return _finished(reduce(_changed, changes, _composed(recipe, choices, library)))
+    return _finished(
+        reduce(_changed, changes, _composed(recipe, [f"{name}={value}" for name, value in choices.items()], library))
+    )
 
 
 def _parsed(text: str) -> Override:

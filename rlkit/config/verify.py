@@ -149,8 +149,5 @@ def _check_lengths(config: Config) -> Iterator[ConfigError]:
             yield _fault(both, longest, "prompt and completion together do not fit the model", expected)
         limit = getattr(config, updates).max_tokens_per_microbatch
         if longest > limit and not key.startswith("data.eval."):
-            problem, limit_key = (
-                "the longest sequence does not fit a micro-batch",
-                f"{updates}.max_tokens_per_microbatch",
-            )
-            yield _fault(limit_key, limit, problem, f"at least {longest} = {both}")
+            problem = "the longest sequence does not fit a micro-batch"
+            yield _fault(f"{updates}.max_tokens_per_microbatch", limit, problem, f"at least {longest} = {both}")

@@ -46,9 +46,8 @@ def load_examples(
     examples: list[Example] = []
     for item, text, tokens in zip(rows, texts, encoded, strict=True):
         if not tokens or eos in tokens:
-            problem = (
-                f"the completion of row {item.id!r} is empty or has {tokenizer.eos_token!r} inside: {text[:200]!r}"
-            )
+            kind = f"empty or has {tokenizer.eos_token!r} inside"
+            problem = f"the completion of row {item.id!r} is {kind}: {text[:200]!r}"
             expected = "text; the end-of-sequence token is added behind it"
             raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
         if len(tokens) < max_completion_tokens:

@@ -28,7 +28,9 @@ class Template:
         text = render(self.template, row, index, "template")
         if text is None:
             fix = "leave such rows out of the file"
-            raise DataError(f"a field of row {index} is null", key="template", value=self.template, fix=fix)
+            raise DataError(
+                f"a field of row {index} is null, or all are empty", key="template", value=self.template, fix=fix
+            )
         return text
 
 

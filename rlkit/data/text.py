@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str | None:
-    """Fill a template from the fields of row `number`; None when a field it uses is null.
+    """Fill a template from the fields of row `number`; None when a field it uses is null, or all are blank.
 
     The grammar is that of `str.format` with named fields and indexing (a literal brace is doubled), and one more
     format: `:nospace` removes all white space, so that "{metadata[expression]:nospace}=" gives "4-1+7=".
     `DataError` names `key` (the setting the template comes from), the row, what is missing and what exists.
     """
+    formatter = _Formatter()
     try:
-        return _Formatter().vformat(template, (), row)
-    except _NullField:
-        return None
+        text, filled = formatter.vformat(template, (), row), formatter.filled
+        return None if None in filled or (filled and not any(map(str.strip, filter(None, filled)))) else text
     except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
         fields = field_names(row)
         problem = f"not a valid template (row {number}): {error}"
@@ -41,11 +41,10 @@ def field_names(row: Mapping[str, Any]) -> list[str]:
     return [*map(str, row), *nested]
 
 
-class _NullField(Exception):
-    pass
-
-
 class _Formatter(string.Formatter):
+    def __init__(self) -> None:
+        self.filled: list[str | None] = []  # what stands for each field
+
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not isinstance(key, str):
             raise ValueError("a field without a name, such as {} or {0}")
@@ -53,8 +52,11 @@ class _Formatter(string.Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes null as NaN
-            raise _NullField
-        return "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
+            self.filled.append(None)
+            return ""
+        text = "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
+        self.filled.append(text)
+        return text
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -6,27 +6,16 @@ set, so a standard error is the standard deviation of the prompts' values (n - 1
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb, sqrt
+from statistics import fmean, stdev
 
 from rlkit.types import Verdict
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A mean over prompts and its standard error (0 prompts: both nan; 1 prompt: error nan)."""
-
-    value: float
-    standard_error: float
-    prompts: int
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error of per-prompt values."""
+def estimate(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of per-prompt values; NaN where there are none, or one for the error."""
     n, nan = len(values), float("nan")
-    mean = sum(values) / n if n else nan
-    variance = sum((v - mean) ** 2 for v in values) / (n - 1) if n > 1 else nan
-    return Estimate(value=mean, standard_error=sqrt(variance / n) if n > 1 else nan, prompts=n)
+    return fmean(values) if n else nan, stdev(values) / sqrt(n) if n > 1 else nan
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -34,8 +23,6 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
     1 - C(n - c, k) / C(n, k): the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
     """
-    if not 0 < k <= samples:
-        raise ValueError(f"k={k}: expected 1..{samples}, the number of samples")
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
@@ -48,35 +35,30 @@ def majority_score(verdicts: Sequence[Verdict], score: Sequence[float]) -> float
     votes = Counter(v.answer for v in verdicts if v.answer is not None)
     means = []
     for winner in (answer for answer, count in votes.items() if count == max(votes.values())):
-        own = [s for v, s in zip(verdicts, score, strict=True) if v.answer == winner]
-        means.append(sum(own) / len(own))
-    return sum(means) / len(means) if means else 0.0
+        means.append(fmean(s for v, s in zip(verdicts, score, strict=True) if v.answer == winner))
+    return fmean(means) if means else 0.0
 
 
 def summarise(
     verdicts_by_prompt: Sequence[Sequence[Verdict]], *, samples: int, correct_at: float, part: str | None = None
-) -> dict[str, Estimate]:
-    """{"avg@k", "pass@1", "pass@2", ..., "pass@k", "maj@k"} over the prompts of a set.
+) -> dict[str, tuple[float, float]]:
+    """{"avg@k", "pass@1", "pass@2", ..., "pass@k", "maj@k"} over the prompts of a set, each with its standard error.
 
     A score is the named part or the total. Unscored samples are left out; a prompt that lost samples
     counts with the rest in avg@k, but only whole prompts count in pass@j and maj@k, whose value
     depends on the number of samples. "Correct" is a score of at least `correct_at`.
     """
-    ks = sorted({2**j for j in range(samples.bit_length()) if 2**j <= samples} | {samples})
-    values: dict[str, list[float]] = {
-        name: [] for name in (f"avg@{samples}", *(f"pass@{k}" for k in ks), f"maj@{samples}")
-    }
+    ks = sorted({2**j for j in range(samples.bit_length())} | {samples})
+    names = (f"avg@{samples}", *(f"pass@{k}" for k in ks), f"maj@{samples}")
+    values: dict[str, list[float]] = {name: [] for name in names}
     for verdicts in verdicts_by_prompt:
         scored = [v for v in verdicts if v.score is not None]
         raw = [v.score if part is None else v.parts.get(part) for v in scored]
         score = [s for s in raw if s is not None]
-        if not score:
-            continue
-        values[f"avg@{samples}"].append(sum(score) / len(score))
-        if len(score) < samples:
-            continue
-        correct = sum(s >= correct_at for s in score)
-        for k in ks:
-            values[f"pass@{k}"].append(pass_at_k(samples, correct, k))
-        values[f"maj@{samples}"].append(majority_score(scored, score))
+        if score:
+            values[f"avg@{samples}"].append(fmean(score))
+        if score and len(score) == samples:
+            for k in ks:
+                values[f"pass@{k}"].append(pass_at_k(samples, sum(s >= correct_at for s in score), k))
+            values[f"maj@{samples}"].append(majority_score(scored, score))
     return {name: estimate(v) for name, v in values.items()}

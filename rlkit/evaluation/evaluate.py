@@ -46,8 +46,7 @@ async def evaluate(
     for key, value in summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part).items():
         if key.startswith("maj@") and not pool.extracts_answers:
             continue  # there is nothing to vote on, which is not a score of 0
-        out[key] = value.value
-        out[f"{key}_se"] = value.standard_error
+        out[key], out[f"{key}_se"] = value
     out["length/mean"] = float(np.mean([len(r.token_ids) for r in rollouts]))
     out["truncated_frac"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
     out["unscored_frac"] = float(np.mean([v.score is None for v in verdicts]))

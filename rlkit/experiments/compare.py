@@ -6,18 +6,17 @@ their parent folder is called after; any other run is a variant of its own. The 
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from jinja2 import Template
 from matplotlib.figure import Figure as Drawing
-from rich.console import Console
+from rich.console import CONSOLE_HTML_FORMAT, Console
 from rich.table import Table
 
 from rlkit.config.keys import leaves
@@ -177,7 +176,7 @@ def draw(variants: Sequence[Variant], metric: str) -> Drawing:
     return drawing
 
 
-def main(argv: Sequence[str], console: Console | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print the table and write compare.txt, compare.png and compare.html into --out."""
     parser = argparse.ArgumentParser(prog="rlkit compare", description="Compare runs over seeds.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs below them")
@@ -193,22 +192,21 @@ def main(argv: Sequence[str], console: Console | None = None) -> int:
     shown = Table(title=f"{metric}: mean +- standard error over seeds; differences paired by seed with {baseline}")
     for heading in HEADINGS:
         shown.add_column(heading, justify="left" if heading == "variant" else "right")
-    cells = table(compared)
-    for row in cells:
+    for row in table(compared):
         shown.add_row(*row)
-    differing = differing_keys(variants)
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "compare.txt").open("w", encoding="utf-8") as file:
-        for target in (console or Console(width=None if sys.stdout.isatty() else 160), Console(file=file, width=160)):
-            target.print(shown)
-            notes = [f"{key}: {'; '.join(values)}" for key, values in differing.items()]
-            for note in [*(note for variant in variants for note in variant.unfinished), *notes]:
-                target.print(note, markup=False, highlight=False)
+    notes = [note for variant in variants for note in variant.unfinished]
+    notes += [f"{key}: {'; '.join(values)}" for key, values in differing_keys(variants).items()]
+    kept = Console(record=True, file=io.StringIO(), width=160)
+    for target in (Console(width=None if sys.stdout.isatty() else 160), kept):
+        target.print(shown)
+        for note in notes:
+            target.print(note, markup=False, highlight=False)
+    kept.save_text(str(out / "compare.txt"), clear=False)
+    picture = '<img src="compare.png" alt="curves"></body>'
+    kept.save_html(str(out / "compare.html"), code_format=CONSOLE_HTML_FORMAT.replace("</body>", picture))
     drawing = draw([row.variant for row in compared], metric)
     drawing.savefig(out / "compare.png", dpi=150, metadata={"Software": None})
-    page = Template((files("rlkit.experiments") / "compare.html.j2").read_text(), autoescape=True)
-    html = page.render(metric=metric, baseline=baseline, headings=HEADINGS, cells=cells, differing=differing)
-    (out / "compare.html").write_text(html, encoding="utf-8")
     print(f"written: {out / 'compare.txt'}, compare.png, compare.html")
     return 0

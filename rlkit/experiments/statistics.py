@@ -4,16 +4,14 @@ Seeds are the unit of resampling. With three seeds an interval is wide and its c
 the seeds lie apart, not more.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
 
 from rlkit.types import FloatArray
-
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +28,8 @@ class Figure:
 def over_seeds(values: Mapping[int, float]) -> Figure:
     """Mean over seeds; error is sd / sqrt(n) with the unbiased sd, the interval a percentile bootstrap."""
     x = np.array(list(values.values()))
-    mean = float(x.mean())
-    if len(x) < 2:
-        return Figure(value=mean, error=np.nan, low=np.nan, high=np.nan, seeds=len(x))
-    found = bootstrap((x,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0)
-    low, high = found.confidence_interval
-    return Figure(
-        value=mean, error=float(x.std(ddof=1) / len(x) ** 0.5), low=float(low), high=float(high), seeds=len(x)
-    )
+    error = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else np.nan
+    return replace(_bootstrapped(np.mean, x), error=error)
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Figure | None:
@@ -50,13 +42,16 @@ def improvement_probability(values: Mapping[int, float], baseline: Mapping[int, 
     """P(a run beats a run of the baseline) over all pairs of seeds, a tie counts half (Agarwal et al. 2021,
     arXiv 2108.13264, section 4.3: the Mann-Whitney U statistic over n m). `error` is the bootstrap's.
     """
-    x, y = np.array(list(values.values())), np.array(list(baseline.values()))
-    share = float(_wins(x, y))
-    if len(x) < 2 or len(y) < 2:
-        return Figure(value=share, error=np.nan, low=np.nan, high=np.nan, seeds=len(x))
-    found = bootstrap((x, y), _wins, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0)
-    low, high = found.confidence_interval
-    return Figure(value=share, error=float(found.standard_error), low=float(low), high=float(high), seeds=len(x))
+    return _bootstrapped(_wins, np.array(list(values.values())), np.array(list(baseline.values())))
+
+
+def _bootstrapped(statistic: Callable[..., Any], *samples: FloatArray) -> Figure:
+    value, seeds = float(statistic(*samples)), len(samples[0])
+    if min(map(len, samples)) < 2:
+        return Figure(value=value, error=np.nan, low=np.nan, high=np.nan, seeds=seeds)
+    found = bootstrap(samples, statistic, n_resamples=10_000, confidence_level=0.95, method="percentile", rng=0)
+    low, high = map(float, found.confidence_interval)
+    return Figure(value=value, error=float(found.standard_error), low=low, high=high, seeds=seeds)
 
 
 def _wins(x: FloatArray, y: FloatArray, axis: int = -1) -> FloatArray:

@@ -105,13 +105,12 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
     try:
         with filelock.FileLock(root / ".lock", timeout=0):
             recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
-            manifest = {"recipe": recipe, "overrides": sorted(overrides), "runs": recipes}
-            before = read_mapping(root / MANIFEST) or manifest
-            if changed := {key: before.get(key) for key in manifest if before.get(key) != manifest[key]}:
-                problem, expected = "this folder holds another sweep", str(changed)
+            before = read_mapping(root / MANIFEST) or recipes
+            if changed := [run for run in before.keys() | recipes if before.get(run) != recipes.get(run)]:
+                problem = f"this folder holds another sweep; {', '.join(sorted(changed))} would be other runs"
                 fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
-                raise ConfigError(problem, key="name", value=str(root), expected=expected, fix=fix)
-            replace_file(root / MANIFEST, json.dumps(manifest, indent=1).encode())
+                raise ConfigError(problem, key="name", value=str(root), fix=fix)
+            replace_file(root / MANIFEST, json.dumps(recipes, indent=1).encode())
             waiting = [run for run in runs if not run.finished]
             print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
             failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))

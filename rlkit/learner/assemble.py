@@ -1,7 +1,9 @@
 """From taken groups to a step's training sequences: scores, advantages and what to report of them."""
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,13 +47,18 @@ def assemble(
         parts={k: torch.tensor(v, dtype=torch.float64) for k, v in parts.items() if len(v) == len(usable)},
     )
     penalty, measured = penalties(sequences) if penalties else (torch.zeros_like(inputs.scores), {})
-    advantages = advantage(replace(inputs, scores=inputs.scores - penalty))
+    refused = partial(TrainingError, key="algorithm.advantage", value=type(advantage).__name__)
+    try:
+        advantages = advantage(replace(inputs, scores=inputs.scores - penalty))
+    except Exception as error:  # other people's components raise what they like
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"this component raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise refused(problem, fix="mend it, or choose a shipped one: algorithm/advantage=group_normalized") from error
     sound = isinstance(advantages, torch.Tensor) and advantages.shape == inputs.scores.shape
     if not sound or not torch.isfinite(advantages).all():
         got = f"shape {tuple(advantages.shape)}" if isinstance(advantages, torch.Tensor) else type(advantages).__name__
         expected = f"a tensor of shape {tuple(inputs.scores.shape)}, finite; got {got}"
-        problem, name = "the advantage must give one finite number a sequence", type(advantage).__name__
-        raise TrainingError(problem, key="algorithm.advantage", value=name, expected=expected)
+        raise refused("the advantage must give one finite number a sequence", expected=expected)
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
     metrics = _metrics(groups, inputs, advantages) | measured
     metrics["off_policy/lag/mean"] = sum(n * lag for n, lag in spans) / sum(n for n, _ in spans)

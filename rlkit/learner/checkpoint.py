@@ -74,23 +74,22 @@ def checksum(path: Path) -> str:
 
 
 def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
-    """Generators of torch and numpy as tensors; the rest of numpy's state and Python's as JSON."""
+    """Generators of torch as tensors; numpy's and Python's as JSON."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    tensors = {"cpu": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64))}
+    tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    version, internal, gauss = random.getstate()
-    return tensors, [[version, list(internal), gauss], [kind, *rest]]
+    return tensors, [random.getstate(), [kind, np.asarray(keys).tolist(), *rest]]
 
 
 def _restore_rng(tensors: Mapping[str, Tensor], others: list[Any]) -> None:
     """Set torch's, numpy's and Python's global generators (sampling itself is keyed, not drawn)."""
-    (version, internal, gauss), (kind, *rest) = others
+    (version, internal, gauss), numpy_state = others
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    np.random.set_state(tuple(numpy_state))
 
 
 def _flush(path: Path) -> None:

@@ -97,6 +97,21 @@ def load_model(
     return model
 
 
+def empty_model(config: ModelConfig) -> PreTrainedModel:
+    """The policy's architecture on the meta device, where it takes no memory. Raises `ConfigError`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=True):
+        if config.path is None:
+            return _new_model(config, load_tokenizer(config), torch.float32, seed=0)
+        with _loading("a model", config.path, "model.path") as folder:
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            from_config: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = from_config(settings, attn_implementation=config.attention)
+            return model
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`float32`, `bfloat16`, or `auto`: bfloat16 where the device computes in it, else float32."""
     if name == "auto":

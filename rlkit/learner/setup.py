@@ -107,32 +107,28 @@ def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
     The first signal is acted on at the next safe point, where `check_stop` raises Interrupted: between stretches of
     generation, before a step's first update, between evaluation batches. A second signal is acted on at once.
     """
-    received: list[int] = []
-    arrived: list[float] = []
+    received: list[tuple[signal.Signals, float]] = []  # with the time
 
     def handle(number: int, frame: object) -> None:
         # os.write: print is not safe inside a signal handler.
-        if received and time.monotonic() - arrived[0] < REPEAT_S:
+        if received and time.monotonic() - received[0][1] < REPEAT_S:
             return  # the same request: Ctrl-C reaches a group and its leader, a parent's death every child thrice
         if received:
             os.write(sys.stderr.fileno(), b"\nsecond signal: leaving at once\n")
             os._exit(128 + number)
-        received.append(number)
-        arrived.append(time.monotonic())
-        name = signal.Signals(number).name
-        os.write(sys.stderr.fileno(), f"\n{name}: stopping at the next safe point\n".encode())
+        received.append((signal.Signals(number), time.monotonic()))
+        os.write(sys.stderr.fileno(), f"\n{received[0][0].name}: stopping at the next safe point\n".encode())
 
     def check_stop() -> None:
         if received:
-            name = signal.Signals(received[0]).name
-            raise Interrupted(f"stopped by {name}; the same command goes on from the checkpoint")
+            raise Interrupted(f"stopped by {received[0][0].name}; the same command goes on from the checkpoint")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         body(check_stop)
     except Interrupted as stopped:
         print(stopped)
-        return 128 + received[0]
+        return 128 + received[0][0]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit.config.check import batch_table, empty_model, estimate
 from rlkit.config.compose import load
 from rlkit.config.schema import Config, DataConfig, DatasetConfig, LearnerConfig, RolloutConfig
 from rlkit.learner.batching import plan_microbatches
+from rlkit.learner.check import batch_table, empty_model, estimate
 from rlkit.learner.model import load_model, load_tokenizer
 
 Smoke = Callable[..., Config]

@@ -60,19 +60,12 @@ def test_build_gives_the_dataclass(module: str) -> None:
     assert hash(piece.names)
 
 
-def test_extra_arguments_are_the_callers(module: str, refused: Refused) -> None:
-    component = {"_target_": f"{module}.Piece", "rate": 1}
-    assert build(component, key="x", width=5).width == 5
-    with refused("x.width", "no setting 'width'"):
-        build({**component, "width": 3}, key="x", width=5)
-
-
 def test_functions_nested_classes_and_open_ended_callables(module: str, refused: Refused) -> None:
     assert build({"_target_": f"{module}.Piece.Nested", "size": 4}, key="x").size == 4
     assert build({"_target_": f"{module}.anything", "a": 1}, key="x") == {"a": 1}
-    assert validate({"_target_": f"{module}.function", "power": 2}, "x", ["sample"]) == {"power": 2}
+    assert validate({"_target_": f"{module}.function", "sample": 1, "power": 2}, "x") == {"sample": 1, "power": 2}
     with refused("x.weight", "no setting"):
-        validate({"_target_": f"{module}.function", "weight": 1.0}, "x", ["sample"])
+        validate({"_target_": f"{module}.function", "weight": 1.0}, "x")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def test_options_and_values_can_be_overridden(smoke: Smoke) -> None:
 
 def test_later_overrides_win(smoke: Smoke) -> None:
     assert smoke("steps=4", "steps=9").steps == 9
-    assert smoke("algorithm=dapo", "algorithm=dr_grpo") == smoke("algorithm=dr_grpo")
+
+
+def test_two_options_of_a_group_are_refused(smoke: Smoke, refused: Refused) -> None:
+    with refused("two options of one group", "algorithm=dapo", "algorithm=dr_grpo"):
+        smoke("algorithm=dapo", "seed=1", "algorithm=dr_grpo")
 
 
 def test_whole_component_replaces(smoke: Smoke) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.config.check import batch_table
 from rlkit.config.compose import load
 from rlkit.config.library import SHIPPED, Library
 from rlkit.config.reference import markdown
 from rlkit.config.verify import verify
+from rlkit.learner.check import batch_table
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = Library.open()

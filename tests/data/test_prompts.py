@@ -114,7 +114,8 @@ def test_bad_templates_say_how_to_mend_them(dataset: Make, tokenizer: Any, templ
 @given(st.dictionaries(st.from_regex(r"[a-z]+", fullmatch=True), st.text(), min_size=1))
 def test_templates_render_any_value_verbatim(row: dict[str, str]) -> None:
     text = "{{" + "|".join("{" + name + "}" for name in row) + "}}"
-    assert render(text, row, 0, "k") == "{" + "|".join(row.values()) + "}"
+    blank = not "".join(row.values()).strip()
+    assert render(text, row, 0, "k") == (None if blank else "{" + "|".join(row.values()) + "}")
 
 
 @pytest.mark.parametrize("answer", ["", None])
@@ -155,6 +156,15 @@ def test_ids(dataset: Make, tokenizer: Any) -> None:
 def test_an_empty_prompt_is_an_error(dataset: Make, tokenizer: Any, question: str | None) -> None:
     with pytest.raises(DataError, match=r"row 0 .*empty prompt"):
         load_prompts(dataset([{"question": question, "answer": "1"}]), tokenizer, "t", True)
+
+
+@pytest.mark.parametrize("row", [{"question": ""}, {"question": " "}, {"question": None}])
+def test_a_prompt_without_its_field_is_an_error_too(dataset: Make, tokenizer: Any, row: dict[str, Any]) -> None:
+    rows = [{"question": "1", "answer": "1"}, {"answer": "1", **row}]
+    with pytest.raises(DataError, match=r"row 1 .*empty prompt"):
+        load_prompts(dataset(rows, prompt="1+{question}+1"), tokenizer, "t", True)
+    found = load_prompts(dataset(rows[:1], prompt="1+1"), tokenizer, "t", True)
+    assert [prompt.text for prompt in found.prompts] == ["1+1"]
 
 
 def test_unknown_characters_are_named(dataset: Make, tokenizer: Any) -> None:

@@ -58,7 +58,7 @@ def test_example_errors(dataset: Make, tokenizer: Any) -> None:
     for bad in ("", "one <eos> two"):
         config = dataset([*ROWS, {"question": "q", "solution": bad, "answer": ""}])
         config.completion = {"_target_": TEMPLATE["_target_"], "template": "{solution}"}
-        with pytest.raises(DataError, match="row '14'"):
+        with pytest.raises(DataError, match="row '?14"):
             load_examples(config, tokenizer, 100, "sft.data")
     config = dataset([{"question": "q", "solution": "\u00e9", "answer": "1"}], completion=TEMPLATE)
     with pytest.raises(DataError, match=repr("\u00e9")):

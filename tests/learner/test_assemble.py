@@ -10,6 +10,7 @@ import torch
 
 from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.group_filters.mixed_scores import MixedScores
+from rlkit.errors import TrainingError
 from rlkit.learner.assemble import assemble
 from rlkit.types import Group, Prompt, Rollout, Verdict, VersionSpan
 
@@ -50,6 +51,21 @@ def test_truncated_completions_count_in_the_advantages_only() -> None:
     left = {key: value for key, value in kept.items() if key[0] == 7}
     assert {key: kept[key] for key in kept if key[0] == 3} == pytest.approx({(3, 0): 2 / 3, (3, 2): -1 / 3})
     assert list(left.values()) == [0.0]  # a group stays, so that a step splits into its updates as before
+
+
+class Broken:
+    minimum_group_size = 2
+
+    def __call__(self, inputs: object) -> torch.Tensor:
+        return {}["absent"]  # type: ignore[no-any-return]
+
+
+def test_an_advantage_that_raises_is_named() -> None:
+    with pytest.raises(
+        TrainingError, match=r"algorithm.advantage = 'Broken': .*KeyError: 'absent'.*test_assemble"
+    ) as e:
+        assemble([group(3, [1.0, 0.0], set())], Broken(), 0, {0: 0})
+    assert isinstance(e.value.__cause__, KeyError)
 
 
 @pytest.mark.parametrize(("scores", "kept"), [([1.0, 1.0], False), ([0.0], False), ([0.0, 0.0, 0.1], True)])

@@ -67,16 +67,13 @@ def test_order_and_totals_are_kept(pool: VerifierPool, values: list[float]) -> N
     ],
 )
 def test_one_bad_sample_costs_only_itself(pool: VerifierPool, completion: str, reason: str, sample: Make) -> None:
-    before = pool.counts
+    before = pool.restarts
     texts = ["value 1", completion, "value 2", "value 3"]
     scores = pool.score_sync([sample(text) for text in texts])
     assert _scores(scores) == [1.0, None, 2.0, 3.0]
     assert scores[1].reason == reason
     assert scores[1].parts["told"] is None
-    after = pool.counts
-    assert (after.scored - before.scored, after.unscored - before.unscored) == (3, 1)
-    assert after.timeouts - before.timeouts == (reason == "timeout")
-    assert after.restarts == before.restarts
+    assert pool.restarts == before
 
 
 def test_a_second_answer_is_not_taken_for_the_next_sample(sample: Make) -> None:
@@ -170,7 +167,7 @@ def test_pool_outlives_the_thread_that_made_it(sample: Make) -> None:
     with made[0] as pool:
         pid = pool.warm_pid
         assert _scores(pool.score_sync([sample("value 4")])) == [4.0]
-        assert pool.warm_pid == pid and pool.counts.restarts == 0
+        assert pool.warm_pid == pid and pool.restarts == 0
 
 
 def test_worker_killed_in_mid_batch_loses_no_sample(sample: Make) -> None:
@@ -182,7 +179,7 @@ def test_worker_killed_in_mid_batch_loses_no_sample(sample: Make) -> None:
         scores = pool.score_sync([sample(f"sleep {0.3}") for _ in range(4)])
         timer.join()
         assert _scores(scores) == [1.0] * 4
-        assert pool.counts.restarts == 1
+        assert pool.restarts == 1
         assert pool.warm_pid not in (None, pid)
 
 
@@ -192,7 +189,7 @@ def test_sample_that_kills_the_worker_is_given_up(sample: Make) -> None:
         scores = pool.score_sync([sample(text) for text in texts])
         assert _scores(scores) == [1.0, None, 2.0]
         assert scores[1].reason == "verifier worker died (killed by signal 9)"
-        assert pool.counts.restarts == 2 and pool.counts.crashes == 1
+        assert pool.restarts == 2
 
 
 def test_crash_loop_stops_with_the_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +220,7 @@ def test_worker_that_cannot_start_says_why(spec: Any, says: str) -> None:
         ({"timeout_s": 0.0}, "timeout_s=0.0"),
         ({"timeout_s": float("nan")}, "timeout_s=nan"),
         ({"sandbox": "none"}, "sandbox='none'"),
-        ({"read_paths": ["/no/such"]}, "'/no/such' does not exist"),
+        ({"memory_mb": 0}, "memory_mb=0"),
     ],
 )
 def test_wrong_pool_settings(setting: Any, says: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rewards import Limits, RewardError, Sample, VerifierPool
+from rewards import RewardError, Sample, VerifierPool
 from rewards.kernel import landlock_abi
 from rewards.sandbox import Sandbox
 
@@ -113,7 +113,7 @@ def test_attack_through_a_scorer_has_no_effect(
     assert scene.traces() == []
     assert attacked.score != 1.0
     assert neighbour.parts.keys() == {"gym"} and neighbour.score is not None
-    assert gym.warm_pid == pid and gym.counts.restarts == 0
+    assert gym.warm_pid == pid and gym.restarts == 0
 
 
 _CONTROL = """
@@ -163,7 +163,7 @@ def test_control_the_same_attacks_work_without_the_sandbox(
 @pytest.fixture(scope="module")
 def told() -> Iterator[VerifierPool]:
     spec = {"told": {"_target_": "user_rewards.Misbehave"}}
-    with VerifierPool(spec, workers=1, timeout_s=5.0, limits=Limits(memory_mb=256)) as pool:
+    with VerifierPool(spec, workers=1, timeout_s=5.0, memory_mb=256) as pool:
         yield pool
 
 
@@ -278,14 +278,6 @@ def test_secrets_of_the_pool_are_out_of_reach(sample: Make, tmp_path: Path, monk
         assert score.score is None and "PermissionError" in str(score.reason), score
 
 
-def test_read_paths_open_a_file(sample: Make, tmp_path: Path) -> None:
-    path = tmp_path / "words"
-    path.write_text("x")
-    spec = {"reads": {"_target_": "user_rewards.ReadsFile", "path": str(path)}}
-    with VerifierPool(spec, workers=1, read_paths=[path]) as pool:
-        assert pool.score_sync([sample()])[0].score == 1.0
-
-
 @pytest.mark.parametrize("batch_size", [8, 1])
 def test_reach_within_a_batch(batch_size: int, sample: Make) -> None:
     """Known and documented: evaluated text can forge its batch, unless each sample has a process of its own."""
@@ -315,21 +307,21 @@ def test_strict_refuses_to_start_without_libseccomp(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("rewards.sandbox.compile_filter", missing)
     with pytest.raises(RewardError, match=r"libseccomp2.*sandbox=limits"):
-        Sandbox("strict", Limits(), [])
-    Sandbox("limits", Limits(), [])
+        Sandbox("strict", 1, 1024)
+    Sandbox("limits", 1, 1024)
 
 
 def test_strict_without_pyseccomp_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
     with pytest.raises(RewardError, match=r"pip install pyseccomp.*sandbox=limits"):
-        Sandbox("strict", Limits(), [])
+        Sandbox("strict", 1, 1024)
 
 
 def test_limits_only_still_bounds_memory_and_ends_grandchildren(sample: Make) -> None:
     spec = {"told": {"_target_": "user_rewards.Misbehave"}}
     with (
         pytest.warns(RuntimeWarning, match="sandbox=limits"),
-        VerifierPool(spec, workers=1, sandbox="limits", limits=Limits(memory_mb=256)) as pool,
+        VerifierPool(spec, workers=1, sandbox="limits", memory_mb=256) as pool,
     ):
         daemon = f"evaluate {OS}.fork() or ({OS}.setsid(), __import__('time').sleep(3600))"
         scores = pool.score_sync([sample("evaluate bytearray(10**10)"), sample(daemon)])

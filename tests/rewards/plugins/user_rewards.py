@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rewards import Sample, Unscorable
@@ -111,16 +110,6 @@ class BreaksAtStart:
             raise OSError("no judge here")
         print("last words", file=sys.stderr, flush=True)
         os._exit(7)
-
-
-@dataclass(frozen=True, slots=True)
-class ReadsFile:
-    """Scores 1.0 if a file can be read."""
-
-    path: str
-
-    def __call__(self, sample: Sample) -> float:
-        return float(bool(Path(self.path).read_bytes()))
 
 
 def equals(sample: Sample, *, factor: float = 1.0) -> float:

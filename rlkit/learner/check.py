@@ -1,12 +1,10 @@
 """`rlkit check`: the resolved configuration, what follows from it, and the memory it will need."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.filesize import decimal
@@ -14,15 +12,11 @@ from rich.padding import Padding
 from rich.table import Column, Table
 
 from rlkit.config.components import build
-from rlkit.config.hub import offline_unless_reachable
 from rlkit.config.keys import datasets
-from rlkit.config.schema import Config, ModelConfig
-from rlkit.errors import ConfigError, nearest
+from rlkit.config.schema import Config
+from rlkit.errors import ConfigError
+from rlkit.learner.model import empty_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-SPECIAL_TOKENS = 4  # of a character tokenizer: pad, bos, eos, unk
 Row = tuple[str, int, str]  # name of a number, the number, where it comes from
 
 
@@ -92,8 +86,6 @@ def estimate(config: Config) -> list[Row]:
     Weights, gradients and optimiser state are exact; activations, what a transformer block with a gated MLP and fused
     attention keeps for backward, are good to a factor of two; framework overhead is left out. Raises as `empty_model`.
     """
-    import torch
-
     model = empty_model(config.model)
     count = sum(parameter.numel() for parameter in model.parameters())
     text = model.config.get_text_config()
@@ -133,32 +125,3 @@ def estimate(config: Config) -> list[Row]:
     if getattr(build(config.algorithm.kl, key="algorithm.kl"), "needs_reference", False):
         parts.append(("reference model", weights, "algorithm.kl"))
     return parts
-
-
-def empty_model(model: ModelConfig) -> PreTrainedModel:
-    """The policy's architecture on the meta device, where it takes no memory. Raises ConfigError."""
-    from accelerate import init_empty_weights
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    architecture = dict(model.architecture or {})
-    model_type = architecture.pop("model_type", None)
-    if model.path is None and model_type not in CONFIG_MAPPING:
-        problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
-        raise ConfigError(problem, key="model.architecture.model_type", value=model_type, expected="e.g. llama, qwen3")
-    try:
-        if model.path is not None:
-            if not Path(model.path).expanduser().is_dir():
-                offline_unless_reachable()
-            settings = AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-        else:
-            words = SPECIAL_TOKENS + len(model.alphabet or "")
-            if model.tokenizer is not None:
-                words = len(AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=False))
-            settings = AutoConfig.for_model(model_type, **architecture, vocab_size=words)
-        with init_empty_weights(include_buffers=True):
-            return AutoModelForCausalLM.from_config(settings, attn_implementation=model.attention)  # type: ignore
-    # Files may be out of reach; architectures check their settings by any kind of error, KeyError to RuntimeError.
-    except Exception as error:
-        key, value = ("model.architecture", model.architecture) if model.path is None else ("model.path", model.path)
-        problem = f"the model cannot be made: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ConfigError(problem, key=key, value=value) from error
