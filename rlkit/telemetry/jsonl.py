@@ -100,9 +100,12 @@ class JsonlSink:
             if value is not None and values[name] is None and name not in self._warned:
                 self._warned.add(name)
                 logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
-        seconds = time.monotonic() - self._started
-        self._file.write(Row(step, round(time.time(), 3), round(seconds, 3), values).line())
+        self._file.write(Row(step, round(time.time(), 3), round(self.seconds(), 3), values).line())
         self._file.flush()
+
+    def seconds(self) -> float:
+        """Run time so far."""
+        return time.monotonic() - self._started
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file; closing twice is harmless."""

@@ -67,6 +67,11 @@ def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> 
     replace_file(path, buffer.getvalue())
 
 
+def rollouts_path(run_dir: Path, step: int) -> Path:
+    """Where the rollouts of a learner step are kept."""
+    return run_dir / "rollouts" / f"step_{step}.parquet"
+
+
 def rollout_steps(run_dir: Path) -> list[int]:
     """Steps whose rollouts were kept, ascending; empty where none were."""
     names = [path.stem.removeprefix("step_") for path in (run_dir / "rollouts").glob("step_*.parquet")]
@@ -87,7 +92,7 @@ def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str]
         raise TelemetryError("no rollouts of this step", key="step", value=step, expected=expected)
     rows: list[dict[str, Any]] = []
     for one in steps if step is None else [step]:
-        path = run_dir / "rollouts" / f"step_{one}.parquet"
+        path = rollouts_path(run_dir, one)
         try:
             rows += pq.read_table(path, columns=columns).to_pylist()
         except (pa.ArrowException, OSError) as error:
@@ -99,6 +104,12 @@ def judged_rollouts(run_dir: Path, step: int | None, config: Mapping[str, Any]) 
     """`read_rollouts` without token arrays, each row with its "verdict" under the recipe's evaluation."""
     rows = sorted(read_rollouts(run_dir, step, TEXT_COLUMNS), key=lambda row: (row["ordinal"], row["index"]))
     return [row | {"verdict": verdict_of(row, config.get("evaluation") or {})} for row in rows]
+
+
+def examples(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many judged rows of each verdict, one of each prompt before a second one."""
+    ordered = sorted(rows, key=lambda row: row["index"])
+    return [row for verdict in COLOURS for row in [r for r in ordered if r["verdict"] == verdict][:most]]
 
 
 def verdict_of(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:

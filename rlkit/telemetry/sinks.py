@@ -1,11 +1,13 @@
-"""Where metrics go: one `Telemetry` checks every name and hands each row to its sinks: file, wandb, console."""
+"""Where metrics go: one `Telemetry` checks every name and hands each row to file, wandb, TensorBoard, console."""
 
 import importlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,12 +17,18 @@ from rich.text import Text
 
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, check_name, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start
+from rlkit.telemetry.record import load_run
+from rlkit.telemetry.rollouts import examples, judged_rollouts, rollouts_path
 
 logger = logging.getLogger(__name__)
 
 DEADLINES_S = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0}
 QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
+OFF = {"wandb": "off", "tensorboard": "false"}  # extra -> value of its key that goes without it
+CLOCK = "run/seconds"
+TABLE = ("step", "prompt_id", "prompt", "completion", "reference", "answer", "score", "verdict", "finish_reason")
+TABLE_ROWS = 4  # of each verdict
 FIELDS = (
     ("reward", "reward/mean", ".3f"),
     ("dead", "group/dead_frac", ".0%"),
@@ -42,22 +50,34 @@ class Sink(Protocol):
         """Let go of everything; `failed` says that the run ended in an error."""
 
 
+def optional(module: str, extra: str) -> Any:
+    """Import what only an extra of the package installs; TelemetryError where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fix = f"pip install 'rlkit-rlvr[{extra}]', or set telemetry.{extra}={OFF[extra]}"
+        raise TelemetryError(f"{module} cannot be imported: {error}", key=f"telemetry.{extra}", fix=fix) from error
+
+
 class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
-    The step axis is ours (`learner/step`, or `sft/step`), so that a resumed run may log a step again. `mode` is
-    "offline" (no account, no network) or "online". Raises TelemetryError: not installed, or the run cannot start.
+    The step axes are ours (`learner/step` or `sft/step`, and `run/seconds`, wall-clock of all parts of the run, by
+    `clock`), so that a resumed run may log a step again. With each evaluation and every `table_steps` steps (0: never)
+    goes a table of the step's completions; the summary ends with the figures of summary.json. `mode` is "offline"
+    (no account, no network) or "online". Raises TelemetryError: not installed, or the run cannot start.
     """
 
-    def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any],
+        table_steps: int = 0, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         if mode == "offline":
             # Before the import: wandb reports its own errors to its makers over the network.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            fix = "pip install wandb, or set telemetry.wandb=off"
-            raise TelemetryError("wandb is not installed", key="telemetry.wandb", value=mode, fix=fix) from error
+        self._wandb = optional("wandb", "wandb")
+        self._run_dir, self._config, self._table_steps, self._clock = run_dir, config, table_steps, clock
+        self._tabled = 0  # step of the last table
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
@@ -70,14 +90,27 @@ class WandbSink:
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
+        self._run.define_metric(CLOCK)
         for axis, names in (("learner/step", "*"), ("sft/step", "sft/*")):
-            self._run.define_metric(axis)
+            self._run.define_metric(axis, step_metric=CLOCK)
             self._run.define_metric(names, step_metric=axis)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Log one row; values that are None are left out."""
+        """Log one row, with a table where one is due; values that are None are left out."""
         axis = "sft/step" if is_warm_start(metrics) else "learner/step"
-        self._run.log({axis: step, **{k: v for k, v in metrics.items() if v is not None}})
+        row = {axis: step, CLOCK: self._clock(), **{k: v for k, v in metrics.items() if v is not None}}
+        due = axis == "learner/step" and self._table_steps > 0 and self._tabled != step
+        if due and (step % self._table_steps == 0 or any(name.startswith("eval/") for name in metrics)):
+            row |= self._completions(step)
+        self._run.log(row)
+
+    def _completions(self, step: int) -> dict[str, Any]:
+        """A table of a few completions of each verdict; empty where the step's rollouts were not kept."""
+        if not rollouts_path(self._run_dir, step).exists():
+            return {}
+        self._tabled = step
+        rows = examples(judged_rollouts(self._run_dir, step, self._config), TABLE_ROWS)
+        return {"completions": self._wandb.Table(list(TABLE), [[row[key] for key in TABLE] for row in rows])}
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, within DEADLINES_S, and end wandb's service process; twice is harmless."""
@@ -85,10 +118,49 @@ class WandbSink:
         if run is None:
             return
         try:
+            for curve in load_run(self._run_dir).evaluations:
+                run.summary.update({f"eval/{curve.set}/{name}": value for name, value in curve.figures().items()})
             run.finish(exit_code=int(failed))
         except TimeoutError:
             logger.error("wandb did not finish in time; the data is in %s: upload with `wandb sync`", run.dir)
-        self._wandb.teardown(exit_code=int(failed))
+        finally:
+            self._wandb.teardown(exit_code=int(failed))
+
+
+class TensorboardSink:
+    """Scalars at their step in run_dir/tensorboard; what a resumed run logs anew replaces the steps it lost."""
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer: Any = writer(run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write one row to disk; values that are None are left out."""
+        for name, value in metrics.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file; twice is harmless."""
+        self._writer.close()
+
+
+@dataclass(frozen=True)
+class Aliased:
+    """A sink that gets each metric under a library's name (see aliases.yaml) as well."""
+
+    sink: Sink
+    library: str
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hand on the row with the other names added."""
+        theirs = {alias(name, self.library): value for name, value in metrics.items()}
+        self.sink.log(step, {**metrics, **{name: value for name, value in theirs.items() if name is not None}})
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the sink."""
+        self.sink.close(failed=failed)
 
 
 def duration(seconds: float) -> str:
@@ -157,18 +229,30 @@ class Telemetry:
         """Make the sinks a recipe asks for; `config` is the resolved recipe as plain containers, for wandb.
 
         `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.
-        Raises TelemetryError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
+        Raises TelemetryError: wandb or TensorBoard is asked for and cannot start, or metrics.jsonl is broken.
         """
         with ExitStack() as undo:
-            sinks: list[Sink] = [JsonlSink(run_dir, resume_step)]
-            undo.callback(sinks[0].close)
+            rows = JsonlSink(run_dir, resume_step)
+            undo.callback(rows.close)
+            others: list[Sink] = []
+            if telemetry.tensorboard:
+                others.append(TensorboardSink(run_dir, resume_step))
+                undo.callback(others[0].close)
             if telemetry.wandb != "off":
-                project, mode = telemetry.wandb_project, telemetry.wandb
-                sinks.append(WandbSink(run_dir, project=project, name=name, mode=mode, config=config))
+                run: dict[str, Any] = {
+                    "project": telemetry.wandb_project,
+                    "name": name,
+                    "mode": telemetry.wandb,
+                    "config": config,
+                }
+                steps = telemetry.completions_every_steps
+                others.append(WandbSink(run_dir, **run, table_steps=steps, clock=rows.seconds))
+            if telemetry.aliases != "none":
+                others = [Aliased(sink, telemetry.aliases) for sink in others]
             if telemetry.console:
-                sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
+                others.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
             undo.pop_all()
-        return cls(sinks)
+        return cls([rows, *others])
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand one row to every sink. TelemetryError: unknown name, or warm-start and training names mixed."""
