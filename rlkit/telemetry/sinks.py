@@ -4,7 +4,6 @@ import importlib
 import logging
 import os
 import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -62,22 +61,23 @@ def optional(module: str, extra: str) -> Any:
 class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
-    The step axes are ours (`learner/step` or `sft/step`, and `run/seconds`, wall-clock of all parts of the run, by
-    `clock`), so that a resumed run may log a step again. With each evaluation and every `table_steps` steps (0: never)
-    goes a table of the step's completions; the summary ends with the figures of summary.json. `mode` is "offline"
-    (no account, no network) or "online". Raises TelemetryError: not installed, or the run cannot start.
+    The axes are ours (`learner/step` or `sft/step`, and `run/seconds`: `clock`, run time with resumes summed), so that
+    a resumed run may log a step again. The table `completions` shows a few rollouts of an evaluated step; at the end
+    the summary gets the held-out figures of summary.json. telemetry.wandb is "offline" (no account, no network) or
+    "online". Raises TelemetryError: not installed, or the run cannot start.
     """
 
     def __init__(
-        self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any],
-        table_steps: int = 0, clock: Callable[[], float] = time.monotonic,
+        self, run_dir: Path, telemetry: TelemetryConfig, *, name: str, config: Mapping[str, Any],
+        clock: Callable[[], float],
     ) -> None:  # fmt: skip
+        mode, project = telemetry.wandb, telemetry.wandb_project
         if mode == "offline":
             # Before the import: wandb reports its own errors to its makers over the network.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         self._wandb = optional("wandb", "wandb")
-        self._run_dir, self._config, self._table_steps, self._clock = run_dir, config, table_steps, clock
-        self._tabled = 0  # step of the last table
+        self._run_dir, self._config, self._clock = run_dir, config, clock
+        self._table_steps, self._tabled = telemetry.completions_every_steps, 0  # `_tabled`: step of the last table
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
@@ -239,14 +239,7 @@ class Telemetry:
                 others.append(TensorboardSink(run_dir, resume_step))
                 undo.callback(others[0].close)
             if telemetry.wandb != "off":
-                run: dict[str, Any] = {
-                    "project": telemetry.wandb_project,
-                    "name": name,
-                    "mode": telemetry.wandb,
-                    "config": config,
-                }
-                steps = telemetry.completions_every_steps
-                others.append(WandbSink(run_dir, **run, table_steps=steps, clock=rows.seconds))
+                others.append(WandbSink(run_dir, telemetry, name=name, config=config, clock=rows.seconds))
             if telemetry.aliases != "none":
                 others = [Aliased(sink, telemetry.aliases) for sink in others]
             if telemetry.console:
