@@ -66,8 +66,8 @@ def read_view(run_dir: Path, now: float) -> BufferView:
             return _view(connection, path, run_dir / "payloads", now)
     except DatabaseError as error:
         problem = f"the buffer cannot be read: {error.orig}" + (" (its folder is read-only)" if fixed else "")
-        fix = f"copy {path.name} and {path.name}-wal to a folder you can write to" if fixed else None
-        raise BufferError(problem, key="buffer", value=str(path), fix=fix) from error
+        mend = f"copy {path.name} and {path.name}-wal to a folder you can write to" if fixed else None
+        raise BufferError(problem, key="buffer", value=str(path), fix=mend) from error
     finally:
         engine.dispose()
 

@@ -23,7 +23,7 @@ def build(runs: Sequence[RunRecord], *, entity: str, project: str) -> Any:
     plots = optional("wandb_workspaces.reports.v2", "wandb")
     logged = sorted({name for run in runs for row in run.training for name in row.metrics})
     found = {m: [n for n in logged if compiled(m.pattern).fullmatch(n) and not n.endswith("_se")] for m in METRICS}
-    sections = []
+    sections: list[Any] = []
     for title, order in SECTIONS.items():
         metrics = [metric for metric in METRICS if metric.section == title and found[metric]]
         metrics.sort(key=lambda metric: order.index(metric.pattern) if metric.pattern in order else len(order))
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         workspace.entity = options.entity or wandb.Api().default_entity
         workspace.save()
-    except (wandb.errors.Error, ValueError, OSError) as error:
+    except Exception as error:  # the two libraries' errors have no class in common
         fix = "check `wandb login`, --entity and the network; the project must exist: upload a run (`wandb sync`) first"
         problem = f"wandb did not save the workspace: {error}"
         raise TelemetryError(problem, key="wandb_project", value=workspace.project, fix=fix) from error

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rlkit.config.schema import TelemetryConfig
+from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.jsonl import JsonlSink
 from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start
 from rlkit.telemetry.record import load_run
@@ -86,7 +88,8 @@ class WandbSink:
         run = {"project": project, "name": name, "id": identity.read_text().strip(), "dir": str(run_dir), "mode": mode}
         resume, settings = "allow" if mode == "online" else None, self._wandb.Settings(**DEADLINES_S, **quiet)
         try:
-            self._run: Any = self._wandb.init(**run, resume=resume, config=dict(config), settings=settings)
+            shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
+            self._run: Any = self._wandb.init(**run, resume=resume, config=shown, settings=settings)
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
