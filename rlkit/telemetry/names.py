@@ -33,14 +33,6 @@ class Metric:
     healthy: str
     action: str
 
-    @property
-    def section(self) -> str:
-        """Of the dashboard: the one that names the pattern, or else the metric's group."""
-        named = (
-            name for key in (self.pattern, self.pattern.split("/")[0]) for name in SECTIONS if key in SECTIONS[name]
-        )
-        return next(named)
-
 
 def compiled(pattern: str) -> re.Pattern[str]:
     """What a pattern stands for; its placeholders are the groups `name`, `set` and `k`."""
@@ -56,7 +48,6 @@ def read_resource(name: str) -> str:
 
 _GLOSSARY = yaml.safe_load(read_resource("metrics.yaml"))
 GROUPS: dict[str, str] = _GLOSSARY["groups"]
-SECTIONS: dict[str, list[str]] = _GLOSSARY["sections"]
 METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics"].items())
 _PATTERNS = {compiled(metric.pattern): metric for metric in METRICS}
 _ALIASES = yaml.safe_load(read_resource("aliases.yaml"))
@@ -73,6 +64,14 @@ def check_name(name: str) -> Metric:
     problem = f"unknown metric.{nearest(name, (m.pattern for m in METRICS))}"
     fix = "take one of docs/metrics.md, or add it to metrics.yaml; a component from outside uses plugin/<name>"
     raise TelemetryError(problem, key="metric", value=name, fix=fix)
+
+
+def sections() -> dict[str, list[Metric]]:
+    """The dashboard's sections; one lists patterns, and groups for those of their metrics that no section lists."""
+    chosen: dict[str, list[str]] = _GLOSSARY["sections"]
+    single = {key for keys in chosen.values() for key in keys}
+    groups = {m.pattern: m.pattern if m.pattern in single else m.pattern.split("/")[0] for m in METRICS}
+    return {title: [m for key in keys for m in METRICS if groups[m.pattern] == key] for title, keys in chosen.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -60,6 +59,12 @@ def optional(module: str, extra: str) -> Any:
         raise TelemetryError(f"{module} cannot be imported: {error}", key=f"telemetry.{extra}", fix=fix) from error
 
 
+def published(metrics: Metrics, library: str) -> dict[str, float]:
+    """A row without None, each value also under the name that a library of aliases.yaml has for it."""
+    known = {name: value for name, value in metrics.items() if value is not None}
+    return known | {theirs: value for name, value in known.items() if (theirs := alias(name, library))}
+
+
 class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
@@ -78,8 +83,8 @@ class WandbSink:
             # Before the import: wandb reports its own errors to its makers over the network.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         self._wandb = optional("wandb", "wandb")
-        self._run_dir, self._config, self._clock = run_dir, config, clock
-        self._table_steps, self._tabled = telemetry.completions_every_steps, 0  # `_tabled`: step of the last table
+        self._run_dir, self._telemetry, self._config, self._clock = run_dir, telemetry, config, clock
+        self._tabled = 0  # step of the last table
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
@@ -101,19 +106,14 @@ class WandbSink:
     def log(self, step: int, metrics: Metrics) -> None:
         """Log one row, with a table where one is due; values that are None are left out."""
         axis = "sft/step" if is_warm_start(metrics) else "learner/step"
-        row = {axis: step, CLOCK: self._clock(), **{k: v for k, v in metrics.items() if v is not None}}
-        due = axis == "learner/step" and self._table_steps > 0 and self._tabled != step
-        if due and (step % self._table_steps == 0 or any(name.startswith("eval/") for name in metrics)):
-            row |= self._completions(step)
+        row: dict[str, Any] = {axis: step, CLOCK: self._clock(), **published(metrics, self._telemetry.aliases)}
+        every, rollouts = self._telemetry.completions_every_steps, rollouts_path(self._run_dir, step)
+        due = every and (step % every == 0 or any(name.startswith("eval/") for name in metrics))
+        if due and axis == "learner/step" and step != self._tabled and rollouts.exists():
+            self._tabled = step
+            kept = examples(judged_rollouts(self._run_dir, step, self._config), TABLE_ROWS)
+            row["completions"] = self._wandb.Table(list(TABLE), [[one[key] for key in TABLE] for one in kept])
         self._run.log(row)
-
-    def _completions(self, step: int) -> dict[str, Any]:
-        """A table of a few completions of each verdict; empty where the step's rollouts were not kept."""
-        if not rollouts_path(self._run_dir, step).exists():
-            return {}
-        self._tabled = step
-        rows = examples(judged_rollouts(self._run_dir, step, self._config), TABLE_ROWS)
-        return {"completions": self._wandb.Table(list(TABLE), [[row[key] for key in TABLE] for row in rows])}
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, within DEADLINES_S, and end wandb's service process; twice is harmless."""
@@ -133,37 +133,20 @@ class WandbSink:
 class TensorboardSink:
     """Scalars at their step in run_dir/tensorboard; what a resumed run logs anew replaces the steps it lost."""
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, telemetry: TelemetryConfig, resume_step: int | None = None) -> None:
         writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
         self._writer: Any = writer(run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+        self._library = telemetry.aliases
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write one row to disk; values that are None are left out."""
-        for name, value in metrics.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        for name, value in published(metrics, self._library).items():
+            self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self, *, failed: bool = False) -> None:
         """Close the file; twice is harmless."""
         self._writer.close()
-
-
-@dataclass(frozen=True)
-class Aliased:
-    """A sink that gets each metric under a library's name (see aliases.yaml) as well."""
-
-    sink: Sink
-    library: str
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Hand on the row with the other names added."""
-        theirs = {alias(name, self.library): value for name, value in metrics.items()}
-        self.sink.log(step, {**metrics, **{name: value for name, value in theirs.items() if name is not None}})
-
-    def close(self, *, failed: bool = False) -> None:
-        """Close the sink."""
-        self.sink.close(failed=failed)
 
 
 def duration(seconds: float) -> str:
@@ -237,18 +220,16 @@ class Telemetry:
         with ExitStack() as undo:
             rows = JsonlSink(run_dir, resume_step)
             undo.callback(rows.close)
-            others: list[Sink] = []
+            sinks: list[Sink] = [rows]
             if telemetry.tensorboard:
-                others.append(TensorboardSink(run_dir, resume_step))
-                undo.callback(others[0].close)
+                sinks.append(TensorboardSink(run_dir, telemetry, resume_step))
+                undo.callback(sinks[1].close)
             if telemetry.wandb != "off":
-                others.append(WandbSink(run_dir, telemetry, name=name, config=config, clock=rows.seconds))
-            if telemetry.aliases != "none":
-                others = [Aliased(sink, telemetry.aliases) for sink in others]
+                sinks.append(WandbSink(run_dir, telemetry, name=name, config=config, clock=rows.seconds))
             if telemetry.console:
-                others.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
+                sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
             undo.pop_all()
-        return cls([rows, *others])
+        return cls(sinks)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand one row to every sink. TelemetryError: unknown name, or warm-start and training names mixed."""

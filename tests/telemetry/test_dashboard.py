@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlkit.telemetry.names import SECTIONS, TelemetryError
+from rlkit.telemetry.names import TelemetryError
 from rlkit.telemetry.record import load_run
 
 pytest.importorskip("wandb_workspaces")
@@ -32,7 +32,7 @@ def test_it_shows_every_metric_of_the_runs_once_in_its_section(make_run) -> None
     runs = [load_run(make_run("a", steps=2)), load_run(make_run("b", steps=1, sft_steps=2))]
     workspace = build(runs, entity="", project="p")
     sections = sections_of(json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)))
-    assert list(sections) == [name for name in SECTIONS if name not in ("Warm start", "Plug-ins")]
+    assert list(sections) == ["Headline", "Health", "Lengths", "Speed", "Off-policy", "Optimiser"]
     headline = [panel.get("metrics") for panel in sections["Headline"]]
     assert headline[:2] == [["eval/held_out/avg@4", "eval/longer/avg@4"], ["reward/mean"]]
     assert [panel["metrics"][0] for panel in sections["Health"][:3]] == [
@@ -64,18 +64,13 @@ def dashboard(home: Path, *arguments: object, **variables: str) -> subprocess.Co
 
 @pytest.mark.slow
 def test_without_an_account_it_is_written_and_says_how_to_publish(make_run, tmp_path: Path) -> None:
-    run_dir = make_run(steps=2)
-    log = run_dir / "wandb" / "offline-run-1-x" / "run-x.wandb"
-    log.parent.mkdir(parents=True)
-    log.touch()
+    run_dir = make_run("a run", steps=2)
     done = dashboard(tmp_path, run_dir)
     assert done.returncode == 0, done.stderr
-    assert "no wandb account" in done.stdout and f"wandb sync {log.parent}" in done.stdout
+    assert "no wandb account" in done.stdout and f"wandb sync '{run_dir}'/wandb/offline-run-*" in done.stdout
     assert sections_of(json.loads((run_dir / "dashboard.json").read_text()))["Headline"]
-    log.with_name("run-x.wandb.synced").touch()
-    done = dashboard(tmp_path, run_dir, "--dry-run", "--output", tmp_path / "o.json", WANDB_API_KEY="a" * 40)
-    assert done.returncode == 0 and "as asked" in done.stdout and "wandb sync" not in done.stdout
-    assert (tmp_path / "o.json").exists()
+    done = dashboard(tmp_path, run_dir, "--dry-run", WANDB_API_KEY="a" * 40)
+    assert done.returncode == 0 and "as asked" in done.stdout
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from rlkit.telemetry.names import Metrics, TelemetryError
 from rlkit.telemetry.record import load_run
 from rlkit.telemetry.report import write_summary
 from rlkit.telemetry.rollouts import judged_rollouts
-from rlkit.telemetry.sinks import Aliased, ConsoleSink, Telemetry, WandbSink, duration
+from rlkit.telemetry.sinks import ConsoleSink, Telemetry, WandbSink, duration
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,14 +124,11 @@ run_offline(pathlib.Path({run!r}))
 """
 
 
-def wandb_sink(run_dir: Path, config: dict[str, Any], **settings: Any) -> WandbSink:
-    return WandbSink(run_dir, TelemetryConfig(**settings), name="n", config=config, clock=lambda: 12.5)
-
-
 def run_offline(run_dir: Path) -> None:
     """Everything a run folder holds, logged offline in this process; the service process must be gone afterwards."""
     run = load_run(run_dir)
-    sink = Aliased(wandb_sink(run_dir, dict(run.config), wandb="offline", completions_every_steps=50), "trl")
+    telemetry = TelemetryConfig(wandb="offline", aliases="trl")
+    sink = WandbSink(run_dir, telemetry, name="n", config=run.config, clock=lambda: 12.5)
     assert any("wandb" in name for name in children())
     sink.log(1, {"sft/loss": 0.5})
     for row in run.rows:
@@ -229,7 +226,8 @@ def test_a_table_is_due_every_so_many_steps_and_once_a_step(make_run) -> None:
     library = types.SimpleNamespace(Table=lambda columns, data: {"rows": len(data)})
     sink = WandbSink.__new__(WandbSink)
     sink._wandb, sink._run_dir, sink._config, sink._clock = library, run_dir, {}, lambda: 0.0
-    sink._run, sink._table_steps, sink._tabled = types.SimpleNamespace(log=rows.append), 2, 0
+    sink._run, sink._tabled = types.SimpleNamespace(log=rows.append), 0
+    sink._telemetry = TelemetryConfig(completions_every_steps=2)
     for step in range(5):  # rollouts of steps 1 and 4 were kept
         sink.log(step, {"reward/mean": 0.5})
     sink.log(4, {"eval/held_out/avg@4": 0.5})
