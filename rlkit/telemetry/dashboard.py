@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.dry_run or not wandb.login(prompt=False):
             why = "as asked" if options.dry_run else "no wandb account is set up here"
-            say(f"Nothing was sent ({why}). To publish runs and workspace:")
-            say("\n".join(["  wandb login", f"  {sync}", f"  rlkit dashboard {' '.join(folders)}"]))
+            say(f"Nothing was sent ({why}). To publish runs and workspace:\n  wandb login\n  {sync}")
+            say(f"  rlkit dashboard {' '.join(folders)}")
             return 0
         workspace.entity = options.entity or wandb.Api().default_entity
         workspace.save()

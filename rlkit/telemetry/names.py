@@ -92,8 +92,7 @@ def is_warm_start(metrics: Metrics) -> bool:
 def to_markdown() -> str:
     """The glossary as a Markdown page."""
     template = Template(read_resource("templates/metrics.md.j2"), trim_blocks=True, keep_trailing_newline=True)
-    tables = {"groups": GROUPS, "metrics": METRICS, "libraries": LIBRARIES, "aliases": ALIASES}
-    return str(template.render(introduction=_GLOSSARY["introduction"], **tables))
+    return str(template.render(_GLOSSARY | _ALIASES | {"metrics": METRICS}))
 
 
 if __name__ == "__main__":

@@ -67,11 +67,6 @@ def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> 
     replace_file(path, buffer.getvalue())
 
 
-def rollouts_path(run_dir: Path, step: int) -> Path:
-    """Where the rollouts of a learner step are kept."""
-    return run_dir / "rollouts" / f"step_{step}.parquet"
-
-
 def rollout_steps(run_dir: Path) -> list[int]:
     """Steps whose rollouts were kept, ascending; empty where none were."""
     names = [path.stem.removeprefix("step_") for path in (run_dir / "rollouts").glob("step_*.parquet")]
@@ -92,7 +87,7 @@ def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str]
         raise TelemetryError("no rollouts of this step", key="step", value=step, expected=expected)
     rows: list[dict[str, Any]] = []
     for one in steps if step is None else [step]:
-        path = rollouts_path(run_dir, one)
+        path = run_dir / "rollouts" / f"step_{one}.parquet"
         try:
             rows += pq.read_table(path, columns=columns).to_pylist()
         except (pa.ArrowException, OSError) as error:
@@ -124,13 +119,8 @@ def verdict_of(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 def visible(text: str) -> list[tuple[str, bool]]:
     r"""Text in pieces; what a terminal or browser would act on or hide (not tab, newline) is \x1b or so, with True."""
-
-    def escape(character: str) -> str:
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
     pieces = enumerate(_UNSEEN.split(text))  # every second one is a match
-    return [(escape(piece), True) if i % 2 else (piece, False) for i, piece in pieces if piece]
+    return [(ascii(piece)[1:-1], True) if i % 2 else (piece, False) for i, piece in pieces if piece]
 
 
 def facts(row: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,8 @@ import importlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,9 +18,9 @@ from rich.text import Text
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start, read_resource
 from rlkit.telemetry.record import load_run
-from rlkit.telemetry.rollouts import examples, judged_rollouts, rollouts_path
+from rlkit.telemetry.rollouts import examples, judged_rollouts, rollout_steps
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,7 @@ OFF = {"wandb": "off", "tensorboard": "false"}  # extra -> value of its key that
 CLOCK = "run/seconds"
 TABLE = ("step", "prompt_id", "prompt", "completion", "reference", "answer", "score", "verdict", "finish_reason")
 TABLE_ROWS = 4  # of each verdict
-FIELDS = (
-    ("reward", "reward/mean", ".3f"),
-    ("dead", "group/dead_frac", ".0%"),
-    ("length", "completion/length/mean", ".1f"),
-    ("entropy", "policy/entropy", ".3f"),
-    ("loss", "sft/loss", ".4f"),
-    ("s/step", "time/step", ".2f"),
-)
+FIELDS: dict[str, tuple[str, str]] = yaml.safe_load(read_resource("report.yaml"))["console"]
 PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
@@ -68,22 +62,21 @@ def published(metrics: Metrics, library: str) -> dict[str, float]:
 class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
-    The axes are ours (`learner/step` or `sft/step`, and `run/seconds`: `clock`, run time with resumes summed), so that
-    a resumed run may log a step again. The table `completions` shows a few rollouts of an evaluated step; at the end
-    the summary gets the held-out figures of summary.json. telemetry.wandb is "offline" (no account, no network) or
-    "online". Raises TelemetryError: not installed, or the run cannot start.
+    The axes are ours: `learner/step` or `sft/step`, so that a resumed run may log a step again, and `run/seconds` since
+    `started` (monotonic clock; earlier parts of the run counted in). A table of completions goes with an evaluation
+    and every telemetry.completions_every_steps; the summary ends with the held-out figures of summary.json.
+    telemetry.wandb is "offline" (no account, no network) or "online". Raises TelemetryError: the run cannot start.
     """
 
     def __init__(
-        self, run_dir: Path, telemetry: TelemetryConfig, *, name: str, config: Mapping[str, Any],
-        clock: Callable[[], float],
-    ) -> None:  # fmt: skip
+        self, run_dir: Path, telemetry: TelemetryConfig, *, name: str, config: Mapping[str, Any], started: float
+    ) -> None:
         mode, project = telemetry.wandb, telemetry.wandb_project
         if mode == "offline":
             # Before the import: wandb reports its own errors to its makers over the network.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
         self._wandb = optional("wandb", "wandb")
-        self._run_dir, self._telemetry, self._config, self._clock = run_dir, telemetry, config, clock
+        self._run_dir, self._telemetry, self._config, self._started = run_dir, telemetry, config, started
         self._tabled = 0  # step of the last table
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
@@ -106,10 +99,14 @@ class WandbSink:
     def log(self, step: int, metrics: Metrics) -> None:
         """Log one row, with a table where one is due; values that are None are left out."""
         axis = "sft/step" if is_warm_start(metrics) else "learner/step"
-        row: dict[str, Any] = {axis: step, CLOCK: self._clock(), **published(metrics, self._telemetry.aliases)}
-        every, rollouts = self._telemetry.completions_every_steps, rollouts_path(self._run_dir, step)
+        row: dict[str, Any] = {
+            axis: step,
+            CLOCK: time.monotonic() - self._started,
+            **published(metrics, self._telemetry.aliases),
+        }
+        every = self._telemetry.completions_every_steps
         due = every and (step % every == 0 or any(name.startswith("eval/") for name in metrics))
-        if due and axis == "learner/step" and step != self._tabled and rollouts.exists():
+        if due and axis == "learner/step" and step != self._tabled and step in rollout_steps(self._run_dir):
             self._tabled = step
             kept = examples(judged_rollouts(self._run_dir, step, self._config), TABLE_ROWS)
             row["completions"] = self._wandb.Table(list(TABLE), [[one[key] for key in TABLE] for one in kept])
@@ -131,7 +128,7 @@ class WandbSink:
 
 
 class TensorboardSink:
-    """Scalars at their step in run_dir/tensorboard; what a resumed run logs anew replaces the steps it lost."""
+    """Scalars at their step in run_dir/tensorboard; a resumed run hides the steps after `resume_step`."""
 
     def __init__(self, run_dir: Path, telemetry: TelemetryConfig, resume_step: int | None = None) -> None:
         writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
@@ -179,7 +176,7 @@ class ConsoleSink:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Show one row: a step's summary, held-out figures, or both."""
-        shown = [f"{label} {figure(metrics[name], spec)}" for label, name, spec in FIELDS if name in metrics]
+        shown = [f"{label} {figure(metrics[name], spec)}" for label, (name, spec) in FIELDS.items() if name in metrics]
         if shown:
             (task,) = self._progress.tasks
             self._progress.update(task.id, completed=step)
@@ -225,7 +222,7 @@ class Telemetry:
                 sinks.append(TensorboardSink(run_dir, telemetry, resume_step))
                 undo.callback(sinks[1].close)
             if telemetry.wandb != "off":
-                sinks.append(WandbSink(run_dir, telemetry, name=name, config=config, clock=rows.seconds))
+                sinks.append(WandbSink(run_dir, telemetry, name=name, config=config, started=rows.started))
             if telemetry.console:
                 sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
             undo.pop_all()
