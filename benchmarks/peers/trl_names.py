@@ -1,4 +1,4 @@
-"""Whether the installed TRL really logs every name that rlkit/telemetry/aliases.yaml gives as TRL's; exit status 1 if not.
+"""Whether the installed TRL really logs every name that aliases.yaml gives as TRL's; exit status 1 if not.
 
 Run: python benchmarks/peers/trl_names.py   (needs trl; grad_norm and learning_rate are logged by transformers' Trainer)
 """
