@@ -33,6 +33,7 @@ RUN_COMMANDS = {
 # Command -> module whose main(arguments) does it with a grammar of its own, and its help.
 OTHER_COMMANDS = {
     "rollouts": ("rlkit.telemetry.rollouts", "read a run's completions"),
+    "dashboard": ("rlkit.telemetry.dashboard", "make a curated wandb workspace for runs"),
     "compare": ("rlkit.experiments.compare", "compare variants over seeds"),
 }
 # Full, read-only or forbidden disks, and files where folders belong: said in a line, without a traceback.

@@ -1,10 +1,12 @@
-"""What a wheel holds: recipes and the report's template travel with the code, tests do not."""
+"""What a wheel and the image hold: recipes and the report's template travel with the code, tests do not."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -37,3 +39,20 @@ def test_the_wheel_ships_recipes_and_templates_and_rlkit_runs_from_any_folder(tm
     out = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert "Nothing was started" in out.stdout
+
+
+def test_the_dockerfile_names_what_is_there():
+    """Paths it copies, extras it installs, arguments it uses; nothing it copies is ignored."""
+    text = (ROOT / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    copied = [path for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for path in line.split()[:-1]]
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert packages | {"pyproject.toml", project["project"]["readme"], "LICENSE", "constraints-cpu.txt"} == set(copied)
+    assert all((ROOT / path).exists() and path not in ignored for path in copied)
+    chosen = {extra for names in re.findall(r"\bEXTRAS=([\w,-]+)", text) for extra in names.split(",")}
+    assert {"wandb", "vllm"} <= chosen <= project["project"]["optional-dependencies"].keys()
+    declared = set(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
+    assert set(re.findall(r"\$\{(\w+)\}", text)) == declared
+    assert set(re.findall(r"--build-arg (\w+)=", text)) <= declared
+    assert project["project"]["scripts"].keys() == {"rlkit"} and 'ENTRYPOINT ["rlkit"]' in text

@@ -1,5 +1,6 @@
 """What a run's buffer holds, as text, during the run or after it: reads a snapshot and writes nothing."""
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -54,14 +55,19 @@ def read_view(run_dir: Path, now: float) -> BufferView:
     if not path.exists():
         fix = "name the folder of a training run, such as outputs/run"
         raise BufferError("this run has no buffer", key="run", value=str(run_dir), expected=f"a file {path}", fix=fix)
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro"
+    # SQLite keeps a file beside an open database; one that was closed (no -wal) can be read without.
+    fixed = not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    closed = not path.with_name(path.name + "-wal").exists()
+    uri = f"file:{quote(str(path.absolute()))}?mode=ro" + ("&immutable=1" if fixed and closed else "")
     engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True))
     try:
         with engine.connect() as connection:
             connection.exec_driver_sql("BEGIN")  # one snapshot for all that follows
             return _view(connection, path, run_dir / "payloads", now)
     except DatabaseError as error:
-        raise BufferError(f"the buffer cannot be read: {error.orig}", key="buffer", value=str(path)) from error
+        problem = f"the buffer cannot be read: {error.orig}" + (" (its folder is read-only)" if fixed else "")
+        mend = f"copy {path.name} and {path.name}-wal to a folder you can write to" if fixed else None
+        raise BufferError(problem, key="buffer", value=str(path), fix=mend) from error
     finally:
         engine.dispose()
 

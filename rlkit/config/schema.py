@@ -263,6 +263,12 @@ class TelemetryConfig:
     """offline needs no account."""
     wandb_project: str = "rlkit"
     """wandb project."""
+    completions_every_steps: int = number(50, 0)
+    """A table of sample completions goes to wandb so often and with each evaluation; 0: never. Needs save_rollouts."""
+    tensorboard: bool = False
+    """Write scalars to tensorboard/ in the run folder (extra: tensorboard)."""
+    aliases: str = choice("none", "trl", "verl")
+    """Log to wandb and TensorBoard under that library's names as well (docs/metrics.md lists them)."""
     save_rollouts: bool = True
     """Write every step's rollouts to rollouts/step_N.parquet."""
     report: bool = True

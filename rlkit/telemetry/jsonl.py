@@ -79,7 +79,7 @@ class JsonlSink:
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         rows = read_metrics(run_dir)
         before = max((row.seconds for row in rows), default=0.0)  # what was lost counts as well
-        self._started = time.monotonic() - before
+        self.started = time.monotonic() - before
         self._warned: set[str] = set()
         last = math.inf if resume_step is None else resume_step
         kept = [row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last]
@@ -100,8 +100,7 @@ class JsonlSink:
             if value is not None and values[name] is None and name not in self._warned:
                 self._warned.add(name)
                 logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
-        seconds = time.monotonic() - self._started
-        self._file.write(Row(step, round(time.time(), 3), round(seconds, 3), values).line())
+        self._file.write(Row(step, round(time.time(), 3), round(time.monotonic() - self.started, 3), values).line())
         self._file.flush()
 
     def close(self, *, failed: bool = False) -> None:

@@ -33,11 +33,12 @@ class Metric:
     healthy: str
     action: str
 
-    def matches(self, name: str) -> bool:
-        """Whether the pattern stands for `name`."""
-        text = re.sub(r"\\{([^}]*)\\}", lambda m: "(?:" + m[1].replace(",", "|") + ")", re.escape(self.pattern))
-        text = text.replace(r"\[_se\]", "(?:_se)?").replace("@k", r"@\d+").replace("plugin/<name>", r"plugin/\S+")
-        return re.fullmatch(re.sub("<name>|<set>", r"[^/\\s]+", text), name) is not None
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """What a pattern stands for; its placeholders are the groups `name`, `set` and `k`."""
+    text = re.sub(r"\\{([^}]*)\\}", lambda m: "(?:" + m[1].replace(",", "|") + ")", re.escape(pattern))
+    text = text.replace(r"\[_se\]", "(?:_se)?").replace("@k", r"@(?P<k>\d+)").replace("plugin/<name>", r"plugin/\S+")
+    return re.compile(re.sub("<(name|set)>", r"(?P<\1>[^/\\s]+)", text))
 
 
 def read_resource(name: str) -> str:
@@ -48,17 +49,39 @@ def read_resource(name: str) -> str:
 _GLOSSARY = yaml.safe_load(read_resource("metrics.yaml"))
 GROUPS: dict[str, str] = _GLOSSARY["groups"]
 METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics"].items())
+_PATTERNS = {compiled(metric.pattern): metric for metric in METRICS}
+_ALIASES = yaml.safe_load(read_resource("aliases.yaml"))
+LIBRARIES: dict[str, dict[str, str]] = _ALIASES["libraries"]
+ALIASES: dict[str, dict[str, str]] = _ALIASES["aliases"]
 
 
 @lru_cache(maxsize=4096)
 def check_name(name: str) -> Metric:
     """The registry's entry for a metric's name, such as "eval/gsm8k/avg@4_se"; TelemetryError if there is none."""
-    for metric in METRICS:
-        if metric.matches(name):
+    for pattern, metric in _PATTERNS.items():
+        if pattern.fullmatch(name):
             return metric
     problem = f"unknown metric.{nearest(name, (m.pattern for m in METRICS))}"
     fix = "take one of docs/metrics.md, or add it to metrics.yaml; a component from outside uses plugin/<name>"
     raise TelemetryError(problem, key="metric", value=name, fix=fix)
+
+
+def sections() -> dict[str, list[Metric]]:
+    """The dashboard's sections; one lists patterns, and groups for those of their metrics that no section lists."""
+    chosen: dict[str, list[str]] = _GLOSSARY["sections"]
+    single = {key for keys in chosen.values() for key in keys}
+    groups = {m.pattern: m.pattern if m.pattern in single else m.pattern.split("/")[0] for m in METRICS}
+    return {title: [m for key in keys for m in METRICS if groups[m.pattern] == key] for title, keys in chosen.items()}
+
+
+@lru_cache(maxsize=4096)
+def alias(name: str, library: str) -> str | None:
+    """What a library of aliases.yaml, such as "trl", calls a metric in wandb; None where it has no such figure."""
+    for pattern, names in ALIASES.items():
+        if library in names and (match := compiled(pattern).fullmatch(name)):
+            theirs = names[library].replace("@k", "@<k>")
+            return LIBRARIES[library]["prefix"] + re.sub("<(name|set|k)>", lambda m: match[m[1]], theirs)
+    return None
 
 
 def is_warm_start(metrics: Metrics) -> bool:
@@ -69,8 +92,7 @@ def is_warm_start(metrics: Metrics) -> bool:
 def to_markdown() -> str:
     """The glossary as a Markdown page."""
     template = Template(read_resource("templates/metrics.md.j2"), trim_blocks=True, keep_trailing_newline=True)
-    page: str = template.render(introduction=_GLOSSARY["introduction"], groups=GROUPS, metrics=METRICS)
-    return page
+    return str(template.render(_GLOSSARY | _ALIASES | {"metrics": METRICS}))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ class EvalCurve:
         error = None if a is None or b is None else (a**2 + b**2) ** 0.5
         return Point(self.after.step, self.after.value - self.before.value, error)
 
+    def figures(self) -> dict[str, float | None]:
+        """`avg@4_before`, `avg@4_before_se`, `avg@4_after`, `avg@4_after_se` and `avg@4_after_step`."""
+        out: dict[str, float | None] = {f"{self.label}_after_step": None if self.after is None else self.after.step}
+        for when, point in (("before", self.before), ("after", self.after)):
+            out[f"{self.label}_{when}"] = None if point is None else point.value
+            out[f"{self.label}_{when}_se"] = None if point is None else point.error
+        return out
+
 
 @dataclass(frozen=True)
 class RunRecord:

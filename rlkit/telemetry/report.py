@@ -1,6 +1,7 @@
 """What a run leaves for people: report.html with plots/, summary.json, and the table printed at the end."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.names import TelemetryError, read_resource
-from rlkit.telemetry.record import EvalCurve, RunRecord, load_run, read_mapping, with_error
-from rlkit.telemetry.rollouts import COLOURS, facts, judged_rollouts, rollout_steps, visible
+from rlkit.telemetry.record import RunRecord, load_run, read_mapping, with_error
+from rlkit.telemetry.rollouts import COLOURS, examples, facts, judged_rollouts, rollout_steps, visible
 from rlkit.telemetry.sinks import duration
 
 HEAD_CHARACTERS, TAIL_CHARACTERS = 1200, 500  # of a long text
@@ -43,11 +44,10 @@ def _crop(text: str) -> Markup:
 
 def _stage(run: RunRecord, step: int) -> dict[str, Any]:
     """A few samples of each verdict of a step, one of each prompt before a second one."""
-    rows = [row | {"facts": facts(row)} for row in judged_rollouts(run.run_dir, step, run.config)]
-    rows.sort(key=lambda row: row["index"])
-    alike = {verdict: [row for row in rows if row["verdict"] == verdict] for verdict in COLOURS}
-    counts = ", ".join(f"{len(some)} {verdict}" for verdict, some in alike.items() if some)
-    chosen = [row for some in alike.values() for row in some[:SAMPLES]]
+    rows = judged_rollouts(run.run_dir, step, run.config)
+    found = Counter(row["verdict"] for row in rows)
+    counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in COLOURS if found[verdict])
+    chosen = [row | {"facts": facts(row)} for row in examples(rows, SAMPLES)]
     return {"step": step, "counts": f"{counts} of {len(rows)}", "rows": chosen}
 
 
@@ -82,15 +82,6 @@ def main(run_dir: str | Path) -> int:
     return 0
 
 
-def _figures(curve: EvalCurve) -> dict[str, float | int | None]:
-    """`avg@4_before`, `avg@4_before_se`, `avg@4_after`, `avg@4_after_se` and `avg@4_after_step`."""
-    out: dict[str, float | int | None] = {}
-    for when, point in (("before", curve.before), ("after", curve.after)):
-        out[f"{curve.label}_{when}"] = None if point is None else point.value
-        out[f"{curve.label}_{when}_se"] = None if point is None else point.error
-    return out | {f"{curve.label}_after_step": None if curve.after is None else curve.after.step}
-
-
 def write_summary(run_dir: Path) -> dict[str, Any]:
     """Write summary.json into a run folder and return what it holds.
 
@@ -103,11 +94,11 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
         "name": run.name, "seed": run.config.get("seed"),
         "steps": run.last_step, "planned_steps": run.config.get("steps"), "seconds": run.seconds,
         "reward_last": next(reversed(run.metric("reward/mean")[1]), None),
-        "eval_set": first and first.set, **(_figures(first) if first else {}),
+        "eval_set": first and first.set, **(first.figures() if first else {}),
         "eval": {},
     }  # fmt: skip
     for curve in run.evaluations:
-        summary["eval"].setdefault(curve.set, {}).update(_figures(curve))
+        summary["eval"].setdefault(curve.set, {}).update(curve.figures())
     replace_file(run_dir / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
     return summary
 

@@ -101,6 +101,12 @@ def judged_rollouts(run_dir: Path, step: int | None, config: Mapping[str, Any]) 
     return [row | {"verdict": verdict_of(row, config.get("evaluation") or {})} for row in rows]
 
 
+def examples(rows: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many judged rows of each verdict, one of each prompt before a second one."""
+    ordered = sorted(rows, key=lambda row: row["index"])
+    return [row for verdict in COLOURS for row in [r for r in ordered if r["verdict"] == verdict][:most]]
+
+
 def verdict_of(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     """A key of COLOURS: "right" is at least evaluation.correct_at (default 1), of evaluation.part or the total."""
     score = row["score"]
@@ -113,13 +119,8 @@ def verdict_of(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 def visible(text: str) -> list[tuple[str, bool]]:
     r"""Text in pieces; what a terminal or browser would act on or hide (not tab, newline) is \x1b or so, with True."""
-
-    def escape(character: str) -> str:
-        code = ord(character)
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
     pieces = enumerate(_UNSEEN.split(text))  # every second one is a match
-    return [(escape(piece), True) if i % 2 else (piece, False) for i, piece in pieces if piece]
+    return [(ascii(piece)[1:-1], True) if i % 2 else (piece, False) for i, piece in pieces if piece]
 
 
 def facts(row: Mapping[str, Any]) -> list[str]:

@@ -1,34 +1,36 @@
-"""Where metrics go: one `Telemetry` checks every name and hands each row to its sinks: file, wandb, console."""
+"""Where metrics go: one `Telemetry` checks every name and hands each row to file, wandb, TensorBoard, console."""
 
 import importlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rlkit.config.schema import TelemetryConfig
+from rlkit.telemetry.environment import redact_text
 from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, check_name, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start, read_resource
+from rlkit.telemetry.record import load_run
+from rlkit.telemetry.rollouts import examples, judged_rollouts, rollout_steps
 
 logger = logging.getLogger(__name__)
 
 DEADLINES_S = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0}
 QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
-FIELDS = (
-    ("reward", "reward/mean", ".3f"),
-    ("dead", "group/dead_frac", ".0%"),
-    ("length", "completion/length/mean", ".1f"),
-    ("entropy", "policy/entropy", ".3f"),
-    ("loss", "sft/loss", ".4f"),
-    ("s/step", "time/step", ".2f"),
-)
+OFF = {"wandb": "off", "tensorboard": "false"}  # extra -> value of its key that goes without it
+CLOCK = "run/seconds"
+TABLE = ("step", "prompt_id", "prompt", "completion", "reference", "answer", "score", "verdict", "finish_reason")
+TABLE_ROWS = 4  # of each verdict
+FIELDS: dict[str, tuple[str, str]] = yaml.safe_load(read_resource("report.yaml"))["console"]
 PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
@@ -42,22 +44,40 @@ class Sink(Protocol):
         """Let go of everything; `failed` says that the run ended in an error."""
 
 
+def optional(module: str, extra: str) -> Any:
+    """Import what only an extra of the package installs; TelemetryError where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fix = f"pip install 'rlkit-rlvr[{extra}]', or set telemetry.{extra}={OFF[extra]}"
+        raise TelemetryError(f"{module} cannot be imported: {error}", key=f"telemetry.{extra}", fix=fix) from error
+
+
+def published(metrics: Metrics, library: str) -> dict[str, float]:
+    """A row without None, each value also under the name that a library of aliases.yaml has for it."""
+    known = {name: value for name, value in metrics.items() if value is not None}
+    return known | {theirs: value for name, value in known.items() if (theirs := alias(name, library))}
+
+
 class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
-    The step axis is ours (`learner/step`, or `sft/step`), so that a resumed run may log a step again. `mode` is
-    "offline" (no account, no network) or "online". Raises TelemetryError: not installed, or the run cannot start.
+    The axes are ours: `learner/step` or `sft/step`, so that a resumed run may log a step again, and `run/seconds` since
+    `started` (monotonic clock; earlier parts of the run counted in). A table of completions goes with an evaluation
+    and every telemetry.completions_every_steps; the summary ends with the held-out figures of summary.json.
+    telemetry.wandb is "offline" (no account, no network) or "online". Raises TelemetryError: the run cannot start.
     """
 
-    def __init__(self, run_dir: Path, *, project: str, name: str, mode: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, telemetry: TelemetryConfig, *, name: str, config: Mapping[str, Any], started: float
+    ) -> None:
+        mode, project = telemetry.wandb, telemetry.wandb_project
         if mode == "offline":
             # Before the import: wandb reports its own errors to its makers over the network.
             os.environ["WANDB_ERROR_REPORTING"] = "false"
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            fix = "pip install wandb, or set telemetry.wandb=off"
-            raise TelemetryError("wandb is not installed", key="telemetry.wandb", value=mode, fix=fix) from error
+        self._wandb = optional("wandb", "wandb")
+        self._run_dir, self._telemetry, self._config, self._started = run_dir, telemetry, config, started
+        self._tabled = 0  # step of the last table
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
@@ -66,18 +86,31 @@ class WandbSink:
         run = {"project": project, "name": name, "id": identity.read_text().strip(), "dir": str(run_dir), "mode": mode}
         resume, settings = "allow" if mode == "online" else None, self._wandb.Settings(**DEADLINES_S, **quiet)
         try:
-            self._run: Any = self._wandb.init(**run, resume=resume, config=dict(config), settings=settings)
+            shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
+            self._run: Any = self._wandb.init(**run, resume=resume, config=shown, settings=settings)
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
+        self._run.define_metric(CLOCK)
         for axis, names in (("learner/step", "*"), ("sft/step", "sft/*")):
-            self._run.define_metric(axis)
+            self._run.define_metric(axis, step_metric=CLOCK)
             self._run.define_metric(names, step_metric=axis)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Log one row; values that are None are left out."""
+        """Log one row, with a table where one is due; values that are None are left out."""
         axis = "sft/step" if is_warm_start(metrics) else "learner/step"
-        self._run.log({axis: step, **{k: v for k, v in metrics.items() if v is not None}})
+        row: dict[str, Any] = {
+            axis: step,
+            CLOCK: time.monotonic() - self._started,
+            **published(metrics, self._telemetry.aliases),
+        }
+        every = self._telemetry.completions_every_steps
+        due = every and (step % every == 0 or any(name.startswith("eval/") for name in metrics))
+        if due and axis == "learner/step" and step != self._tabled and step in rollout_steps(self._run_dir):
+            self._tabled = step
+            kept = examples(judged_rollouts(self._run_dir, step, self._config), TABLE_ROWS)
+            row["completions"] = self._wandb.Table(list(TABLE), [[one[key] for key in TABLE] for one in kept])
+        self._run.log(row)
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the run, within DEADLINES_S, and end wandb's service process; twice is harmless."""
@@ -85,10 +118,32 @@ class WandbSink:
         if run is None:
             return
         try:
+            for curve in load_run(self._run_dir).evaluations:
+                run.summary.update({f"eval/{curve.set}/{name}": value for name, value in curve.figures().items()})
             run.finish(exit_code=int(failed))
         except TimeoutError:
             logger.error("wandb did not finish in time; the data is in %s: upload with `wandb sync`", run.dir)
-        self._wandb.teardown(exit_code=int(failed))
+        finally:
+            self._wandb.teardown(exit_code=int(failed))
+
+
+class TensorboardSink:
+    """Scalars at their step in run_dir/tensorboard; a resumed run hides the steps after `resume_step`."""
+
+    def __init__(self, run_dir: Path, telemetry: TelemetryConfig, resume_step: int | None = None) -> None:
+        writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer: Any = writer(run_dir / "tensorboard", purge_step=None if resume_step is None else resume_step + 1)
+        self._library = telemetry.aliases
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write one row to disk; values that are None are left out."""
+        for name, value in published(metrics, self._library).items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file; twice is harmless."""
+        self._writer.close()
 
 
 def duration(seconds: float) -> str:
@@ -121,7 +176,7 @@ class ConsoleSink:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Show one row: a step's summary, held-out figures, or both."""
-        shown = [f"{label} {figure(metrics[name], spec)}" for label, name, spec in FIELDS if name in metrics]
+        shown = [f"{label} {figure(metrics[name], spec)}" for label, (name, spec) in FIELDS.items() if name in metrics]
         if shown:
             (task,) = self._progress.tasks
             self._progress.update(task.id, completed=step)
@@ -157,14 +212,17 @@ class Telemetry:
         """Make the sinks a recipe asks for; `config` is the resolved recipe as plain containers, for wandb.
 
         `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.
-        Raises TelemetryError: wandb is asked for and cannot be started, or metrics.jsonl is broken.
+        Raises TelemetryError: wandb or TensorBoard is asked for and cannot start, or metrics.jsonl is broken.
         """
         with ExitStack() as undo:
-            sinks: list[Sink] = [JsonlSink(run_dir, resume_step)]
-            undo.callback(sinks[0].close)
+            rows = JsonlSink(run_dir, resume_step)
+            undo.callback(rows.close)
+            sinks: list[Sink] = [rows]
+            if telemetry.tensorboard:
+                sinks.append(TensorboardSink(run_dir, telemetry, resume_step))
+                undo.callback(sinks[1].close)
             if telemetry.wandb != "off":
-                project, mode = telemetry.wandb_project, telemetry.wandb
-                sinks.append(WandbSink(run_dir, project=project, name=name, mode=mode, config=config))
+                sinks.append(WandbSink(run_dir, telemetry, name=name, config=config, started=rows.started))
             if telemetry.console:
                 sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
             undo.pop_all()

@@ -1,5 +1,6 @@
 """The registry knows every name, and the glossary is generated from it."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -7,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlkit.telemetry.names import GROUPS, METRICS, TelemetryError, check_name, to_markdown
+from rlkit.config.schema import TelemetryConfig
+from rlkit.telemetry.names import (
+    ALIASES,
+    GROUPS,
+    LIBRARIES,
+    METRICS,
+    TelemetryError,
+    alias,
+    check_name,
+    sections,
+    to_markdown,
+)  # fmt: skip
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -64,3 +76,28 @@ def test_unknown_names_are_refused(name: str) -> None:
 def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
     with pytest.raises(TelemetryError, match="Did you mean 'policy/entropy'"):
         check_name("policy/entrpy")
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_every_alias_is_of_one_of_our_metrics_and_keeps_its_placeholders(name: str) -> None:
+    (example,) = examples(name)
+    check_name(example)
+    assert ALIASES[name] and ALIASES[name].keys() <= LIBRARIES.keys()
+    for library, theirs in ALIASES[name].items():
+        (expected,) = examples(LIBRARIES[library]["prefix"] + theirs)
+        assert alias(example, library) == expected
+
+
+def test_aliases_are_unambiguous_and_the_setting_offers_their_libraries() -> None:
+    for library in LIBRARIES:
+        theirs = [names[library] for names in ALIASES.values() if library in names]
+        assert len(theirs) == len(set(theirs))
+    (aliases,) = (f for f in dataclasses.fields(TelemetryConfig) if f.name == "aliases")
+    assert set(aliases.metadata["choices"]) == {"none", *LIBRARIES}
+    assert alias("eval/a/avg@4_se", "verl") is None and alias("plugin/x", "trl") is None
+
+
+def test_every_metric_has_one_place_on_the_dashboard() -> None:
+    placed = [metric.pattern for metrics in sections().values() for metric in metrics]
+    assert sorted(placed) == sorted(metric.pattern for metric in METRICS)
+    assert all(sections().values())

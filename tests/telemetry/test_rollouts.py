@@ -1,5 +1,6 @@
 """Rollout files keep everything exactly; the viewer shows it and obeys nothing in it."""
 
+import ast
 import io
 import re
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_visible_leaves_nothing_to_act_on_and_loses_nothing(text: str) -> None:
     shown = "".join(piece for piece, _ in pieces)
     assert all(c.isprintable() or c in "\t\n" or ord(c) > 0x7F for c in shown)
     assert not set(shown) & {chr(c) for c in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), 0x200B)}
-    back = "".join(chr(int(piece[2:], 16)) if escaped else piece for piece, escaped in pieces)
+    back = "".join(ast.literal_eval(f"'{piece}'") if escaped else piece for piece, escaped in pieces)
     assert back == text
 
 
