@@ -1,7 +1,7 @@
 """One training step of TRL's GRPOTrainer and of rlkit on the same job, in alternation.
 
     pip install "trl==1.16.*"
-    python benchmarks/peers/trl_step.py [--rounds 3] [--steps 10] [--threads 2]
+    python benchmarks/peers/trl_step.py [--rounds 3] [--steps 10] [--ranks 2] [--threads 1]
 
 The job: 32 prompts x 8 completions of the quickstart, at most 48 new tokens, temperature 1, one AdamW step at learning
 rate 1e-6 (so that the policy, and with it lengths and rewards, stay what they are), no KL. It is run for two policies:
@@ -9,9 +9,10 @@ rate 1e-6 (so that the policy, and with it lengths and rewards, stay what they a
 `trained`, the same after 60 steps, where most groups are all correct, as they are for most of a run. Each round starts
 one process of either side for each policy, in changing order, and leaves out the first two steps of each.
 
-TRL runs at its best settings for this machine: micro-batches of 64 samples (256, 128 and 32 are slower or equal), no
-gradient checkpointing, the transformers engine, its reward a string comparison in process; rlkit scores in sandboxed
-verifiers, writes its buffer and every rollout. Both are timed from the request for completions to the updated weights.
+Both sides use two cores as two data-parallel ranks of one thread, the fastest way for either. TRL runs at its best
+settings for this machine: micro-batches of 32 samples a rank (64 and 128 are slower), no gradient checkpointing, the
+transformers engine, its reward a string comparison in process; rlkit scores in sandboxed verifiers, writes its buffer
+and every rollout. Both are timed from the request for completions to the updated weights.
 
 The last line is JSON: for each policy medians and spreads of both sides, generation and learner apart, peak memory of
 the training process, `ratio` = TRL seconds / rlkit seconds (median of the rounds' ratios, with the smallest and
@@ -82,12 +83,14 @@ def environment() -> dict[str, str]:
 def run_rlkit(folder: Path, model: Path, steps: int, threads: int) -> dict[str, Any]:
     from rlkit.cli import main
 
-    name = f"step-{os.getpid()}"
+    name = f"step-{os.getppid()}"  # of all ranks
     settings = [f"name={name}", f"output_dir={folder / 'runs'}", f"steps={steps}", f"learner.num_threads={threads}"]
     settings += [f"model.path={model}", "model.architecture=null", "model.alphabet=null", "sft=null"]
     settings += ["learner.learning_rate=1e-6", "learner.warmup_steps=0"]
     os.chdir(folder)
     assert main(["train", "recipe=quickstart", *OVERRIDES, *QUIET, *settings]) == 0
+    if os.environ.get("RANK", "0") != "0":
+        return {}
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     rows = [row for line in lines if "time/step" in (row := json.loads(line))][SKIP:]
     return {
@@ -147,7 +150,7 @@ def run_trl(model: Path, steps: int, threads: int, batch: int) -> dict[str, Any]
             output_dir=out,
             per_device_train_batch_size=batch,
             num_generations=SAMPLES,
-            gradient_accumulation_steps=PROMPTS * SAMPLES // batch,
+            gradient_accumulation_steps=PROMPTS * SAMPLES // batch // int(os.environ.get("WORLD_SIZE", "1")),
             gradient_checkpointing=False,
             max_completion_length=NEW_TOKENS,
             temperature=1.0,
@@ -181,9 +184,9 @@ def run_trl(model: Path, steps: int, threads: int, batch: int) -> dict[str, Any]
 
 
 def measured(side: str, folder: Path, model: Path, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--model", str(model)]
-    command += ["--trl-batch", str(options.trl_batch)]
-    command += ["--steps", str(options.steps), "--threads", str(options.threads)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+    command = [sys.executable, *(launcher if options.ranks > 1 else []), __file__, "--side", side]
+    command += ["--folder", str(folder), "--model", str(model), "--trl-batch", str(options.trl_batch)]
     env = environment() | {"OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1800, check=False)
     if done.returncode:
@@ -206,19 +209,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help=f"of each process; the first {SKIP} are not counted")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trl-batch", type=int, default=64, help="TRL's samples of one forward and backward")
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--ranks", type=int, default=2, help="data-parallel processes of either side")
+    parser.add_argument("--trl-batch", type=int, default=32, help="TRL's samples of one forward and backward")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "benchmark-trl")
     parser.add_argument("--side", choices=("rlkit", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder.resolve()
-    if options.side == "rlkit":
-        print(json.dumps(run_rlkit(folder, options.model, options.steps, options.threads)))
-        return
-    if options.side == "trl":
-        print(json.dumps(run_trl(options.model, options.steps, options.threads, options.trl_batch)))
-        return
+    if options.side:
+        found = (
+            run_rlkit(folder, options.model, options.steps, options.threads)
+            if options.side == "rlkit"
+            else run_trl(options.model, options.steps, options.threads, options.trl_batch)
+        )
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found), flush=True)
+        os._exit(0)  # gloo aborts where the interpreter ends
     folder.mkdir(parents=True, exist_ok=True)
     models = {name: policy(name, folder) for name in POLICIES}
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"trl": [], "rlkit": []} for name in POLICIES}
@@ -229,7 +236,7 @@ def main() -> None:
                 runs[name][side].append(found)
                 print(f"round {number} {name} {side}: {statistics.median(found['step']):.3f} s a step", flush=True)
     result: dict[str, Any] = {name: compared(of_policy) for name, of_policy in runs.items()}
-    print(json.dumps(result | {"threads": options.threads, "ratio": result["warm"]["ratio"]}))
+    print(json.dumps(result | {"ranks": options.ranks, "threads": options.threads, "ratio": result["warm"]["ratio"]}))
 
 
 def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

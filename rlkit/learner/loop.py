@@ -24,6 +24,8 @@ from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
 from rlkit.learner.setup import Session
 from rlkit.learner.update import Learner, never_stop
+from rlkit.rollout.engine import Engine
+from rlkit.rollout.ranks import RankedEngine
 from rlkit.rollout.worker import RolloutWorker
 from rlkit.telemetry.environment import peak_memory_gb
 from rlkit.telemetry.rollouts import rows_of, write_rollouts
@@ -53,7 +55,10 @@ class Trainer:
         chosen = config.algorithm.group_filter
         self.group_filter: GroupFilter | None = build(chosen, key="algorithm.group_filter") if chosen else None
         self.budget: Budget = build(config.budget, key="budget")
-        self.engine = self.session.engine(self.learner.model)
+        ranks = self.session.accelerator.num_processes
+        self.engine: Engine = self.session.engine(self.learner.model)
+        if ranks > 1:
+            self.engine = RankedEngine(self.engine, ranks)
         sampling = self.session.sampling(config.rollout.temperature, config.seed)
         capacity, timeout = config.prompts_per_step * config.samples_per_prompt, config.rollout.lease_timeout_s
         self.worker = RolloutWorker(self.buffer, self.engine, self.pool, sampling, "embedded-0", capacity, timeout)

@@ -79,7 +79,7 @@ class Session:
     def engine(self, model: PreTrainedModel) -> Engine:
         """The recipe's inference engine, on the weights of `model`."""
         component = build(self.config.rollout.engine, key="rollout.engine")
-        engine: Engine = component.open(model, self.tokenizer, self.check_stop)
+        engine: Engine = component.open(model, self.tokenizer, self.check_stop, self.accelerator.process_index)
         return engine
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:

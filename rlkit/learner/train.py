@@ -23,6 +23,7 @@ from rlkit.learner.loop import Trainer
 from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at, open_pool, preflight
 from rlkit.learner.sft import start_model
 from rlkit.learner.update import Learner, never_stop
+from rlkit.rollout.ranks import GenerateOrder, carry_out
 from rlkit.telemetry.environment import write_environment
 from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.record import read_mapping
@@ -46,7 +47,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         session = Session.open(config, resolved, check_stop)
         try:
             if not session.accelerator.is_main_process:
-                _follow(dataclasses.replace(session, check_stop=never_stop))
+                asyncio.run(_follow(session))
                 return
             with open_run_folder(config, resolved) as folder:
                 _lead(session, folder)
@@ -114,16 +115,22 @@ def _begin(folder: Path, previous: checkpoints.Checkpoint | None, sets: Mapping[
             (folder / "rollouts" / f"step_{step}.parquet").unlink()
 
 
-def _follow(session: Session) -> None:
-    """Ranks other than 0: train on every batch rank 0 sends, until it sends None."""
-    config = session.config
-    learner = _open_learner(session, checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints"))
+async def _follow(session: Session) -> None:
+    """Ranks other than 0: sample a share, or train, as rank 0 orders, until it sends None."""
+    config, accelerator = session.config, session.accelerator
+    newest = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints")
+    # Weights are not left half way here: rank 0 would wait in a collective. Sampling may be.
+    learner = _open_learner(dataclasses.replace(session, check_stop=never_stop), newest)
+    engine = session.engine(learner.model)
     while True:
         message: list[Any] = [None]
         broadcast_object_list(message, from_process=0)
-        if message[0] is None:
+        if isinstance(message[0], GenerateOrder):
+            await carry_out(message[0], engine, accelerator.process_index, accelerator.num_processes)
+        elif message[0] is None:
             return
-        learner.step(message[0], never_stop)
+        else:
+            learner.step(message[0], never_stop)
 
 
 def _open_learner(session: Session, previous: checkpoints.Checkpoint | None) -> Learner:

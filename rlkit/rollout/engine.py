@@ -20,7 +20,9 @@ class GenerationRequest:
 class Engine(Protocol):
     """Implemented by the embedded transformers engine and, later, by vLLM servers."""
 
-    engine_id: str
+    @property
+    def engine_id(self) -> str:
+        """Names the engine in its rollouts."""
 
     @property
     def version(self) -> int:

@@ -42,10 +42,10 @@ class TransformersEngine:
                 raise ConfigError("out of range", key=key, value=value, expected="1 or more")
 
     def open(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None], rank: int = 0
     ) -> EmbeddedEngine:
-        """Serve `model` (shared, not copied). `check_stop` raises when the run is to end."""
-        return EmbeddedEngine(self, model, tokenizer, check_stop)
+        """Serve `model` (shared, not copied) on a learner rank. `check_stop` raises when the run is to end."""
+        return EmbeddedEngine(self, model, tokenizer, check_stop, f"embedded-{rank}")
 
 
 class RoomyLayer(DynamicLayer):
@@ -95,7 +95,7 @@ class EmbeddedEngine:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     check_stop: Callable[[], None]
-    engine_id: str = "embedded-0"
+    engine_id: str
     version: int = 0  # of the shared weights
     generating: int = 0  # calls of `generate` under way
 

@@ -30,6 +30,9 @@ MODEL = ModelConfig(
     alphabet="0123456789+=",
 )
 TOKENIZER = load_tokenizer(MODEL)
+REQUESTS = [
+    GenerationRequest(ordinal=i // 4, index=i % 4, prompt_token_ids=np.arange(4, 5 + i // 4)) for i in range(32)
+]
 
 
 def sampling(**changes) -> SamplingParams:
@@ -41,12 +44,9 @@ def generate(compact_every: int, rows: int, params: SamplingParams) -> dict[tupl
     model = load_model(MODEL, TOKENIZER, torch.float32, 0)
     settings = TransformersEngine(compact_every=compact_every, max_batch_samples=rows)
     engine = settings.open(model, TOKENIZER, lambda: None)
-    requests = [
-        GenerationRequest(ordinal=i // 4, index=i % 4, prompt_token_ids=np.arange(4, 5 + i // 4)) for i in range(32)
-    ]
 
     async def run() -> list[Rollout]:
-        return [r async for part in engine.generate(requests, params) for r in part]
+        return [r async for part in engine.generate(REQUESTS, params) for r in part]
 
     rollouts = asyncio.run(run())
     prompts = [np.arange(4, 5 + r.ordinal) for r in rollouts]
