@@ -20,5 +20,5 @@ def test_two_ranks_sample_what_one_does_and_a_signal_on_either_is_heard(tmp_path
     assert [row[:3] for row in found["rollouts"]] == [row[:3] for row in found["alone"]]
     assert len(found["rollouts"]) == 32
     for ordinal, _, _, engine_id, versions in found["rollouts"]:
-        assert engine_id == f"embedded-{ordinal // 4}" and versions == [7]  # half of the 8 prompts each
+        assert engine_id == f"embedded-{ordinal // 4}" and set(versions) == {7}  # half of the 8 prompts each
     assert found["stopped"]
