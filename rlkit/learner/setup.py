@@ -32,7 +32,7 @@ from rlkit.rollout.worker import score_references
 from rlkit.types import Prompt, SamplingParams
 
 REPEAT_S = 0.5  # a second signal within this is the first one again, and not a wish to leave at once
-RANK_TIMEOUT = timedelta(hours=2)  # for ranks that wait while rank 0 samples, scores and evaluates alone
+RANK_TIMEOUT = timedelta(hours=2)  # for ranks that wait for the slowest one's samples, or for rank 0's scores
 
 
 @dataclass(frozen=True, slots=True)
