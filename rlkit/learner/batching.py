@@ -4,6 +4,7 @@ The gradient of an update does not depend on anything in this file: each sequenc
 the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain sum over tokens, however it is cut.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -77,21 +78,28 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def plan_microbatches(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[int]]:
     """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first; each is in one of them.
 
-    A sequence longer than the budget gets a micro-batch of its own.
+    There are as few as it takes, rounded up to a multiple of `ranks`, and they are as even as that allows: ranks wait
+    for the one with the most tokens. A sequence longer than the budget gets a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    plan: list[list[int]] = []
-    width = 0
-    for i in order:
-        if plan and (len(plan[-1]) + 1) * width <= max_tokens:
-            plan[-1].append(i)
-        else:
-            plan.append([i])
-            width = lengths[i]
-    return plan
+
+    def cut(budget: int) -> list[list[int]]:
+        plan: list[list[int]] = []
+        width = 0
+        for i in order:
+            if plan and (len(plan[-1]) + 1) * width <= budget:
+                plan[-1].append(i)
+            else:
+                plan.append([i])
+                width = lengths[i]
+        return plan
+
+    parts = -(-len(cut(max_tokens)) // ranks) * ranks
+    even = bisect_left(range(max_tokens), True, lo=1, key=lambda budget: len(cut(budget)) <= parts)
+    return cut(even)
 
 
 def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[list[int], bool]]:

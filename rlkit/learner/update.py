@@ -165,8 +165,9 @@ class Learner:
             shortest = min(indices, key=lambda i: sequences[i].total_tokens)
             indices = [i for i in indices if sequences[i].advantage != 0.0] or [shortest]
         lengths = [sequences[i].total_tokens for i in indices]
-        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch)
-        share = share_of_rank(plan, self.accelerator.process_index, self.accelerator.num_processes)
+        ranks = self.accelerator.num_processes
+        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, ranks)
+        share = share_of_rank(plan, self.accelerator.process_index, ranks)
         return [collate(sequences, [indices[j] for j in part], weights, counted=counted) for part, counted in share]
 
     def anchored(self, parts: list[list[MicroBatch]]) -> list[list[MicroBatch]]:

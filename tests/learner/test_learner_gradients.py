@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
@@ -104,6 +106,18 @@ def test_gradient_is_the_same_for_every_split(aggregation, dtype, bound, kl):
     for split in splits:
         difference = (gradient(it, data, split) - whole).norm() / whole.norm()
         assert difference <= bound
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.integers(1, 4))
+def test_microbatches_keep_the_budget_and_are_even_over_ranks(lengths, budget, ranks):
+    plan = plan_microbatches(lengths, budget, ranks)
+    assert sorted(i for part in plan for i in part) == list(range(len(lengths)))
+    padded = [len(part) * max(lengths[i] for i in part) for part in plan]
+    assert all(tokens <= budget or len(part) == 1 for part, tokens in zip(plan, padded, strict=True))
+    parts = -(-len(plan_microbatches(lengths, budget)) // ranks) * ranks
+    assert len(plan) <= parts
+    if len(set(lengths)) == 1:
+        assert max(len(part) for part in plan) == -(-len(lengths) // parts)
 
 
 def test_two_ranks_together_hold_every_sequence_once_and_run_equally_often():
