@@ -19,14 +19,9 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One task, rendered and tokenised.
+    """One task, rendered and tokenised."""
 
-    Example:
-        Prompt(id="chain_sum/17", text="4-1+7=", token_ids=array([3, 11, ...]), reference="10",
-               metadata={"num_terms": 3})
-    """
-
-    id: str
+    id: str  # e.g. "chain_sum/17"
     text: str
     token_ids: IntArray  # [prompt tokens]
     reference: str | None
@@ -50,18 +45,12 @@ class Rollout:
         ordinal: position of its group in the run's prompt order (unique in a run).
         index: which of the group's samples this is, 0 <= index < samples.
         token_ids: [T] sampled tokens, the stop token included when there is one.
-        behavior_logprobs: [T] log-probability of each token under the sampling distribution
-            (temperature applied) of the policy that sampled it, float32, in nats.
-        loss_mask: [T] False where a token was not the policy's own (tool output); all True for
-            single-turn work.
+        behavior_logprobs: [T] log-probability of each token under the sampling distribution (temperature applied) of
+            the policy that sampled it, float32, in nats.
+        loss_mask: [T] False where a token was not the policy's own (tool output); all True for single-turn work.
         segments: [T] turn number of each token; all 0 for single-turn work.
-        version_spans: contiguous, covering [0, T).
+        version_spans: contiguous, covering [0, T); two where the weights changed while it was sampled.
         finish_reason: "stop" (stop token or stop string) or "length".
-
-    Example:
-        T = 3 sampled while version 4 became 5 after the second token:
-        version_spans = (VersionSpan(version=4, start=0, end=2),
-                         VersionSpan(version=5, start=2, end=3))
     """
 
     ordinal: int
@@ -87,8 +76,8 @@ class Rollout:
 class Verdict:
     """What the verifiers said of one rollout.
 
-    `score` None means it could not be scored (timeout, crash, NaN): the sample is dropped and
-    counted, never treated as 0. `answer` is the extracted answer, for majority voting.
+    `score` None: it could not be scored (timeout, crash, NaN); the sample is dropped and counted, never treated as 0.
+    `answer` is the extracted answer, for majority voting.
     """
 
     score: float | None

@@ -2,8 +2,7 @@
 
     loss = sum_i w_i sum_t m_it L_it,    |o_i| = sum_t m_it
 
-with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the
-optimiser step, on every rank:
+with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the optimiser step:
 
     TokenMean              w_i = 1 / sum_j |o_j|
     SequenceMeanTokenMean  w_i = 1 / (B |o_i|)

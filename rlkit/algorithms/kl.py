@@ -26,19 +26,12 @@ from rlkit.algorithms.base import LossOutput, in_range
 from rlkit.errors import ConfigError, TrainingError
 
 
-def _k3(d: Tensor, limit: float) -> Tensor:
-    d = d.clamp(-limit, limit)
-    return torch.expm1(d) - d  # exp(d) - 1 - d would lose every digit of a small d
-
-
-# Name -> estimate of (ref_logprob - logprob [n], log_ratio_limit).
-ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "k1": lambda d, limit: -d,
-    "k2": lambda d, limit: 0.5 * d.square(),
-    "k3": _k3,
+# Name -> estimate of (d [n], d clamped [n]); exp(d) - 1 - d would lose every digit of a small d.
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": lambda d, _: -d,
+    "k2": lambda d, _: 0.5 * d.square(),
+    "k3": lambda _, clamped: torch.expm1(clamped) - clamped,
 }
-NO_GRADIENT = frozenset({"k1"})
-"""Estimators whose expected gradient as a loss is 0."""
 
 
 class KL(Protocol):
@@ -80,7 +73,7 @@ class KLPenalty:
         in_range("coefficient", self.coefficient, 0)
         if self.estimator not in ESTIMATORS:
             raise ConfigError("unknown", key="estimator", value=self.estimator, expected=" or ".join(ESTIMATORS))
-        if self.estimator in NO_GRADIENT and self.coefficient > 0 and not self.in_reward:
+        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             problem = "as a loss, its expected gradient is 0"
             raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)
@@ -115,4 +108,5 @@ class KLInReward(KLPenalty):
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0) -> Tensor:
     """k1, k2 or k3 of every token [n], in nats; no gradient to the reference. KeyError for another estimator."""
-    return ESTIMATORS[estimator](reference_logprobs.detach() - logprobs, log_ratio_limit)
+    difference = reference_logprobs.detach() - logprobs
+    return ESTIMATORS[estimator](difference, difference.clamp(-log_ratio_limit, log_ratio_limit))

@@ -33,14 +33,10 @@ class BatchNormalizedAdvantage:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchNormalizedGroupBaselineAdvantage:
+class BatchNormalizedGroupBaselineAdvantage(BatchNormalizedAdvantage):
     """Scores centred on their group's mean, then whitened over the step's tokens."""
 
     minimum_group_size: ClassVar[int] = 2
-    epsilon: float = 1e-8
-
-    def __post_init__(self) -> None:
-        in_range("epsilon", self.epsilon, 0.0, 1.0)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
