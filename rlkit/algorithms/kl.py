@@ -25,7 +25,6 @@ from torch import Tensor
 from rlkit.algorithms.base import LossOutput, in_range
 from rlkit.errors import ConfigError, TrainingError
 
-
 # Name -> estimate of (d [n], d clamped [n]); exp(d) - 1 - d would lose every digit of a small d.
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k1": lambda d, _: -d,
