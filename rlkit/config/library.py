@@ -32,6 +32,10 @@ class Library:
         found = {path.parent.relative_to(folder) for folder in self.folders for path in folder.rglob("*.yaml")}
         return sorted(group.as_posix() for group in found - {Path()})
 
+    def options(self, group: str) -> list[str]:
+        """Options of a group: its YAML files without the ending. The group "" has the recipes."""
+        return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
+
     def find(self, name: str, where: str = "") -> Path:
         """File of `group/option` or of a recipe; the user's folder wins. ConfigError, with the nearest, if absent."""
         paths = [path for folder in self.folders if (path := folder / f"{name}.yaml").is_file()]
@@ -39,9 +43,9 @@ class Library:
             return paths[0]
         group, _, option = name.rpartition("/")
         kind, key, wanted = "option" if group else "recipe", group or "recipe", option.removesuffix(".yaml")
-        names = sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
-        if group and group not in self.groups():
-            names, kind, wanted = self.groups(), "config group", group
+        names, groups = self.options(group), self.groups()
+        if group and group not in groups:
+            names, kind, wanted = groups, "config group", group
         fix = None if group else "your own recipes: --config-dir FOLDER recipe=NAME (without .yaml)"
         problem = f"no such {kind}{where}.{nearest(wanted, names)}"
         raise ConfigError(problem, key=key, value=option, expected=f"one of {', '.join(names)}", fix=fix)
