@@ -14,7 +14,7 @@ import xxhash
 
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.sources import Row, as_source
-from rlkit.data.text import bos_prefix, encode, field_names, render
+from rlkit.data.text import encode, field_names, render
 from rlkit.errors import ConfigError, DataError, nearest
 from rlkit.types import IntArray, Prompt
 
@@ -68,12 +68,14 @@ def load_prompts(
     names the row: no row (short enough), a missing field or reference, an id used twice, an unknown character.
     """
     rendered, left_out = render_rows(config, tokenizer, key)
-    prompts = []
-    for item in rendered:
-        reference, metadata = _reference(config, item, key, require_reference), _metadata(item, key)
-        tokens = item.token_ids
-        prompts.append(Prompt(id=item.id, text=item.text, token_ids=tokens, reference=reference, metadata=metadata))
-    return PromptSet(prompts=tuple(prompts), left_out=left_out)
+    prompts = tuple(
+        Prompt(
+            id=item.id, text=item.text, token_ids=item.token_ids,
+            reference=_reference(config, item, key, require_reference), metadata=_metadata(item, key),
+        )
+        for item in rendered
+    )  # fmt: skip
+    return PromptSet(prompts=prompts, left_out=left_out)
 
 
 def render_rows(
@@ -89,8 +91,9 @@ def render_rows(
         number = texts.index("")
         problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
         raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix="leave the row out of the data")
-    prefix = [] if config.chat else bos_prefix(tokenizer)
     texts = _chat(texts, config, tokenizer, key) if config.chat else texts
+    # A chat template writes its own. Llama's tokenizer starts every text with <bos>, Qwen's and GPT-2's do not.
+    prefix = [] if config.chat else [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
     kept = [
         RenderedRow(number, ids[number], rows[number], texts[number], np.array(tokens))
         for number, own in enumerate(encode(texts, tokenizer, ids, key))

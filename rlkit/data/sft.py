@@ -1,8 +1,7 @@
-"""Supervised examples and the order in which they are trained on."""
+"""Supervised examples: a prompt and its target completion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
-from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import render_rows
 from rlkit.data.text import encode
 from rlkit.errors import DataError
@@ -42,12 +40,12 @@ def load_examples(
     teacher = build(config.completion, key=f"{key}.completion")
     rows, left_out = render_rows(config, tokenizer, key)
     texts = [teacher(item.row, item.number) for item in rows]
-    encoded = encode(texts, tokenizer, [item.id for item in rows], f"{key}.completion")
-    examples: list[Example] = []
+    encoded, examples = encode(texts, tokenizer, [item.id for item in rows], f"{key}.completion"), list[Example]()
     for item, text, tokens in zip(rows, texts, encoded, strict=True):
         if not tokens or eos in tokens:
-            kind = f"empty or has {tokenizer.eos_token!r} inside"
-            problem = f"the completion of row {item.id!r} is {kind}: {text[:200]!r}"
+            problem = (
+                f"the completion of row {item.id!r} is empty or has {tokenizer.eos_token!r} inside: {text[:200]!r}"
+            )
             expected = "text; the end-of-sequence token is added behind it"
             raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
         if len(tokens) < max_completion_tokens:
@@ -58,14 +56,3 @@ def load_examples(
     if len(examples) < len(rows):
         left_out["completion_too_long"] = len(rows) - len(examples)
     return examples, left_out
-
-
-def batches(count: int, batch_size: int, steps: int, seed: int, start: int = 0) -> Iterator[IntArray]:
-    """Yield the example indices of steps [start, steps), each [batch_size]; a pure function of the arguments.
-
-    None of the `count` examples is used twice before all were used once. Lengths are mixed: batches of one length save
-    padding, but tiny models learnt more slowly from them.
-    """
-    order = PromptOrder(count, seed)
-    for step in range(start, steps):
-        yield np.array([order.index(step * batch_size + i) for i in range(batch_size)])

@@ -27,10 +27,8 @@ class Template:
     def __call__(self, row: Mapping[str, Any], index: int) -> str:
         text = render(self.template, row, index, "template")
         if text is None:
-            fix = "leave such rows out of the file"
-            raise DataError(
-                f"a field of row {index} is null, or all are empty", key="template", value=self.template, fix=fix
-            )
+            problem, fix = f"a field of row {index} is null, or all are empty", "leave such rows out of the file"
+            raise DataError(problem, key="template", value=self.template, fix=fix)
         return text
 
 

@@ -18,7 +18,6 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rewards import RewardError
 from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
@@ -59,9 +58,10 @@ class Session:
         dtype = resolve_dtype(self.config.model.dtype, self.accelerator.device)
         return load_model(source, self.tokenizer, dtype, seed)
 
-    def policy(self, model: PreTrainedModel, temperature: float) -> Policy:
-        """A model with the log-prob head."""
-        return Policy(model, temperature=temperature, chunk_tokens=self.config.learner.logprob_chunk_tokens)
+    def policy(self, source: ModelConfig, seed: int, temperature: float) -> Policy:
+        """The same with the log-prob head."""
+        chunk = self.config.learner.logprob_chunk_tokens
+        return Policy(self.model(source, seed), temperature=temperature, chunk_tokens=chunk)
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""
@@ -69,28 +69,24 @@ class Session:
         pieces = {k: build(getattr(config.algorithm, k), key=f"algorithm.{k}") for k in ("loss", "aggregation", "kl")}
         old_policy = build(config.old_policy, key="old_policy")
         objective = Objective(**pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient)
-        policy = self.policy(self.model(source, config.seed), config.rollout.temperature)
-        reference = None
+        policy, reference = self.policy(source, config.seed, config.rollout.temperature), None
         if objective.kl.needs_reference:
-            frozen = self.model(start, config.seed).requires_grad_(False)
-            reference = self.policy(frozen, config.rollout.temperature).to(self.accelerator.device)
+            reference = self.policy(start, config.seed, config.rollout.temperature).requires_grad_(False)
+            reference.to(self.accelerator.device)
         return Learner(policy, reference, objective, config.learner, self.accelerator, config.steps)
 
     def engine(self, model: PreTrainedModel) -> Engine:
         """The recipe's inference engine, on the weights of `model`."""
         component = build(self.config.rollout.engine, key="rollout.engine")
-        engine: Engine = component.open(model, self.tokenizer, self.check_stop)
-        return engine
+        return component.open(model, self.tokenizer, self.check_stop)  # type: ignore[no-any-return]
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:
         """Sampling with the recipe's limits and stops."""
+        rollout, stop = self.config.rollout, (int(self.tokenizer.eos_token_id),)
         return SamplingParams(
-            temperature=temperature,
-            max_tokens=self.config.rollout.max_completion_tokens,
-            seed=seed,
-            stop_token_ids=(int(self.tokenizer.eos_token_id),),
-            stop_strings=tuple(self.config.rollout.stop),
-        )
+            temperature=temperature, max_tokens=rollout.max_completion_tokens, seed=seed,
+            stop_token_ids=stop, stop_strings=tuple(rollout.stop),
+        )  # fmt: skip
 
     def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
         """Training prompts and the held-out sets. A reward without `needs_reference = False` needs one."""
@@ -186,11 +182,8 @@ def locked(
 
 
 def open_pool(config: RewardConfig) -> VerifierPool:
-    """Start the verifier processes."""
-    try:
-        return VerifierPool(config.rewards, workers=config.workers, timeout_s=config.timeout_s, sandbox=config.sandbox)
-    except RewardError as error:
-        raise ConfigError(str(error), key="reward", value=list(config.rewards)) from error
+    """Start the verifier processes. Raises RewardError."""
+    return VerifierPool(config.rewards, workers=config.workers, timeout_s=config.timeout_s, sandbox=config.sandbox)
 
 
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
@@ -199,12 +192,12 @@ async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int 
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "nan" in r.lower()]
     if not_a_number or len(reasons) == len(scores):
-        why = (not_a_number or reasons)[0]
-        raise ConfigError(
-            f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer: {why}",
-            key="reward.rewards", value=sorted(set(reasons))[:3], expected="a finite number for each",
-            fix="call the reward on one row by hand, or look at its settings and the references",
-        )  # fmt: skip
+        problem = f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer"
+        why, fix = (
+            sorted(set(not_a_number or reasons))[:3],
+            "call the reward on one row by hand, or look at its settings",
+        )
+        raise ConfigError(problem, key="reward.rewards", value=why, expected="a finite number for each", fix=fix)
 
 
 def message_of(name: str, kept: int, left_out: Mapping[str, int]) -> str:

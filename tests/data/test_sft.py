@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.prompts import load_prompts
-from rlkit.data.sft import batches, load_examples
+from rlkit.data.sft import load_examples
 from rlkit.errors import DataError
 
 Make = Callable[..., DatasetConfig]
@@ -63,22 +62,3 @@ def test_example_errors(dataset: Make, tokenizer: Any) -> None:
     config = dataset([{"question": "q", "solution": "\u00e9", "answer": "1"}], completion=TEMPLATE)
     with pytest.raises(DataError, match=repr("\u00e9")):
         load_examples(config, tokenizer, 100, "sft.data")
-
-
-counts = st.integers(1, 40)
-sizes = st.integers(1, 9)
-
-
-@given(counts, sizes, st.integers(0, 25), st.integers(0, 25), st.integers(0, 99))
-def test_batches_are_a_function_of_seed_and_step(count: int, size: int, steps: int, start: int, seed: int) -> None:
-    whole = [batch.tolist() for batch in batches(count, size, steps, seed)]
-    assert len(whole) == steps and all(len(batch) == size for batch in whole)
-    assert [batch.tolist() for batch in batches(count, size, steps, seed, start)] == whole[start:]
-    assert [batch.tolist() for batch in batches(count, size, steps + 3, seed)][:steps] == whole
-
-
-@given(counts, sizes, st.integers(1, 20), st.integers(0, 99))
-def test_no_example_is_used_twice_more_than_another(count: int, size: int, steps: int, seed: int) -> None:
-    chosen = Counter(np.concatenate(list(batches(count, size, steps, seed))).tolist())
-    used = [chosen[index] for index in range(count)]
-    assert max(used) - min(used) <= 1
