@@ -23,7 +23,7 @@ class Key:
     path: str
     annotation: Any
     default: Any
-    limits: Mapping[str, Any]  # as `schema.number` and `schema.choice` set them
+    limits: Mapping[str, Any]  # as `settings.number` and `settings.choice` set them
     doc: str
 
 

@@ -3,7 +3,6 @@
 They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from operator import attrgetter
@@ -13,9 +12,10 @@ from typing import Any
 from rewards import RewardError
 from rewards import build as build_rewards
 from rlkit.config.components import TARGET, build, validate
-from rlkit.config.keys import Key, datasets, fields, sections, unwrap
+from rlkit.config.keys import datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
 from rlkit.errors import ConfigError, nearest
+from rlkit.settings import fault
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
@@ -36,7 +36,8 @@ def problems(config: Config) -> Iterator[ConfigError]:
     for place, section in sections(config):
         for name, key in fields(section.__class__).items():
             path, value = f"{place}.{name}".lstrip("."), getattr(section, name)
-            yield from _check_value(path, key, value)
+            if wrong := fault(path, value, key.limits, f" ({key.doc.removesuffix('.')})"):
+                yield wrong
             if unwrap(key.annotation) == Component and value is not None and path != "model.architecture":
                 # Sources are only checked: making one may look for files. The rest is cheap to construct,
                 # which checks the values of its settings too.
@@ -60,18 +61,6 @@ def problems(config: Config) -> Iterator[ConfigError]:
 
 def _fault(key: str, value: object, problem: str, expected: str | None = None, fix: str | None = None) -> ConfigError:
     return ConfigError(problem, key=key, value=value, expected=expected, fix=fix)
-
-
-def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
-    """The limits that stand beside the field in the schema."""
-    if value is None or not key.limits:
-        return
-    if choices := key.limits.get("choices"):
-        good, near = value in choices, nearest(value, choices)
-    else:
-        good, near = key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value), ""
-    if not good:
-        yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
 
 
 def _check_model_and_data(config: Config) -> Iterator[ConfigError]:

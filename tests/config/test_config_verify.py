@@ -54,7 +54,10 @@ def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
         (["rollout.engine.compact_every=0"], ("rollout.engine", "compact_every")),
         (["rollout.engine._target_=nowhere.Engine"], ("rollout.engine._target_", "nowhere")),
         (["data.train.path=missing.jsonl"], ("data.train.path", "no such file")),
-        (["rollout.max_completion_tokens=2000"], ("max_position_embeddings=2048",)),
+        (
+            ["rollout.max_completion_tokens=2000", "learner.max_tokens_per_microbatch=4096"],
+            ("max_position_embeddings=2048",),
+        ),
         (["learner.max_tokens_per_microbatch=64"], ("learner.max_tokens_per_microbatch", "1088")),
         (["learner.schedule=cosin"], ("learner.schedule", "'cosine'", "constant, linear, cosine")),
         (["learner.betas=[0.9]"], ("learner.betas",)),
