@@ -8,7 +8,7 @@ from typing import Any
 from rlkit.errors import ConfigError, nearest
 
 
-def number(default: float | None, low: float = -math.inf, high: float = math.inf) -> Any:
+def number(default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
     """A finite number from `low` to `high`, or the default."""
     return field(default=default, metadata={"low": low, "high": high, "limits": f"{low:g} to {high:g}"})
 

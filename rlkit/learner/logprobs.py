@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlkit.algorithms.base import in_range
 from rlkit.errors import ConfigError, TrainingError
 
 # exp() of this is exactly 0 in float32 and float64; it stands in for -inf where p * log p -> 0.
@@ -53,15 +52,14 @@ def selected_logprobs(
     Raises ConfigError: temperature or chunk size out of range, or `entropy_grad` without `with_entropy`;
     TrainingError: shapes or dtypes that do not fit, or a target outside [0, V).
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError("out of range", key="temperature", value=temperature, expected="a finite number > 0")
-    in_range("chunk_tokens", chunk_tokens, 1)
-    in_range("chunk_vocab", chunk_vocab, 1)
-    if entropy_grad and not with_entropy:
-        fix = "set with_entropy=True"
-        raise ConfigError("there is no entropy to take a gradient through", key="entropy_grad", value=True, fix=fix)
-    _check_tensors(hidden, weight, targets, bias)
     tiling = temperature, chunk_tokens, chunk_vocab
+    if not 0 < temperature < math.inf or min(chunk_tokens, chunk_vocab) < 1 or (entropy_grad and not with_entropy):
+        key, expected = (
+            "temperature, chunk_tokens, chunk_vocab",
+            "finite > 0, >= 1, >= 1; entropy_grad with_entropy only",
+        )
+        raise ConfigError("out of range", key=key, value=tiling, expected=expected)
+    _check_tensors(hidden, weight, targets, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         inputs = hidden, weight, bias, targets, tiling, with_entropy, entropy_grad
         return _SelectedLogprobs.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]

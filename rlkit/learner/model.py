@@ -1,21 +1,28 @@
 """Loading or creating the policy and its tokenizer, without side effects on global generators."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
 
 from rlkit.config.hub import offline_unless_reachable
 from rlkit.config.schema import ModelConfig
 from rlkit.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -28,8 +35,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its end-of-sequence token for
     it: masks are made from lengths, never from token ids. Raises `ConfigError` when it cannot be made or loaded.
     """
-    from transformers import AutoTokenizer
-
     name, key = config.tokenizer or config.path, "model.path" if config.tokenizer is None else "model.tokenizer"
     if config.alphabet is not None:
         tokenizer = character_tokenizer(config.alphabet)
@@ -52,9 +57,6 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
 
     Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. Text begins with <bos>; decoding joins characters without spaces.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     repeated = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
     if not alphabet or repeated:
         problem = f"characters more than once: {', '.join(map(repr, repeated))}" if repeated else "empty"
@@ -99,9 +101,6 @@ def load_model(
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The policy's architecture on the meta device, where it takes no memory. Raises `ConfigError`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with init_empty_weights(include_buffers=True):
         if config.path is None:
             return _new_model(config, load_tokenizer(config), torch.float32, seed=0)
@@ -121,8 +120,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     # Typed loosely: the stubs do not know that output_loading_info makes it a pair.
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     with _loading("a model in safetensors", name, "model.path") as folder:
@@ -144,8 +141,6 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
 def _new_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     architecture = dict(config.architecture or {})
     _check_architecture(architecture)
     filled = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER} | {"vocab_size": len(tokenizer)}
@@ -170,8 +165,6 @@ def _new_model(
 
 
 def _check_architecture(architecture: dict[str, Any]) -> None:
-    from transformers import CONFIG_MAPPING
-
     model_type, type_key = architecture.get("model_type"), "model.architecture.model_type"
     if model_type not in CONFIG_MAPPING:
         problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
