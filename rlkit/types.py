@@ -66,10 +66,8 @@ class Rollout:
 
     def versions(self) -> IntArray:
         """Policy version of every token, [T]."""
-        out = np.empty(len(self.token_ids), dtype=np.int64)
-        for span in self.version_spans:
-            out[span.start : span.end] = span.version
-        return out
+        spans = self.version_spans
+        return np.repeat([span.version for span in spans], [span.end - span.start for span in spans])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,8 +90,8 @@ class Session:
 
     def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
         """Training prompts and the held-out sets. A reward without `needs_reference = False` needs one."""
-        data, rewards = self.config.data, self.config.reward.rewards
-        targets = [import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in rewards.items()]
+        data, rewards = self.config.data, self.config.reward.rewards.items()
+        targets = (import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in rewards)
         needed = any(getattr(target, "needs_reference", True) for target in targets)
         held_out = {k: load_prompts(d, self.tokenizer, f"data.eval.{k}", needed) for k, d in data.eval.items()}
         return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
