@@ -112,7 +112,9 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
     if updates > 0 and groups % updates:
         divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)
         problem = "a step's groups cannot be split evenly between its updates"
-        yield _fault("learner.updates_per_step", updates, problem, f"a divisor of prompts_per_step={groups}: {divisors}")
+        yield _fault(
+            "learner.updates_per_step", updates, problem, f"a divisor of prompts_per_step={groups}: {divisors}"
+        )
     for key, part in (("learner", config.learner), ("sft", config.sft)):
         if part is not None and (len(part.betas) != 2 or not all(0 <= beta < 1 for beta in part.betas)):
             yield _fault(f"{key}.betas", part.betas, "not AdamW's betas", "two numbers in [0, 1)")

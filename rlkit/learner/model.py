@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,17 +176,15 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
         problem = "it is not a plain language model: its config has no vocab_size"
         raise ConfigError(problem, key=type_key, value=model_type)
     for name, value in architecture.items():
-        problem, fix = "", None
+        refused = partial(ConfigError, key=f"model.architecture.{name}", value=value)
         if name in _FROM_TOKENIZER:
-            problem, fix = "this comes from the tokenizer", "drop it"
-        elif name in _FROM_MODEL_CONFIG:
-            problem, fix = "this has a key of its own", f"set {_FROM_MODEL_CONFIG[name]}"
-        elif name not in known:
-            problem = f"{model_type} has no such setting.{nearest(name, known)}"
-        elif "dropout" in name and value:
-            problem, fix = "importance ratios need dropout off", "set it to 0"
-        if problem:
-            raise ConfigError(problem, key=f"model.architecture.{name}", value=value, fix=fix)
+            raise refused("this comes from the tokenizer", fix="drop it")
+        if name in _FROM_MODEL_CONFIG:
+            raise refused("this has a key of its own", fix=f"set {_FROM_MODEL_CONFIG[name]}")
+        if name not in known:
+            raise refused(f"{model_type} has no such setting.{nearest(name, known)}")
+        if "dropout" in name and value:
+            raise refused("importance ratios need dropout off", fix="set it to 0")
 
 
 def _disable_dropout(settings: PreTrainedConfig) -> None:
@@ -210,12 +209,8 @@ def _loading(what: str, name: str, key: str) -> Iterator[str]:
     try:
         yield str(path) if path.is_dir() else name
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        if path.is_dir():
-            problem = f"{what} cannot be loaded from this folder: {reason}"
-            expected, fix = f"{what} (no pickled weights, no remote code)", None
-        else:
-            problem = f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name ({reason})"
-            expected = "a folder, or a hub name in reach or in the cache"
-            fix = "offline: download the model to a folder once and give its path"
+        where = "this folder" if path.is_dir() else "the hub, and there is no such folder"
+        problem = f"{what} cannot be loaded from {where}: {type(error).__name__}: {error}"
+        expected = f"{what} (no pickled weights, no remote code) in a folder, or a hub name in reach or in the cache"
+        fix = None if path.is_dir() else "offline: download the model to a folder once and give its path"
         raise ConfigError(problem, key=key, value=name, expected=expected, fix=fix) from error

@@ -87,11 +87,10 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     examples, left_out = load_examples(sft.data, session.tokenizer, sft.max_completion_tokens, "sft.data")
     sequences = [
         TrainingSequence(
-            prompt_token_ids=example.prompt_ids, token_ids=example.completion_ids, group=number, advantage=1.0,
-            behavior_logprobs=np.zeros(len(example.completion_ids), dtype=np.float32),
-            loss_mask=np.ones(len(example.completion_ids), dtype=np.bool_),
+            prompt_token_ids=row.token_ids, token_ids=tokens, group=row.number, advantage=1.0,
+            behavior_logprobs=np.zeros(len(tokens), dtype=np.float32), loss_mask=np.ones(len(tokens), dtype=np.bool_),
         )
-        for number, example in enumerate(examples)
+        for row, tokens in examples
     ]  # fmt: skip
     if accelerator.is_main_process:
         print(message_of("sft.data", len(examples), left_out))

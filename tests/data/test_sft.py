@@ -26,13 +26,13 @@ def test_examples_continue_the_prompts_of_reinforcement_learning(tokenizer: Any)
     )
     examples, _ = load_examples(config, tokenizer, 200, "sft.data")
     prompts = load_prompts(config, tokenizer, "sft.data", True).prompts
-    for example, prompt in zip(examples, prompts, strict=True):
-        assert example.id == prompt.id
-        np.testing.assert_array_equal(example.prompt_ids, prompt.token_ids)
-        assert example.completion_ids[-1] == tokenizer.eos_token_id
-        text = tokenizer.decode(example.completion_ids[:-1].tolist())
+    for (row, tokens), prompt in zip(examples, prompts, strict=True):
+        assert row.id == prompt.id
+        np.testing.assert_array_equal(row.token_ids, prompt.token_ids)
+        assert tokens[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(tokens[:-1].tolist())
         assert text.endswith(f"#{prompt.reference}")
-        assert tokenizer.eos_token_id not in example.completion_ids[:-1]
+        assert tokenizer.eos_token_id not in tokens[:-1]
 
 
 @given(limit=st.integers(1, 20))
@@ -44,7 +44,7 @@ def test_every_row_is_kept_or_counted(tokenizer: Any, limit: int) -> None:
             load_examples(config, tokenizer, limit, "sft.data")
         return
     examples, left_out = load_examples(config, tokenizer, limit, "sft.data")
-    assert [len(e.completion_ids) for e in examples] == [n + 2 + len(str(n)) for n in fits]
+    assert [len(tokens) for _, tokens in examples] == [n + 2 + len(str(n)) for n in fits]
     assert len(examples) + sum(left_out.values()) == 14
 
 
