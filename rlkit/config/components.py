@@ -6,6 +6,7 @@ A target is a dataclass or any callable with named parameters; nothing has to be
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -67,10 +68,7 @@ def validate(component: Any, key: str) -> dict[str, Any]:
 
 def import_target(path: Any, key: str) -> Callable[..., Any]:
     """The class or function at an import path, also one nested in a class. Raises ConfigError."""
-
-    def refused(problem: str, fix: str | None = None) -> ConfigError:
-        return ConfigError(problem, key=f"{key}.{TARGET}", value=path, expected="package.module.Name", fix=fix)
-
+    refused = partial(ConfigError, key=f"{key}.{TARGET}", value=path, expected="package.module.Name")
     if not isinstance(path, str) or "." not in path:
         raise refused("not an import path")
     found: Any = None
@@ -86,10 +84,10 @@ def import_target(path: Any, key: str) -> Callable[..., Any]:
                 if not (isinstance(error, ModuleNotFoundError) and error.name == here):
                     raise refused(f"importing {here} raised {type(error).__name__}: {error}") from error
         if found is None:
-            raise refused(f"no module named {name!r}", fix)
+            raise refused(f"no module named {name!r}", fix=fix)
         if not hasattr(found, name):
             members = [member for member in vars(found) if not member.startswith("_")]
-            raise refused(f"{parent} has no {name!r}.{nearest(name, members)}", fix)
+            raise refused(f"{parent} has no {name!r}.{nearest(name, members)}", fix=fix)
         found = getattr(found, name)
     if not callable(found):
         raise refused(f"this is a {type(found).__name__}, not a class or function")

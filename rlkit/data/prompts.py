@@ -1,4 +1,4 @@
-"""From rows to tokenised prompts with reference answers."""
+"""From rows to tokenised prompts with reference answers, or with target completions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.sources import Row, as_source
 from rlkit.data.text import encode, field_names, render
@@ -76,6 +77,36 @@ def load_prompts(
         for item in rendered
     )  # fmt: skip
     return PromptSet(prompts=prompts, left_out=left_out)
+
+
+def load_examples(
+    config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_completion_tokens: int, key: str
+) -> tuple[list[tuple[RenderedRow, IntArray]], dict[str, int]]:
+    """Rows that are short enough with their completion's tokens, the last one eos; counts of the others by reason.
+
+    The teacher `config.completion` writes a row's completion from (row, row number). `DataError` as `load_prompts`, and
+    for a completion that is empty or has an end-of-sequence token inside, or when every one is too long.
+    """
+    assert config.completion is not None and tokenizer.eos_token_id is not None  # verify, load_tokenizer
+    eos = tokenizer.eos_token_id
+    teacher = build(config.completion, key=f"{key}.completion")
+    rows, left_out = render_rows(config, tokenizer, key)
+    texts = [teacher(item.row, item.number) for item in rows]
+    encoded = encode(texts, tokenizer, [item.id for item in rows], f"{key}.completion")
+    examples = list[tuple[RenderedRow, IntArray]]()
+    for item, text, tokens in zip(rows, texts, encoded, strict=True):
+        if not tokens or eos in tokens:
+            problem = f"the completion of row {item.id!r} is empty or ends before its end: {text[:200]!r}"
+            expected = f"text; {tokenizer.eos_token!r} is added behind it, and must not be inside"
+            raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
+        if len(tokens) < max_completion_tokens:
+            examples.append((item, np.array([*tokens, eos])))
+    if not examples:
+        problem = f"each of the {len(rows)} completions is longer, with its end-of-sequence token"
+        raise DataError(problem, key="sft.max_completion_tokens", value=max_completion_tokens, fix="raise it")
+    if len(examples) < len(rows):
+        left_out["completion_too_long"] = len(rows) - len(examples)
+    return examples, left_out
 
 
 def render_rows(

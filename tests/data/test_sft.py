@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkit.config.schema import DatasetConfig
-from rlkit.data.prompts import load_prompts
-from rlkit.data.sft import load_examples
+from rlkit.data.prompts import load_examples, load_prompts
 from rlkit.errors import DataError
 
 Make = Callable[..., DatasetConfig]
