@@ -16,7 +16,7 @@ from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.sources import Row, as_source
 from rlkit.data.text import encode, field_names, render
-from rlkit.errors import ConfigError, DataError, nearest
+from rlkit.errors import ConfigError, DataError, calling, nearest
 from rlkit.types import IntArray, Prompt
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def load_examples(
     eos = tokenizer.eos_token_id
     teacher = build(config.completion, key=f"{key}.completion")
     rows, left_out = render_rows(config, tokenizer, key)
-    texts = [teacher(item.row, item.number) for item in rows]
+    with calling(teacher, f"{key}.completion"):
+        texts = [teacher(item.row, item.number) for item in rows]
     encoded = encode(texts, tokenizer, [item.id for item in rows], f"{key}.completion")
     examples = list[tuple[RenderedRow, IntArray]]()
     for item, text, tokens in zip(rows, texts, encoded, strict=True):
@@ -113,7 +114,9 @@ def render_rows(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[RenderedRow], dict[str, int]]:
     """Read, render and tokenise every row; the rows kept, and counts of the others by reason."""
-    rows: Sequence[Row] = as_source(config.source, f"{key}.source").rows()[: config.limit]
+    source = as_source(config.source, f"{key}.source")
+    with calling(source, f"{key}.source"):
+        rows: Sequence[Row] = source.rows()[: config.limit]
     if not rows:
         raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
     ids = _ids(config, rows, key)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.prompts import load_examples, load_prompts
-from rlkit.errors import DataError
+from rlkit.errors import DataError, TrainingError
 
 Make = Callable[..., DatasetConfig]
 TEMPLATE = {"_target_": "rlkit.data.teacher.Template", "template": "{solution}#{answer}"}
@@ -61,3 +61,20 @@ def test_example_errors(dataset: Make, tokenizer: Any) -> None:
     config = dataset([{"question": "q", "solution": "\u00e9", "answer": "1"}], completion=TEMPLATE)
     with pytest.raises(DataError, match=repr("\u00e9")):
         load_examples(config, tokenizer, 100, "sft.data")
+
+
+class Broken:
+    def __call__(self, row: dict[str, Any], index: int) -> str:
+        return str(row["absent"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [ROWS[99]]
+
+
+def test_a_source_or_teacher_that_raises_is_named(tokenizer: Any) -> None:
+    config = DatasetConfig(source={"_target_": f"{__name__}.Rows"}, completion={"_target_": f"{__name__}.Broken"})
+    with pytest.raises(TrainingError, match=r"sft.data.completion = 'Broken': .*KeyError: 'absent'.*test_sft"):
+        load_examples(config, tokenizer, 100, "sft.data")
+    config.source = {"_target_": f"{__name__}.Broken"}
+    with pytest.raises(TrainingError, match=r"sft.data.source = 'Broken': .*IndexError"):
+        load_prompts(config, tokenizer, "sft.data", False)
