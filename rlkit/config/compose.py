@@ -149,11 +149,7 @@ def _refused(error: BaseException, where: str, path: str = "", value: object = N
         return ConfigError(f"a recipe cannot be read{where}: {error}")
     text = str(cause).partition("\n")[0]
     full = str(getattr(cause, "full_key", None) or path)
-    # Where a whole section is of another kind, OmegaConf names its class, not its key.
-    if not full and (section := re.search(r" is not a subclass of (\w+)\. value: (.*)", text)):
-        kinds = {getattr(keys.unwrap(key.annotation), "__name__", ""): key.path for key in keys.walk()}
-        full, value = kinds.get(section[1], ""), section[2]
-    if not full:
+    if not full:  # where a whole section is of another kind, OmegaConf names its class
         return ConfigError(f"{text}{where}")
     annotation = keys.locate(full, value=value, where=where)  # raises where the key is unknown
     if value is None and (found := re.match(r"Value '(.*)' of type", text)):

@@ -55,12 +55,6 @@ class Variant:
             found[seed] = after.value
         return found
 
-    @property
-    def unfinished(self) -> list[str]:
-        """What to say of runs that have not trained all planned steps."""
-        short = [(seed, run) for seed, run in self.runs.items() if run.last_step < run.config.get("steps", 0)]
-        return [f"{self.name} seed {s} stands at step {r.last_step} of {r.config['steps']}" for s, r in short]
-
     @cached_property
     def spent(self) -> list[FloatArray]:
         """A run's sampled tokens and seconds of learner steps alone, after step 0, 1, ...: [last step + 1, 2]."""
@@ -192,7 +186,9 @@ def main(argv: Sequence[str]) -> int:
         shown.add_row(*row)
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    notes = [note for variant in variants for note in variant.unfinished]
+    runs = [(f"{variant.name} seed {seed}", run) for variant in variants for seed, run in variant.runs.items()]
+    planned = [(name, run.last_step, run.config.get("steps", 0)) for name, run in runs]
+    notes = [f"{name} stands at step {last} of {steps}" for name, last, steps in planned if last < steps]
     notes += [f"{key}: {'; '.join(values)}" for key, values in differing_keys(variants).items()]
     kept = Console(record=True, file=io.StringIO(), width=160)
     for target in (Console(width=None if sys.stdout.isatty() else 160), kept):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
-from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
+from rlkit.config.schema import Config, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
@@ -49,8 +49,26 @@ class Session:
         cls, config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None] = never_stop,
         source: ModelConfig | None = None,
     ) -> Self:  # fmt: skip
-        """Start this rank; the tokenizer is that of `source`, or else of the recipe's model."""
-        accelerator = start_accelerator(config.learner)
+        """Start this rank: threads, determinism, device and precision, then the process group if there is one.
+
+        The tokenizer is that of `source`, or else of the recipe's model.
+        """
+        learner = config.learner
+        transformers.logging.disable_progress_bar()  # bars of a millisecond in the logs of every checkpoint
+        if learner.num_threads is not None:
+            torch.set_num_threads(learner.num_threads)
+        if learner.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        on_gpu = learner.device != "cpu" and torch.cuda.is_available()
+        if learner.device == "cuda" and not on_gpu:
+            problem, fix = "no CUDA device is visible", "set learner.device=auto"
+            raise ConfigError(problem, key="learner.device", value="cuda", fix=fix)
+        precision = learner.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+        handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
+        accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
         return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
 
     def model(self, source: ModelConfig, seed: int) -> PreTrainedModel:
@@ -129,25 +147,6 @@ def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 0
-
-
-def start_accelerator(config: LearnerConfig) -> Accelerator:
-    """Threads, determinism, device and precision, then the process group if there is one."""
-    transformers.logging.disable_progress_bar()  # bars of a millisecond in the logs of every checkpoint
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        fix = "set learner.device=auto"
-        raise ConfigError("no CUDA device is visible", key="learner.device", value="cuda", fix=fix)
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-    handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
-    return Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
 
 
 def model_at(model: ModelConfig, path: Path) -> ModelConfig:

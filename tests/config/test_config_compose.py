@@ -207,7 +207,7 @@ def test_own_folder_must_exist(tmp_path: Path, refused: Refused) -> None:
         ("stepz: 3", ("stepz", "Did you mean 'steps'?")),
         ("learner: {beta: [0.9, 0.95]}", ("learner.beta", "'learner.betas'")),
         ("steps: many", ("wrong type", "'many'", "integer")),
-        ("learner: 3", ("learner = '3'", "wrong type")),
+        ("learner: 3", ("int is not a subclass of LearnerConfig", "value: 3")),
         ("steps: [", ("cannot be read", "while parsing")),
         ("- steps", ("Cannot merge DictConfig with ListConfig",)),
         ("defaults: {algorithm: grpo}", ("must be a list",)),
