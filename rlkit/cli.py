@@ -16,25 +16,19 @@ from rewards import RewardError
 from rlkit import __version__
 from rlkit.errors import ConfigError, RlkitError
 
-# Command -> module whose main(config, resolved) does it, and its help.
-RECIPE_COMMANDS = {
-    "train": ("rlkit.learner.train", "train with RL: recipe=NAME [key=value ...]"),
-    "sft": ("rlkit.learner.sft", "only the warm start of a recipe"),
-    "eval": ("rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on a recipe's held-out sets"),
-    "check": ("rlkit.learner.check", "print the resolved config, batch table and memory estimate; start nothing"),
-    "sweep": ("rlkit.experiments.sweep", "train variants x seeds: key=value,value,... is swept"),
-    "check-parity": ("rlkit.learner.parity", "compare the engine's log-probs with the learner's"),
-}
-# Command -> module whose main(run folder) does it, and its help.
-RUN_COMMANDS = {
-    "report": ("rlkit.telemetry.report", "write report.html and plots of a run folder"),
-    "buffer": ("rlkit.buffer.inspect", "show what a run's buffer holds"),
-}
-# Command -> module whose main(arguments) does it with a grammar of its own, and its help.
-OTHER_COMMANDS = {
-    "rollouts": ("rlkit.telemetry.rollouts", "read a run's completions"),
-    "dashboard": ("rlkit.telemetry.dashboard", "make a curated wandb workspace for runs"),
-    "compare": ("rlkit.experiments.compare", "compare variants over seeds"),
+# Command -> what its main takes (a recipe's config, a run folder, arguments of its own), where that is, and its help.
+COMMANDS = {
+    "train": ("recipe", "rlkit.learner.train", "train with RL: recipe=NAME [key=value ...]"),
+    "sft": ("recipe", "rlkit.learner.sft", "only the warm start of a recipe"),
+    "eval": ("recipe", "rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on held-out sets"),
+    "check": ("recipe", "rlkit.learner.check", "print the resolved config, batch table and memory; start nothing"),
+    "sweep": ("recipe", "rlkit.experiments.sweep", "train variants x seeds: key=value,value,... is swept"),
+    "check-parity": ("recipe", "rlkit.learner.parity", "compare the engine's log-probs with the learner's"),
+    "report": ("run", "rlkit.telemetry.report", "write report.html and plots of a run folder"),
+    "buffer": ("run", "rlkit.buffer.inspect", "show what a run's buffer holds"),
+    "rollouts": ("arguments", "rlkit.telemetry.rollouts", "read a run's completions"),
+    "dashboard": ("arguments", "rlkit.telemetry.dashboard", "make a curated wandb workspace for runs"),
+    "compare": ("arguments", "rlkit.experiments.compare", "compare variants over seeds"),
 }
 # Full, read-only or forbidden disks, and files where folders belong: said in a line, without a traceback.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR}
@@ -46,19 +40,18 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlkit", description=__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=f"rlkit {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text) in RECIPE_COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("overrides", nargs="*", metavar="recipe=NAME [key=value ...]", help="Hydra overrides")
-        command.add_argument("--config-dir", type=Path, help="folder with your own recipes, searched first")
+    for name, (kind, _, text) in COMMANDS.items():
+        own = kind == "arguments"
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not own)
+        if kind == "run":
+            command.add_argument("run", type=Path, help="run folder, outputs/NAME")
+        if kind == "recipe":
+            command.add_argument("overrides", nargs="*", metavar="recipe=NAME [key=value ...]", help="Hydra overrides")
+            command.add_argument("--config-dir", type=Path, help="folder with your own recipes, searched first")
         if name == "eval":
             command.add_argument("--checkpoint", type=Path, help="checkpoints/step_N of a run")
         if name == "sweep":
             command.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    for name, (_, text) in RUN_COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("run", type=Path, help="run folder, outputs/NAME")
-    for name, (_, text) in OTHER_COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
     return top
 
 
@@ -98,27 +91,27 @@ def _dispatch(arguments: list[str]) -> int:
     grammar = parser()
     # Overrides may stand before and after options, which argparse's subcommands do not expect.
     options, rest = grammar.parse_known_args(arguments)
-    command = options.command
-    if command in OTHER_COMMANDS:
-        return _main_of(OTHER_COMMANDS[command][0], arguments[arguments.index(command) + 1 :])
+    kind, module, _ = COMMANDS[options.command]
     flags = [text for text in rest if text.startswith("-")]
-    if flags or (rest and command in RUN_COMMANDS):
+    given: tuple[Any, ...]
+    if kind == "arguments":
+        given = (arguments[arguments.index(options.command) + 1 :],)
+    elif flags or (rest and kind == "run"):
         grammar.error(f"unrecognized arguments: {' '.join(flags or rest)}")
-    if command in RUN_COMMANDS:
-        return _main_of(RUN_COMMANDS[command][0], options.run)
-    recipe, overrides = split_recipe([*options.overrides, *rest])
-    if command == "sweep":
-        return _main_of(RECIPE_COMMANDS[command][0], recipe, overrides, options.config_dir, options.jobs)
-    from rlkit.config.compose import load
-    from rlkit.config.verify import verify
+    elif kind == "run":
+        given = (options.run,)
+    else:
+        recipe, overrides = split_recipe([*options.overrides, *rest])
+        if options.command == "sweep":
+            given = recipe, overrides, options.config_dir, options.jobs
+        else:
+            from rlkit.config.compose import load
+            from rlkit.config.verify import verify
 
-    config, raw = load(recipe, overrides, config_dir=options.config_dir)
-    verify(config)
-    return _main_of(RECIPE_COMMANDS[command][0], config, raw, *([options.checkpoint] if command == "eval" else []))
-
-
-def _main_of(module: str, *arguments: Any) -> int:
-    return int(import_module(module).main(*arguments) or 0)
+            given = load(recipe, overrides, config_dir=options.config_dir)
+            verify(given[0])
+            given += (options.checkpoint,) if options.command == "eval" else ()
+    return int(import_module(module).main(*given) or 0)
 
 
 def split_recipe(texts: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,11 +1,12 @@
 """Errors a user can act on: each names the key, its value, what was expected and how to mend it.
 
-Anything else that escapes rlkit is a bug. The command line prints an `RlkitError` without a
-traceback and exits with status 2.
+Anything else that escapes rlkit is a bug. The command line prints an `RlkitError` without a traceback and exits with 2.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 
 
 class RlkitError(Exception):
@@ -20,24 +21,13 @@ class RlkitError(Exception):
     """
 
     def __init__(
-        self,
-        problem: str,
-        *,
-        key: str | None = None,
-        value: object = None,
-        expected: str | None = None,
-        fix: str | None = None,
-    ) -> None:
-        head = problem if key is None else f"{key} = {value!r}: {problem}"
-        lines = [head]
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if fix is not None:
-            lines.append(f"  to mend:  {fix}")
-        super().__init__("\n".join(lines))
-        self.problem = problem
-        self.key = key
-        self.value = value
+        self, problem: str, *, key: str | None = None, value: object = None,
+        expected: str | None = None, fix: str | None = None,
+    ) -> None:  # fmt: skip
+        text = problem if key is None else f"{key} = {value!r}: {problem}"
+        text += f"\n  expected: {expected}" if expected is not None else ""
+        super().__init__(text + (f"\n  to mend:  {fix}" if fix is not None else ""))
+        self.problem, self.key, self.value = problem, key, value
 
 
 class ConfigError(RlkitError):
@@ -66,6 +56,19 @@ class TrainingError(RlkitError):
 
 class Interrupted(RlkitError):
     """SIGINT or SIGTERM arrived; the run was left in a resumable state."""
+
+
+@contextlib.contextmanager
+def calling(component: object, key: str, fix: str = "mend it, or choose a shipped one") -> Iterator[None]:
+    """What a component raises in this block becomes a TrainingError naming it, file and line; RlkitErrors pass."""
+    try:
+        yield
+    except RlkitError:
+        raise
+    except Exception as error:  # other people's components raise what they like
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"this component raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise TrainingError(problem, key=key, value=type(component).__name__, fix=fix) from error
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -19,14 +19,9 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One task, rendered and tokenised.
+    """One task, rendered and tokenised."""
 
-    Example:
-        Prompt(id="chain_sum/17", text="4-1+7=", token_ids=array([3, 11, ...]), reference="10",
-               metadata={"num_terms": 3})
-    """
-
-    id: str
+    id: str  # e.g. "chain_sum/17"
     text: str
     token_ids: IntArray  # [prompt tokens]
     reference: str | None
@@ -44,51 +39,32 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One sampled completion, as the engine reported it.
+    """One sampled completion, as the engine reported it. Single-turn work has loss_mask all True and segments all 0."""
 
-    Attributes:
-        ordinal: position of its group in the run's prompt order (unique in a run).
-        index: which of the group's samples this is, 0 <= index < samples.
-        token_ids: [T] sampled tokens, the stop token included when there is one.
-        behavior_logprobs: [T] log-probability of each token under the sampling distribution
-            (temperature applied) of the policy that sampled it, float32, in nats.
-        loss_mask: [T] False where a token was not the policy's own (tool output); all True for
-            single-turn work.
-        segments: [T] turn number of each token; all 0 for single-turn work.
-        version_spans: contiguous, covering [0, T).
-        finish_reason: "stop" (stop token or stop string) or "length".
-
-    Example:
-        T = 3 sampled while version 4 became 5 after the second token:
-        version_spans = (VersionSpan(version=4, start=0, end=2),
-                         VersionSpan(version=5, start=2, end=3))
-    """
-
-    ordinal: int
-    index: int
-    token_ids: IntArray
+    ordinal: int  # position of its group in the run's prompt order (unique in a run)
+    index: int  # which of the group's samples this is, 0 <= index < samples
+    token_ids: IntArray  # [T] sampled tokens, the stop token included when there is one
+    # [T] in nats, under the sampling distribution (temperature applied) of the policy that sampled the token
     behavior_logprobs: FloatArray
-    loss_mask: BoolArray
-    segments: IntArray
-    version_spans: tuple[VersionSpan, ...]
-    finish_reason: str
+    loss_mask: BoolArray  # [T] False where a token was not the policy's own (tool output)
+    segments: IntArray  # [T] turn number of each token
+    version_spans: tuple[VersionSpan, ...]  # cover [0, T) in order; two where the weights changed while it was sampled
+    finish_reason: str  # "stop" (stop token or stop string) or "length"
     engine_id: str
     text: str
 
     def versions(self) -> IntArray:
         """Policy version of every token, [T]."""
-        out = np.empty(len(self.token_ids), dtype=np.int64)
-        for span in self.version_spans:
-            out[span.start : span.end] = span.version
-        return out
+        each = [span.version for span in self.version_spans for _ in range(span.start, span.end)]
+        return np.array(each, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the verifiers said of one rollout.
 
-    `score` None means it could not be scored (timeout, crash, NaN): the sample is dropped and
-    counted, never treated as 0. `answer` is the extracted answer, for majority voting.
+    `score` None: it could not be scored (timeout, crash, NaN); the sample is dropped and counted, never treated as 0.
+    `answer` is the extracted answer, for majority voting.
     """
 
     score: float | None
@@ -122,17 +98,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn. No truncation (top-k, top-p, min-p): it would bias the ratio.
+    """How tokens are drawn. No truncation (top-k, top-p, min-p): it would bias the ratio."""
 
-    Attributes:
-        temperature: > 0, or 0 for greedy decoding (evaluation only).
-        seed: with (prompt ordinal, sample index, token position) it fixes every draw.
-        stop_token_ids: generation ends after one of these (it stays in the rollout).
-        stop_strings: generation ends when the decoded completion contains one of these.
-    """
-
-    temperature: float
+    temperature: float  # > 0, or 0 for greedy decoding (evaluation only)
     max_tokens: int
-    seed: int
-    stop_token_ids: tuple[int, ...]
-    stop_strings: tuple[str, ...] = ()
+    seed: int  # with (prompt ordinal, sample index, token position) it fixes every draw
+    stop_token_ids: tuple[int, ...]  # generation ends after one of these (it stays in the rollout)
+    stop_strings: tuple[str, ...] = ()  # or when the decoded completion contains one of these

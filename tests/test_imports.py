@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = {"types", "errors", "config"}
+BASE = {"types", "errors", "settings", "config"}
 PIECES = BASE | {"data", "algorithms", "budget", "buffer", "telemetry"}
 PROCESSES = PIECES | {"rollout", "learner", "evaluation"}
 MAY_IMPORT = {
     "types": {"types"},
     "errors": {"errors"},
+    "settings": {"settings", "errors"},
     "config": BASE,
     "data": BASE | {"data"},
-    "algorithms": {"algorithms", "types", "errors"},
-    "budget": {"budget", "types", "errors"},
+    "algorithms": {"algorithms", "types", "errors", "settings"},
+    "budget": {"budget", "types", "errors", "settings"},
     "buffer": {"buffer", "types", "errors"},
     "telemetry": BASE | {"telemetry"},
     "experiments": BASE | {"telemetry", "experiments"},

@@ -2,8 +2,7 @@
 
     loss = sum_i w_i sum_t m_it L_it,    |o_i| = sum_t m_it
 
-with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the
-optimiser step, on every rank:
+with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the optimiser step:
 
     TokenMean              w_i = 1 / sum_j |o_j|
     SequenceMeanTokenMean  w_i = 1 / (B |o_i|)
@@ -17,14 +16,15 @@ Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03
 al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025, arXiv 2503.20783).
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import in_range
 from rlkit.errors import TrainingError
+from rlkit.settings import Checked, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,11 @@ class SequenceMeanTokenSum:
 
 
 @dataclass(frozen=True, slots=True)
-class ConstantLength:
+class ConstantLength(Checked):
     """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO)."""
 
-    max_length: int  # tokens, `${rollout.max_completion_tokens}` in a recipe: sets the scale only, bounds nothing
-
-    def __post_init__(self) -> None:
-        in_range("max_length", self.max_length, 1)
+    # Tokens, `${rollout.max_completion_tokens}` in a recipe: sets the scale only, bounds nothing.
+    max_length: int = number(dataclasses.MISSING, 1)
 
     def __call__(self, lengths: Tensor) -> Tensor:
         return _weights(lengths, lambda o, b: b * self.max_length)

@@ -10,8 +10,6 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rlkit.errors import ConfigError
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvantageInputs:
@@ -115,10 +113,3 @@ def centred_scores(inputs: AdvantageInputs) -> tuple[Tensor, Tensor]:
     sizes = group.bincount()
     centred = scores - group_mean(scores, group, len(sizes))[group]
     return centred.masked_fill(constant_groups(scores, group, len(sizes))[group], 0.0), sizes
-
-
-def in_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise ConfigError unless low <= value <= high (nan is not) and value is finite."""
-    if not (low <= value <= high and value < float("inf")):
-        expected = f"a finite number >= {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-        raise ConfigError("out of range", key=key, value=value, expected=expected)

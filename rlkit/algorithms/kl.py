@@ -22,23 +22,16 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import LossOutput, in_range
+from rlkit.algorithms.base import LossOutput
 from rlkit.errors import ConfigError, TrainingError
+from rlkit.settings import Checked, choice, number
 
-
-def _k3(d: Tensor, limit: float) -> Tensor:
-    d = d.clamp(-limit, limit)
-    return torch.expm1(d) - d  # exp(d) - 1 - d would lose every digit of a small d
-
-
-# Name -> estimate of (ref_logprob - logprob [n], log_ratio_limit).
-ESTIMATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "k1": lambda d, limit: -d,
-    "k2": lambda d, limit: 0.5 * d.square(),
-    "k3": _k3,
+# Name -> estimate of (d [n], d clamped [n]); exp(d) - 1 - d would lose every digit of a small d.
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": lambda d, _: -d,
+    "k2": lambda d, _: 0.5 * d.square(),
+    "k3": lambda _, clamped: torch.expm1(clamped) - clamped,
 }
-NO_GRADIENT = frozenset({"k1"})
-"""Estimators whose expected gradient as a loss is 0."""
 
 
 class KL(Protocol):
@@ -64,28 +57,24 @@ class NoKL:
 
 
 @dataclass(frozen=True, slots=True)
-class KLPenalty:
+class KLPenalty(Checked):
     """coefficient * estimate, per token; with coefficient 0 it only measures.
 
-    Raises ConfigError for a coefficient < 0, an unknown estimator, k1 as a penalty, or a limit <= 0.
+    Raises ConfigError for a coefficient < 0, an unknown estimator, k1 as a penalty, or a limit below 0.01.
     """
 
     needs_reference: ClassVar[bool] = True
     in_reward: ClassVar[bool] = False
-    coefficient: float = 0.0
-    estimator: str = "k3"
-    log_ratio_limit: float = 10.0
+    coefficient: float = number(0.0, 0)
+    estimator: str = choice("k3", "k1", "k2")
+    log_ratio_limit: float = number(10.0, 0.01)  # nats
 
     def __post_init__(self) -> None:
-        in_range("coefficient", self.coefficient, 0)
-        if self.estimator not in ESTIMATORS:
-            raise ConfigError("unknown", key="estimator", value=self.estimator, expected=" or ".join(ESTIMATORS))
-        if self.estimator in NO_GRADIENT and self.coefficient > 0 and not self.in_reward:
+        Checked.__post_init__(self)
+        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             problem = "as a loss, its expected gradient is 0"
             raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)
-        if not self.log_ratio_limit > 0:
-            raise ConfigError("out of range", key="log_ratio_limit", value=self.log_ratio_limit, expected="nats > 0")
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
         """Both [n] in nats, the reference constant; policy/kl_ref [n] is without the coefficient.
@@ -110,9 +99,10 @@ class KLInReward(KLPenalty):
     """
 
     in_reward: ClassVar[bool] = True
-    estimator: str = "k1"
+    estimator: str = choice("k1", "k2", "k3")
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: str, log_ratio_limit: float = 10.0) -> Tensor:
     """k1, k2 or k3 of every token [n], in nats; no gradient to the reference. KeyError for another estimator."""
-    return ESTIMATORS[estimator](reference_logprobs.detach() - logprobs, log_ratio_limit)
+    difference = reference_logprobs.detach() - logprobs
+    return ESTIMATORS[estimator](difference, difference.clamp(-log_ratio_limit, log_ratio_limit))

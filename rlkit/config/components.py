@@ -6,6 +6,7 @@ A target is a dataclass or any callable with named parameters; nothing has to be
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -41,8 +42,7 @@ def validate(component: Any, key: str) -> dict[str, Any]:
     or of another type; the same for components among the settings.
     """
     if not isinstance(component, Mapping) or TARGET not in component:
-        near = nearest(TARGET, map(str, component)) if isinstance(component, Mapping) else ""
-        raise ConfigError(f"not a component.{near}", key=key, value=component, expected=f"a mapping with {EXAMPLE}")
+        raise ConfigError("not a component", key=key, value=component, expected=f"a mapping with {EXAMPLE}")
     path = component[TARGET]
     known = parameters(import_target(path, key))
     names = [name for name, p in known.items() if p.kind is not p.VAR_KEYWORD]
@@ -68,14 +68,11 @@ def validate(component: Any, key: str) -> dict[str, Any]:
 
 def import_target(path: Any, key: str) -> Callable[..., Any]:
     """The class or function at an import path, also one nested in a class. Raises ConfigError."""
-
-    def refused(problem: str, fix: str | None = None) -> ConfigError:
-        return ConfigError(problem, key=f"{key}.{TARGET}", value=path, expected="package.module.Name", fix=fix)
-
+    refused = partial(ConfigError, key=f"{key}.{TARGET}", value=path, expected="package.module.Name")
     if not isinstance(path, str) or "." not in path:
         raise refused("not an import path")
     found: Any = None
-    here = ""
+    here, fix = "", "install it, or run where its file lies (the working directory is searched)"
     for name in path.split("."):
         parent, here = here, f"{here}.{name}".lstrip(".")
         if found is None or isinstance(found, ModuleType):
@@ -85,12 +82,12 @@ def import_target(path: Any, key: str) -> Callable[..., Any]:
             # Importing runs other people's code, which may raise anything.
             except (Exception, SystemExit) as error:
                 if not (isinstance(error, ModuleNotFoundError) and error.name == here):
-                    problem = f"cannot be imported: importing {here} raised {type(error).__name__}: {error}"
-                    raise refused(problem) from error
+                    raise refused(f"importing {here} raised {type(error).__name__}: {error}") from error
+        if found is None:
+            raise refused(f"no module named {name!r}", fix=fix)
         if not hasattr(found, name):
-            members = [member for member in vars(found) if not member.startswith("_")] if parent else []
-            problem = f"{parent} has no {name!r}.{nearest(name, members)}" if parent else f"no module named {name!r}"
-            raise refused(problem, "install it, or run where its file lies (the working directory is searched)")
+            members = [member for member in vars(found) if not member.startswith("_")]
+            raise refused(f"{parent} has no {name!r}.{nearest(name, members)}", fix=fix)
         found = getattr(found, name)
     if not callable(found):
         raise refused(f"this is a {type(found).__name__}, not a class or function")

@@ -15,9 +15,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from rlkit.config import keys
 from rlkit.config.library import Library
@@ -37,7 +38,7 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
     unknown recipe, group, option or key (with the nearest), wrong type, missing mandatory key, malformed file.
     """
     library = Library.open(config_dir)
-    library.check(recipe)
+    library.find(recipe)
     groups = library.groups()
     choices: dict[str, str] = {}
     changes = []
@@ -45,7 +46,7 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
         name, value, where = override.key_or_group, override.value(), f" in override {override.input_line!r}"
         names_option = not isinstance(value, dict) and value is not None and name in groups
         if (names_option or "/" in name) and not override.is_delete():
-            library.check(f"{name}/{value}", where)
+            library.find(f"{name}/{value}", where)
             if name in choices:
                 problem = f"two options of one group: {name}={choices[name]} and {name}={value}"
                 raise ConfigError(problem, key=name, value=value, expected="one of them")
@@ -53,9 +54,8 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
         else:
             keys.locate(name, value=value, where=where)
             changes.append(override)
-    return _finished(
-        reduce(_changed, changes, _composed(recipe, [f"{name}={value}" for name, value in choices.items()], library))
-    )
+    composed = _composed(recipe, [f"{name}={value}" for name, value in choices.items()], library)
+    return _finished(reduce(_changed, changes, composed))
 
 
 def _parsed(text: str) -> Override:
@@ -80,13 +80,19 @@ def _composed(recipe: str, choices: list[str], library: Library) -> DictConfig:
         with initialize_config_dir(str(library.folders[0]), version_base="1.3"):
             composed = compose(PRIMARY, overrides=choices)
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except RecursionError as error:
+        fix = "give your file another name than the one it extends"
+        raise ConfigError("this recipe includes itself", key="recipe", value=recipe, fix=fix) from error
+    except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
         absent = re.match(r"Could not override '([^']+)'\. No match", str(error))
         if absent and any(choice.startswith(f"{absent[1]}=") for choice in choices):
             # a group that the recipe does not name is added to it
             return _composed(recipe, [re.sub(f"^(?={absent[1]}=)", "+", choice) for choice in choices], library)
-        file = re.match(r"In '([^']+)'", str(error))
-        raise _refused(error, f" in {library.find(file[1]) or file[1]}" if file else "") from error
+        file = re.match(r"(?:In|Invalid defaults list in) '?([^':]+)", str(error))
+        where = f" in {library.find(file[1] if file else recipe)}"
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            library.find(error.missing_cfg_file, f"{where} or an override of it")
+        raise _refused(error, where) from error
     assert isinstance(merged, DictConfig)
     OmegaConf.set_struct(merged, None)  # type: ignore[arg-type]  # inherit: components are open
     return merged
@@ -140,14 +146,10 @@ def _refused(error: BaseException, where: str, path: str = "", value: object = N
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     if cause is None:
-        return ConfigError(str(error).split("\nConfig search path:")[0])
+        return ConfigError(f"a recipe cannot be read{where}: {error}")
     text = str(cause).partition("\n")[0]
     full = str(getattr(cause, "full_key", None) or path)
-    # Where a whole section is of another kind, OmegaConf names its class, not its key.
-    if not full and (section := re.search(r" is not a subclass of (\w+)\. value: (.*)", text)):
-        kinds = {getattr(keys.unwrap(key.annotation), "__name__", ""): key.path for key in keys.walk()}
-        full, value = kinds.get(section[1], ""), section[2]
-    if not full:
+    if not full:  # where a whole section is of another kind, OmegaConf names its class
         return ConfigError(f"{text}{where}")
     annotation = keys.locate(full, value=value, where=where)  # raises where the key is unknown
     if value is None and (found := re.match(r"Value '(.*)' of type", text)):

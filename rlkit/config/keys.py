@@ -23,7 +23,7 @@ class Key:
     path: str
     annotation: Any
     default: Any
-    limits: Mapping[str, Any]  # as `schema.number` and `schema.choice` set them
+    limits: Mapping[str, Any]  # as `settings.number` and `settings.choice` set them
     doc: str
 
 
@@ -126,9 +126,8 @@ def _unknown(path: str, parent: str, known: list[str], value: object, where: str
     # The right name in the wrong section comes before a similar name in this one.
     everywhere = [key.path for key in walk()]
     same = [key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]]
-    siblings = [f"{parent}.{name}".lstrip(".") for name in known]
     near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else ""
-    near = near or nearest(path, siblings) or nearest(path, everywhere)
+    near = near or nearest(path, [f"{parent}.{name}".lstrip(".") for name in known]) or nearest(path, everywhere)
     expected = f"one of {', '.join(known)}" + (f" (in {parent})" if parent else "")
     fix = "python -m rlkit.config.reference lists all keys (docs/config.md)"
     return ConfigError(f"no such key{where}.{near}", key=path, value=value, expected=expected, fix=fix)

@@ -5,23 +5,14 @@ import path to a dataclass, whose other keys are that dataclass's fields, so a p
 under a field is its documentation; `docs/config.md` is generated from it.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
+from rlkit.settings import choice, number
+
 Component = dict[str, Any]
-
-
-def number(default: float | None, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A finite number from `low` to `high`, or the default."""
-    return field(default=default, metadata={"low": low, "high": high, "limits": f"{low:g} to {high:g}"})
-
-
-def choice(default: str, *others: str) -> Any:
-    """One of a few words; the first is the default."""
-    return field(default=default, metadata={"choices": (default, *others), "limits": ", ".join((default, *others))})
 
 
 @dataclass

@@ -3,19 +3,18 @@
 They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
-import math
 import re
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rewards import RewardError
 from rewards import build as build_rewards
 from rlkit.config.components import TARGET, build, validate
-from rlkit.config.keys import Key, datasets, fields, sections, unwrap
+from rlkit.config.keys import datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
 from rlkit.errors import ConfigError, nearest
+from rlkit.settings import fault
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 
@@ -36,7 +35,8 @@ def problems(config: Config) -> Iterator[ConfigError]:
     for place, section in sections(config):
         for name, key in fields(section.__class__).items():
             path, value = f"{place}.{name}".lstrip("."), getattr(section, name)
-            yield from _check_value(path, key, value)
+            if wrong := fault(path, value, key.limits, f" ({key.doc.removesuffix('.')})"):
+                yield wrong
             if unwrap(key.annotation) == Component and value is not None and path != "model.architecture":
                 # Sources are only checked: making one may look for files. The rest is cheap to construct,
                 # which checks the values of its settings too.
@@ -49,10 +49,9 @@ def problems(config: Config) -> Iterator[ConfigError]:
     except RewardError as error:
         yield _fault("reward.rewards", list(config.reward.rewards), str(error))
     named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
-    for path, name in ((path, name) for path, names in named.items() for name in names):
-        if not _NAME.fullmatch(name):
-            expected = "up to 128 letters, digits and _ . + -"
-            yield _fault(path, name, "not usable as a folder's or metric's name", expected)
+    for path, name in ((path, name) for path, names in named.items() for name in names if not _NAME.fullmatch(name)):
+        problem, expected = "not usable as a folder's or metric's name", "up to 128 letters, digits and _ . + -"
+        yield _fault(path, name, problem, expected)
     yield from _check_model_and_data(config)
     yield from _check_algorithm(config, built)
     yield from _check_lengths(config)
@@ -62,24 +61,11 @@ def _fault(key: str, value: object, problem: str, expected: str | None = None, f
     return ConfigError(problem, key=key, value=value, expected=expected, fix=fix)
 
 
-def _check_value(path: str, key: Key, value: Any) -> Iterator[ConfigError]:
-    """The limits that stand beside the field in the schema."""
-    if value is None or not key.limits:
-        return
-    if choices := key.limits.get("choices"):
-        good, near = value in choices, nearest(value, choices)
-    else:
-        good, near = key.limits["low"] <= value <= key.limits["high"] and math.isfinite(value), ""
-    if not good:
-        yield _fault(path, value, f"not allowed.{near}", f"{key.limits['limits']} ({key.doc.removesuffix('.')})")
-
-
 def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
     model = config.model
     if (model.path is None) == (model.architecture is None):
-        problem = "both are given" if model.path else "neither is given"
+        problem, given = "both are given" if model.path else "neither is given", (model.path, model.architecture)
         fix = "model.path=FOLDER loads a pretrained model; model.architecture={model_type: ...} makes one"
-        given = (model.path, model.architecture)
         yield _fault("model.path, model.architecture", given, problem, "exactly one of them, the other null", fix)
     if model.alphabet is not None and model.tokenizer is not None:
         yield _fault("model.alphabet", model.alphabet, "there is a tokenizer as well", "this or model.tokenizer")
@@ -116,24 +102,22 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
         yield _fault("samples_per_prompt", config.samples_per_prompt, problem, f"{size} or more")
     if config.max_staleness > 0 and getattr(built.get("old_policy"), "exact_only_at_lag_zero", False):
         problem = f"{config.old_policy[TARGET]} is exact only for tokens of the current weights"
-        fix = "max_staleness=0, or old_policy=rollout"
-        yield _fault("max_staleness", config.max_staleness, problem, "0 with this old_policy", fix)
-    if getattr(built.get("algorithm.loss"), "needs_fresh_samples", False):
-        for key, fresh in (("max_staleness", 0), ("learner.updates_per_step", 1)):
-            if (value := attrgetter(key)(config)) > fresh:
-                problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
-                fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
-                yield _fault(key, value, problem, f"{fresh} with this loss", fix)
-    if updates > 0 and config.prompts_per_step % updates:
-        groups = config.prompts_per_step
+        yield _fault("max_staleness", config.max_staleness, problem, "0 with this old_policy", "old_policy=rollout")
+    for key, value, fresh in (("max_staleness", config.max_staleness, 0), ("learner.updates_per_step", updates, 1)):
+        if value > fresh and getattr(built.get("algorithm.loss"), "needs_fresh_samples", False):
+            problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
+            fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
+            yield _fault(key, value, problem, f"{fresh} with this loss", fix)
+    groups = config.prompts_per_step
+    if updates > 0 and groups % updates:
         divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)
         problem = "a step's groups cannot be split evenly between its updates"
-        expected = f"a divisor of prompts_per_step={groups}: {divisors}"
-        yield _fault("learner.updates_per_step", updates, problem, expected)
-    for key in ("learner.betas", "sft.betas") if config.sft else ("learner.betas",):
-        betas = attrgetter(key)(config)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            yield _fault(key, betas, "not AdamW's betas", "two numbers in [0, 1)")
+        yield _fault(
+            "learner.updates_per_step", updates, problem, f"a divisor of prompts_per_step={groups}: {divisors}"
+        )
+    for key, part in (("learner", config.learner), ("sft", config.sft)):
+        if part is not None and (len(part.betas) != 2 or not all(0 <= beta < 1 for beta in part.betas)):
+            yield _fault(f"{key}.betas", part.betas, "not AdamW's betas", "two numbers in [0, 1)")
     if "" in config.rollout.stop:
         yield _fault("rollout.stop", config.rollout.stop, "an empty stop string")
 
@@ -142,8 +126,8 @@ def _check_lengths(config: Config) -> Iterator[ConfigError]:
     window = (config.model.architecture or {}).get("max_position_embeddings")
     for key, dataset in datasets(config).items():
         completions, updates = ("sft", "sft") if key == "sft.data" else ("rollout", "learner")
-        both = f"{key}.max_prompt_tokens + {completions}.max_completion_tokens"
         longest = dataset.max_prompt_tokens + getattr(config, completions).max_completion_tokens
+        both = f"{key}.max_prompt_tokens + {completions}.max_completion_tokens"
         if isinstance(window, int) and longest > window:
             expected = f"at most model.architecture.max_position_embeddings={window}"
             yield _fault(both, longest, "prompt and completion together do not fit the model", expected)

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from rlkit.errors import DataError
 from rlkit.types import IntArray
 
 
@@ -10,12 +9,10 @@ class PromptOrder:
     """Maps an ordinal, the position in the run's endless sequence of prompts, to a prompt.
 
     Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order without
-    `shuffle`. One epoch's permutation is kept. `DataError` without prompts.
+    `shuffle`. One epoch's permutation is kept.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool = True) -> None:
-        if count < 1:
-            raise DataError("there are no prompts to order", key="count", value=count)
         self.count, self.seed, self.shuffle = count, seed, shuffle
         self._kept: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))  # (epoch, permutation)
 

@@ -1,4 +1,4 @@
-"""From rows to tokenised prompts with reference answers."""
+"""From rows to tokenised prompts with reference answers, or with target completions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import msgspec
 import numpy as np
 import xxhash
 
+from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.sources import Row, as_source
-from rlkit.data.text import bos_prefix, encode, field_names, render
-from rlkit.errors import ConfigError, DataError, nearest
+from rlkit.data.text import encode, field_names, render
+from rlkit.errors import ConfigError, DataError, calling, nearest
 from rlkit.types import IntArray, Prompt
 
 if TYPE_CHECKING:
@@ -68,19 +69,54 @@ def load_prompts(
     names the row: no row (short enough), a missing field or reference, an id used twice, an unknown character.
     """
     rendered, left_out = render_rows(config, tokenizer, key)
-    prompts = []
-    for item in rendered:
-        reference, metadata = _reference(config, item, key, require_reference), _metadata(item, key)
-        tokens = item.token_ids
-        prompts.append(Prompt(id=item.id, text=item.text, token_ids=tokens, reference=reference, metadata=metadata))
-    return PromptSet(prompts=tuple(prompts), left_out=left_out)
+    prompts = tuple(
+        Prompt(
+            id=item.id, text=item.text, token_ids=item.token_ids,
+            reference=_reference(config, item, key, require_reference), metadata=_metadata(item, key),
+        )
+        for item in rendered
+    )  # fmt: skip
+    return PromptSet(prompts=prompts, left_out=left_out)
+
+
+def load_examples(
+    config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, max_completion_tokens: int, key: str
+) -> tuple[list[tuple[RenderedRow, IntArray]], dict[str, int]]:
+    """Rows that are short enough with their completion's tokens, the last one eos; counts of the others by reason.
+
+    The teacher `config.completion` writes a row's completion from (row, row number). `DataError` as `load_prompts`, and
+    for a completion that is empty or has an end-of-sequence token inside, or when every one is too long.
+    """
+    assert config.completion is not None and tokenizer.eos_token_id is not None  # verify, load_tokenizer
+    eos = tokenizer.eos_token_id
+    teacher = build(config.completion, key=f"{key}.completion")
+    rows, left_out = render_rows(config, tokenizer, key)
+    with calling(teacher, f"{key}.completion"):
+        texts = [teacher(item.row, item.number) for item in rows]
+    encoded = encode(texts, tokenizer, [item.id for item in rows], f"{key}.completion")
+    examples = list[tuple[RenderedRow, IntArray]]()
+    for item, text, tokens in zip(rows, texts, encoded, strict=True):
+        if not tokens or eos in tokens:
+            problem = f"the completion of row {item.id!r} is empty or ends before its end: {text[:200]!r}"
+            expected = f"text; {tokenizer.eos_token!r} is added behind it, and must not be inside"
+            raise DataError(problem, key=f"{key}.completion", value=config.completion, expected=expected)
+        if len(tokens) < max_completion_tokens:
+            examples.append((item, np.array([*tokens, eos])))
+    if not examples:
+        problem = f"each of the {len(rows)} completions is longer, with its end-of-sequence token"
+        raise DataError(problem, key="sft.max_completion_tokens", value=max_completion_tokens, fix="raise it")
+    if len(examples) < len(rows):
+        left_out["completion_too_long"] = len(rows) - len(examples)
+    return examples, left_out
 
 
 def render_rows(
     config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> tuple[list[RenderedRow], dict[str, int]]:
     """Read, render and tokenise every row; the rows kept, and counts of the others by reason."""
-    rows: Sequence[Row] = as_source(config.source, f"{key}.source").rows()[: config.limit]
+    source = as_source(config.source, f"{key}.source")
+    with calling(source, f"{key}.source"):
+        rows: Sequence[Row] = source.rows()[: config.limit]
     if not rows:
         raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
     ids = _ids(config, rows, key)
@@ -89,8 +125,9 @@ def render_rows(
         number = texts.index("")
         problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
         raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix="leave the row out of the data")
-    prefix = [] if config.chat else bos_prefix(tokenizer)
     texts = _chat(texts, config, tokenizer, key) if config.chat else texts
+    # A chat template writes its own. Llama's tokenizer starts every text with <bos>, Qwen's and GPT-2's do not.
+    prefix = [] if config.chat else [token for token in tokenizer("").input_ids[:1] if token == tokenizer.bos_token_id]
     kept = [
         RenderedRow(number, ids[number], rows[number], texts[number], np.array(tokens))
         for number, own in enumerate(encode(texts, tokenizer, ids, key))

@@ -41,12 +41,10 @@ class LocalFile:
             near = nearest(path.name, [p.name for p in path.parent.glob("*")])
             expected = f"a file; relative paths start at {Path.cwd()}"
             raise DataError(f"no such file.{near}", key="path", value=self.path, expected=expected)
-        rows, columns = _read(path), self.columns
-        if columns is None:
+        rows = _read(path)
+        if self.columns is None:
             return rows
-        for row in rows:
-            _check_columns(columns, row, self.path)
-        return [{column: row[column] for column in columns} for row in rows]
+        return [{name: row[name] for name in _checked(self.columns, row, self.path)} for row in rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +74,7 @@ class HubDataset:
             fix = "download it once where there is a network, or use rlkit.data.sources.LocalFile on a file of rows"
             raise DataError(problem, key="name", value=self.name, expected=expected, fix=fix) from error
         if self.columns is not None:
-            _check_columns(self.columns, table.column_names, self.name)
-            table = table.select_columns(list(self.columns))
+            table = table.select_columns(list(_checked(self.columns, table.column_names, self.name)))
         rows: list[Row] = table.to_list()
         return rows
 
@@ -164,8 +161,9 @@ def _read(path: Path) -> list[Row]:
         raise DataError(f"{place}: not a readable {path.suffix} file: {error}") from error
 
 
-def _check_columns(columns: Collection[str], present: Sequence[str] | Row, name: str) -> None:
+def _checked(columns: tuple[str, ...], present: Collection[str], name: str) -> tuple[str, ...]:
     for column in columns:
         if column not in present:
             problem = f"{name} has no field {column!r}.{nearest(column, present)}"
             raise DataError(problem, key="columns", value=columns, expected=f"fields among {', '.join(present)}")
+    return columns

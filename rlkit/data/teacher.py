@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlkit.data.text import render
-from rlkit.errors import ConfigError, DataError
+from rlkit.errors import DataError
+from rlkit.settings import Checked, number
 
 _STEP = re.compile(r"\s*([+-])\s*(-?\d+)")
 
@@ -27,33 +28,25 @@ class Template:
     def __call__(self, row: Mapping[str, Any], index: int) -> str:
         text = render(self.template, row, index, "template")
         if text is None:
-            fix = "leave such rows out of the file"
-            raise DataError(
-                f"a field of row {index} is null, or all are empty", key="template", value=self.template, fix=fix
-            )
+            problem, fix = f"a field of row {index} is null, or all are empty", "leave such rows out of the file"
+            raise DataError(problem, key="template", value=self.template, fix=fix)
         return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChainSumTeacher:
+class ChainSumTeacher(Checked):
     """A chain of thought for a sum, worked from left to right, with errors at a known rate.
 
-    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`, in [0, 1):
+    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`:
     it is off by 1..max_error, and the rest is worked from there. A model that imitates it is right with about
     (1 - error_rate) ** steps: RL has something to improve. Errors are fixed by (seed, index). `expression` is the sum's
     template. `ConfigError`: settings out of range; `DataError`: a row has no such expression.
     """
 
-    error_rate: float = 0.3
+    error_rate: float = number(0.3, 0, 0.99)
     seed: int = 0
-    max_error: int = 3
+    max_error: int = number(3, 1)
     expression: str = "{metadata[expression]}"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.error_rate < 1:
-            raise ConfigError("not a rate", key="error_rate", value=self.error_rate, expected="0 <= rate < 1")
-        if self.max_error < 1:
-            raise ConfigError("errors change nothing", key="max_error", value=self.max_error, expected="1 or more")
 
     def __call__(self, row: Mapping[str, Any], index: int) -> str:
         draw = random.Random(f"{self.seed}/{index}")  # seeded by its SHA-512: stable anywhere

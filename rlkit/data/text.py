@@ -59,12 +59,6 @@ class _Formatter(string.Formatter):
         return text
 
 
-def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos] where the tokenizer itself starts every text with it (Llama's does, Qwen's and GPT-2's do not), else []."""
-    first: list[int] = tokenizer("").input_ids[:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, ids: Sequence[str], key: str) -> list[list[int]]:
     """Token ids of every text, no special token added. `DataError` names characters the tokenizer maps to <unk>."""
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids

@@ -55,16 +55,15 @@ class Variant:
             found[seed] = after.value
         return found
 
-    @property
-    def unfinished(self) -> list[str]:
-        """What to say of runs that have not trained all planned steps."""
-        short = [(seed, run) for seed, run in self.runs.items() if run.last_step < run.config.get("steps", 0)]
-        return [f"{self.name} seed {s} stands at step {r.last_step} of {r.config['steps']}" for s, r in short]
-
     @cached_property
-    def spent(self) -> dict[int, FloatArray]:
-        """By seed, sampled tokens and seconds of learner steps alone, after step 0, 1, ...: [last step + 1, 2]."""
-        return {seed: _spent(run) for seed, run in self.runs.items()}
+    def spent(self) -> list[FloatArray]:
+        """A run's sampled tokens and seconds of learner steps alone, after step 0, 1, ...: [last step + 1, 2]."""
+        found = []
+        for run in self.runs.values():
+            both = [dict(zip(*run.metric(name), strict=True)) for name in ("perf/sampled_tokens", "time/step")]
+            rows = [[of_step.get(step, 0.0) for of_step in both] for step in range(1, run.last_step + 1)]
+            found.append(np.cumsum([[0.0, 0.0], *rows], axis=0))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +74,6 @@ class Comparison:
     after: Figure
     difference: Figure | None
     improvement: Figure | None
-
-
-def _spent(run: RunRecord) -> FloatArray:
-    """Sampled tokens and seconds of learner steps up to every step, [last step + 1, 2]."""
-    both = [dict(zip(*run.metric(name), strict=True)) for name in ("perf/sampled_tokens", "time/step")]
-    rows = [[of_step.get(step, 0.0) for of_step in both] for step in range(1, run.last_step + 1)]
-    spent: FloatArray = np.cumsum([[0.0, 0.0], *rows], axis=0)
-    return spent
 
 
 def find_variants(folders: Iterable[Path]) -> list[Variant]:
@@ -104,17 +95,16 @@ def find_variants(folders: Iterable[Path]) -> list[Variant]:
 
 def compare(variants: Sequence[Variant], metric: str, baseline: str) -> list[Comparison]:
     """One row a variant, best first."""
-    base = next((v for v in variants if v.name == baseline), None)
-    if base is None:
-        expected = f"one of {', '.join(v.name for v in variants)}"
+    last = {variant.name: variant.last(metric) for variant in variants}
+    if baseline not in last:
+        expected = f"one of {', '.join(last)}"
         raise RlkitError("no such variant", key="--baseline", value=baseline, expected=expected)
-    rows = []
+    rows, base = [], last[baseline]
     for variant in variants:
-        values, other = variant.last(metric), base.last(metric)
-        against: tuple[Figure | None, Figure | None] = (None, None)
-        if variant is not base:
-            against = paired_difference(values, other), improvement_probability(values, other)
-        rows.append(Comparison(variant, over_seeds(values), *against))
+        values, other = last[variant.name], variant.name != baseline
+        difference = paired_difference(values, base) if other else None
+        improvement = improvement_probability(values, base) if other else None
+        rows.append(Comparison(variant, over_seeds(values), difference, improvement))
     return sorted(rows, key=lambda row: -row.after.value)
 
 
@@ -146,7 +136,7 @@ def table(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
     """The cells under HEADINGS."""
     cells: list[tuple[str, ...]] = []
     for row in rows:
-        tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent.values()], axis=0)
+        tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent], axis=0)
         better = "-" if row.improvement is None else f"{row.improvement.value:.2f}"
         estimates = (*_shown(row.after), *_shown(row.difference, "+"), better)
         cells.append((row.variant.name, str(row.after.seeds), *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}"))
@@ -164,7 +154,7 @@ def draw(variants: Sequence[Variant], metric: str) -> Drawing:
             mean = values.mean(axis=0)
             error = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(len(steps))
             colour, line = CYCLE[i % len(CYCLE)], ("-", "--", ":", "-.")[i // len(CYCLE) % 4]
-            spent = [total[min(step, len(total) - 1)] for total in variant.spent.values() for step in steps]
+            spent = [total[min(step, len(total) - 1)] for total in variant.spent for step in steps]
             tokens, seconds = np.reshape(spent, (len(points), len(steps), 2)).mean(axis=0).T
             for place, x in zip(axes, (steps, tokens / 1e6, seconds), strict=True):
                 place.plot(x, mean, line, marker="o", markersize=3, label=variant.name, color=colour)
@@ -196,7 +186,9 @@ def main(argv: Sequence[str]) -> int:
         shown.add_row(*row)
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    notes = [note for variant in variants for note in variant.unfinished]
+    runs = [(f"{variant.name} seed {seed}", run) for variant in variants for seed, run in variant.runs.items()]
+    planned = [(name, run.last_step, run.config.get("steps", 0)) for name, run in runs]
+    notes = [f"{name} stands at step {last} of {steps}" for name, last, steps in planned if last < steps]
     notes += [f"{key}: {'; '.join(values)}" for key, values in differing_keys(variants).items()]
     kept = Console(record=True, file=io.StringIO(), width=160)
     for target in (Console(width=None if sys.stdout.isatty() else 160), kept):

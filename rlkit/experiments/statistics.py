@@ -56,6 +56,5 @@ def _bootstrapped(statistic: Callable[..., Any], *samples: FloatArray) -> Figure
 
 def _wins(x: FloatArray, y: FloatArray, axis: int = -1) -> FloatArray:
     """Share of pairs of x [..., n] and y [..., m] that x wins, [...]; `axis` is the last one."""
-    difference = x[..., :, None] - y[..., None, :]
-    share: FloatArray = ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(axis - 1, axis))
-    return share
+    won: FloatArray = 0.5 + 0.5 * np.sign(x[..., :, None] - y[..., None, :])
+    return won.mean(axis=(axis - 1, axis))  # type: ignore[no-any-return]

@@ -85,13 +85,12 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
 def _values(text: str) -> list[str]:
     """One override as texts: one of each value of a comma list, else the text itself."""
     try:
-        override = OverridesParser.create().parse_overrides([text])[0]
-        if not override.is_sweep_override():
-            return [text]
-        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         expected = "key=value, or key=value,value,... to sweep"
         raise ConfigError(f"override {text!r} cannot be read: {error}", expected=expected) from error
+    swept = override.sweep_string_iterator() if override.is_sweep_override() else ()
+    return [f"{override.get_key_element()}={value}" for value in swept] or [text]
 
 
 def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: int) -> int:
@@ -129,33 +128,33 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
 
 async def _run_all(runs: list[Run], recipe: str, config_dir: Path | None, jobs: int) -> tuple[dict[Run, int], int]:
     """Train every run; returns the failed ones with their exit status, and the signal that ended it all or 0."""
-    free, stop = asyncio.Semaphore(jobs), asyncio.Event()
-    received, failed = list[int](), dict[Run, int]()
+    loop = asyncio.get_running_loop()
+    free, failed, stop = asyncio.Semaphore(jobs), dict[Run, int](), loop.create_future()
 
     def interrupted(number: int) -> None:
-        received.append(number)
-        stop.set()
+        if not stop.done():
+            stop.set_result(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupted, number)
+        loop.add_signal_handler(number, interrupted, number)
 
     async def one(run: Run) -> None:
         async with free:
-            if stop.is_set():
+            if stop.done():
                 return
             print(f"{run.title}: started", flush=True)
             status = await _train(run, recipe, config_dir, jobs, stop)
-        if stop.is_set():
+        if stop.done():
             return
         if not run.finished:
             failed[run] = status
         print(f"{run.title}: {'finished' if run.finished else 'failed'}", flush=True)
 
     await asyncio.gather(*map(one, runs))
-    return failed, (*received, 0)[0]
+    return failed, stop.result() if stop.done() else 0
 
 
-async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop: asyncio.Event) -> int:
+async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop: asyncio.Future[int]) -> int:
     command = [sys.executable, "-m", "rlkit", "train", f"recipe={recipe}", *run.overrides]
     command += ["--config-dir", str(config_dir)] if config_dir else []
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
@@ -173,14 +172,13 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=asyncio.subprocess.STDOUT,
             env=threads | os.environ, start_new_session=True, preexec_fn=_end_with_parent,
         )  # fmt: skip
-        ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
+        ended = asyncio.create_task(process.wait())
         try:
-            await asyncio.wait([ended, told], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([ended, stop], return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait([ended], timeout=END_DEADLINE_S)
         finally:
-            told.cancel()
             if not ended.done():
                 process.kill()
             status = await ended

@@ -1,15 +1,13 @@
 """From taken groups to a step's training sequences: scores, advantages and what to report of them."""
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 
 from rlkit.algorithms.base import Advantage, AdvantageInputs, constant_groups
-from rlkit.errors import TrainingError
+from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import TrainingSequence
 from rlkit.types import Group, Rollout, Verdict
 
@@ -47,18 +45,15 @@ def assemble(
         parts={k: torch.tensor(v, dtype=torch.float64) for k, v in parts.items() if len(v) == len(usable)},
     )
     penalty, measured = penalties(sequences) if penalties else (torch.zeros_like(inputs.scores), {})
-    refused = partial(TrainingError, key="algorithm.advantage", value=type(advantage).__name__)
-    try:
+    key = "algorithm.advantage"
+    with calling(advantage, key, "mend it, or choose a shipped one: algorithm/advantage=group_normalized"):
         advantages = advantage(replace(inputs, scores=inputs.scores - penalty))
-    except Exception as error:  # other people's components raise what they like
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        problem = f"this component raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        raise refused(problem, fix="mend it, or choose a shipped one: algorithm/advantage=group_normalized") from error
-    sound = isinstance(advantages, torch.Tensor) and advantages.shape == inputs.scores.shape
-    if not sound or not torch.isfinite(advantages).all():
-        got = f"shape {tuple(advantages.shape)}" if isinstance(advantages, torch.Tensor) else type(advantages).__name__
+    shape = getattr(advantages, "shape", None)
+    if shape != inputs.scores.shape or not torch.isfinite(advantages).all():
+        got = type(advantages).__name__ if shape is None else f"shape {tuple(shape)}"
+        problem = "the advantage must give one finite number a sequence"
         expected = f"a tensor of shape {tuple(inputs.scores.shape)}, finite; got {got}"
-        raise refused("the advantage must give one finite number a sequence", expected=expected)
+        raise TrainingError(problem, key=key, value=type(advantage).__name__, expected=expected)
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
     metrics = _metrics(groups, inputs, advantages) | measured
     metrics["off_policy/lag/mean"] = sum(n * lag for n, lag in spans) / sum(n for n, _ in spans)

@@ -1,6 +1,5 @@
 """`rlkit check`: the resolved configuration, what follows from it, and the memory it will need."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -50,34 +49,24 @@ def _print(console: Console, title: str, rows: Iterable[Row], shown: Callable[[i
 def batch_table(config: Config) -> list[Row]:
     """What the user-level keys come to: sequences, tokens, micro-batches, updates, queue bound."""
     groups, steps, rollout, evaluation = config.prompts_per_step, config.steps, config.rollout, config.evaluation
-    sequences = groups * config.samples_per_prompt
-    updates = config.learner.updates_per_step
+    sequences, updates = groups * config.samples_per_prompt, config.learner.updates_per_step
     longest = config.data.train.max_prompt_tokens + rollout.max_completion_tokens
     rows_at_once = max(1, config.learner.max_tokens_per_microbatch // longest)
     per_update = -(-groups // updates) * config.samples_per_prompt
-    microbatches = updates * -(-per_update // rows_at_once)
     between = (steps - 1) // evaluation.every_steps if evaluation.every_steps else 0
     evaluations = evaluation.at_start + between + 1 if config.data.eval else 0
-    verifying = math.ceil(-(-sequences // config.reward.workers) * config.reward.timeout_s)
-    table = [
+    return [
         ("sequences per step", sequences, "prompts_per_step * samples_per_prompt"),
         ("sampled tokens per step, at most", sequences * rollout.max_completion_tokens, "all completions full length"),
         ("trained tokens per step, at most", sequences * longest, "all prompts and completions at full length"),
         ("sequences per update", per_update, "sequences / learner.updates_per_step"),
         ("sequences per micro-batch", rows_at_once, "learner.max_tokens_per_microbatch / longest sequence"),
-        ("micro-batches per step, at most", microbatches, "all sequences at full length, one device"),
+        ("micro-batches per step, at most", updates * -(-per_update // rows_at_once), "all at full length, one device"),
         ("optimiser steps", steps * updates, "steps * learner.updates_per_step"),
-        ("prompts of the run", steps * groups, "steps * prompts_per_step"),
         ("completions of the run", steps * sequences, "steps * sequences"),
         ("groups in flight, at most", (config.max_staleness + 1) * groups, "(max_staleness + 1) * prompts_per_step"),
-        ("leases per step, at least", -(-sequences // rollout.slice_samples), "sequences / rollout.slice_samples"),
-        ("seconds of verifying per step, at most", verifying, "every sample timing out, on reward.workers"),
-        ("checkpoints written, at least", -(-steps // config.checkpoint.every_steps), "steps / checkpoint.every_steps"),
         ("evaluations", evaluations, f"of {len(config.data.eval)} held-out sets"),
     ]
-    if config.sft is not None:
-        table.append(("warm-start sequences", config.sft.steps * config.sft.batch_size, "sft.steps * sft.batch_size"))
-    return table
 
 
 def estimate(config: Config) -> list[Row]:
@@ -87,40 +76,32 @@ def estimate(config: Config) -> list[Row]:
     attention keeps for backward, are good to a factor of two; framework overhead is left out. Raises as `empty_model`.
     """
     model = empty_model(config.model)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    text = model.config.get_text_config()
+    text, count = model.config.get_text_config(), model.num_parameters()
     layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or hidden // heads
-    key_value_width = (getattr(text, "num_key_value_heads", None) or heads) * head_size
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    half = ["bfloat16", "bf16"]
-    half += ["auto"] if config.learner.device != "cpu" and torch.cuda.is_available() else []
+    key_value_width = getattr(text, "num_key_value_heads", None) or heads
+    key_value_width *= getattr(text, "head_dim", None) or hidden // heads
+    block = 8 * hidden + 2 * key_value_width + 4 * (getattr(text, "intermediate_size", None) or 4 * hidden)
+    saved = layers * hidden + block if config.model.gradient_checkpointing else layers * block
+    fast = config.learner.device != "cpu" and torch.cuda.is_available()
+    half = ("bfloat16", "bf16", "auto") if fast else ("bfloat16", "bf16")
     weight_bytes = 2 if config.model.dtype in half else 4
-    autocast = config.learner.mixed_precision in half
-    compute_bytes = 2 if autocast else weight_bytes
-
+    compute_bytes = 2 if config.learner.mixed_precision in half else weight_bytes
     longest = max(d.max_prompt_tokens for d in datasets(config).values()) + config.rollout.max_completion_tokens
     sequences = config.prompts_per_step * config.samples_per_prompt
-    # Never more than the step has: tiny runs stay far below the limit.
+    # Never more than an update has: tiny runs stay far below the limit.
     of_update = sequences // config.learner.updates_per_step * longest
     tokens = min(max(config.learner.max_tokens_per_microbatch, longest), of_update)
-    block = 8 * hidden + 2 * key_value_width + 4 * intermediate
-    saved = layers * hidden + block if config.model.gradient_checkpointing else layers * block
-    chunk = min(config.learner.logprob_chunk_tokens, tokens)
-    engine = build(config.rollout.engine, key="rollout.engine")
     rows = max(sequences, config.evaluation.batch_samples if config.data.eval else 0)
-    rows = min(rows, getattr(engine, "max_batch_samples", sequences))
-    cache = 2 * layers * key_value_width * longest * rows
-    weights = count * weight_bytes
+    rows = min(rows, getattr(build(config.rollout.engine, key="rollout.engine"), "max_batch_samples", rows))
+    cache, weights = 2 * layers * key_value_width * longest * rows * weight_bytes, count * weight_bytes
     parts = [
         ("weights", weights, f"{count:,} parameters"),
         ("gradients", weights, "as the weights"),
         ("AdamW moments", 2 * weights, "two, as the weights"),
         ("activations of a micro-batch", tokens * saved * compute_bytes, f"{tokens:,} tokens"),
-        ("log-prob chunk", 8 * chunk * text.vocab_size, f"logits and gradient, {chunk:,} x {text.vocab_size:,}"),
-        ("key-value cache of the engine", cache * weight_bytes, f"{rows:,} sequences of {longest:,} tokens"),
+        ("key-value cache of the engine", cache, f"{rows:,} sequences of {longest:,} tokens"),
     ]
-    if autocast and weight_bytes == 4:
+    if compute_bytes < weight_bytes:
         parts.append(("bfloat16 copy of the weights", 2 * count, "autocast's cache"))
     if getattr(build(config.algorithm.kl, key="algorithm.kl"), "needs_reference", False):
         parts.append(("reference model", weights, "algorithm.kl"))

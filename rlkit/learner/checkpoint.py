@@ -64,32 +64,19 @@ class Checkpoint:
             place = tensor if tensor.ndim == 0 else tensor.to(by_name[name].device)
             learner.optimizer.state[by_name[name]][kind] = place.clone()
         learner.optimizer_steps = self.optimizer_steps
-        _restore_rng(*self.rng)
+        # Global generators are for users' components; sampling itself is keyed, not drawn.
+        tensors, ((version, internal, gauss), numpy_state) = self.rng
+        torch.set_rng_state(tensors["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(numpy_state))
 
 
 def checksum(path: Path) -> str:
     """xxh3-128 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def _rng_state() -> tuple[dict[str, Tensor], list[Any]]:
-    """Generators of torch as tensors; numpy's and Python's as JSON."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors, [random.getstate(), [kind, np.asarray(keys).tolist(), *rest]]
-
-
-def _restore_rng(tensors: Mapping[str, Tensor], others: list[Any]) -> None:
-    """Set torch's, numpy's and Python's global generators (sampling itself is keyed, not drawn)."""
-    (version, internal, gauss), numpy_state = others
-    torch.set_rng_state(tensors["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(numpy_state))
 
 
 def _flush(path: Path) -> None:
@@ -114,19 +101,23 @@ def save(
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
     try:
-        (draft / "trainer").mkdir(parents=True)
+        trainer = draft / "trainer"
+        trainer.mkdir(parents=True)
         learner.model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
-        tensors, others = _rng_state()
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
         state = {**progress, "optimizer_steps": learner.optimizer_steps}
+        raw = {"state": state, "rng": [random.getstate(), np.random.get_state(legacy=True)]}
         moments = {  # "exp_avg/<parameter>"; tied parameters once
             f"{key}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
             for name, parameter in learner.model.named_parameters()
             for key, value in learner.optimizer.state.get(parameter, {}).items()
         }
-        save_file(moments, draft / "trainer" / "optimizer.safetensors")
-        save_file(tensors, draft / "trainer" / "rng.safetensors")
-        (draft / "trainer" / "state.json").write_text(json.dumps({"state": state, "rng": others}))
+        save_file(moments, trainer / "optimizer.safetensors")
+        save_file(rng, trainer / "rng.safetensors")
+        (trainer / "state.json").write_text(json.dumps(raw, default=np.ndarray.tolist))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(draft)): [p.stat().st_size, checksum(p)] for p in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -171,18 +162,17 @@ def verify(path: Path) -> None:
             raise wrong(problem, expected=f"the checksum in {MANIFEST}")
 
 
-def load(path: Path) -> Checkpoint:
-    """Verify and read a checkpoint's trainer part; the model is read by `from_pretrained(path)`."""
-    verify(path)
-    raw = json.loads((path / "trainer" / "state.json").read_text())
-    state, trainer = raw["state"], path / "trainer"
-    if state["watermark"] is not None:
-        state["watermark"] = Watermark(**state["watermark"])
-    rng = load_file(trainer / "rng.safetensors"), raw["rng"]
-    return Checkpoint(path=path, optimizer=load_file(trainer / "optimizer.safetensors"), rng=rng, **state)
-
-
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a folder, verified, or None if there is none."""
-    found = steps(folder)
-    return load(folder / f"step_{found[-1]}") if found else None
+    """A folder's newest checkpoint, verified, or None if there is none; `from_pretrained(path)` reads its model."""
+    if not (found := steps(folder)):
+        return None
+    path = folder / f"step_{found[-1]}"
+    trainer = path / "trainer"
+    verify(path)
+    raw = json.loads((trainer / "state.json").read_text())
+    state, watermark = raw["state"], raw["state"].pop("watermark")
+    return Checkpoint(
+        path=path, optimizer=load_file(trainer / "optimizer.safetensors"),
+        rng=(load_file(trainer / "rng.safetensors"), raw["rng"]),
+        watermark=Watermark(**watermark) if watermark else None, **state,
+    )  # fmt: skip

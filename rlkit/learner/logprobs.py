@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlkit.algorithms.base import in_range
 from rlkit.errors import ConfigError, TrainingError
 
 # exp() of this is exactly 0 in float32 and float64; it stands in for -inf where p * log p -> 0.
@@ -53,73 +52,64 @@ def selected_logprobs(
     Raises ConfigError: temperature or chunk size out of range, or `entropy_grad` without `with_entropy`;
     TrainingError: shapes or dtypes that do not fit, or a target outside [0, V).
     """
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError("out of range", key="temperature", value=temperature, expected="a finite number > 0")
-    in_range("chunk_tokens", chunk_tokens, 1)
-    in_range("chunk_vocab", chunk_vocab, 1)
-    if entropy_grad and not with_entropy:
-        fix = "set with_entropy=True"
-        raise ConfigError("there is no entropy to take a gradient through", key="entropy_grad", value=True, fix=fix)
-    _check_tensors(hidden, weight, targets, bias)
     tiling = temperature, chunk_tokens, chunk_vocab
-    with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, entropy = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, bias, targets, tiling, with_entropy, entropy_grad
+    if not 0 < temperature < math.inf or min(chunk_tokens, chunk_vocab) < 1 or (entropy_grad and not with_entropy):
+        key, expected = (
+            "temperature, chunk_tokens, chunk_vocab",
+            "finite > 0, >= 1, >= 1; entropy_grad with_entropy only",
         )
-    return logprobs, entropy
+        raise ConfigError("out of range", key=key, value=tiling, expected=expected)
+    _check_tensors(hidden, weight, targets, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        inputs = hidden, weight, bias, targets, tiling, with_entropy, entropy_grad
+        return _SelectedLogprobs.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Tiles:
-    """Makes [tokens, vocabulary] tiles of logits, one at a time, in one scratch buffer."""
+    """[tokens, vocabulary] tiles of logits, one at a time, in one scratch buffer (`spare`: and a second tile)."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float,
-        chunk_tokens: int, chunk_vocab: int,
-    ) -> None:  # fmt: skip
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiling: tuple[float, int, int], spare: bool
+    ) -> None:
+        temperature, chunk_tokens, chunk_vocab = tiling
         self.dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         self.tokens, self.vocab = hidden.shape[0], weight.shape[0]
         self.chunk_tokens = max(1, min(chunk_tokens, self.tokens))
         self.chunk_vocab = min(chunk_vocab, self.vocab)
         # Scaling [n, H] once is cheaper than scaling every tile.
         self.hidden = hidden.detach().to(self.dtype)
-        self.weight, self.bias = weight.detach(), None
         if temperature != 1.0:
             self.hidden = self.hidden / temperature
-        if bias is not None:
-            self.bias = bias.detach().to(self.dtype) / temperature
-        narrower = weight.dtype != self.dtype
-        self._cast = self.new(self.chunk_vocab, weight.shape[1]) if narrower else None
-        self._logits = self.new(self.chunk_tokens * self.chunk_vocab)
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach().to(self.dtype) / temperature
+        self.narrower = weight.dtype != self.dtype
+        self.buffers = self.new(1 + spare, self.chunk_tokens * self.chunk_vocab)
 
     def new(self, *shape: int) -> Tensor:
         """An uninitialised tensor of the head's dtype on its device."""
         return torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
 
-    def slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary range, weight rows [c, H] in the head's dtype), in order."""
-        for start in range(0, self.vocab, self.chunk_vocab):
-            columns = slice(start, min(start + self.chunk_vocab, self.vocab))
-            rows = self.weight[columns]
-            if self._cast is not None:
-                rows = self._cast[: rows.shape[0]].copy_(rows)
-            yield columns, rows
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, list[Tensor]]]:
+        """Slice of the vocabulary by slice, and in each chunk of the tokens by chunk:
 
-    def logits(self, columns: slice, weight_rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(token range, logits [r, c]); a tile is valid until the next one is asked for."""
-        for start in range(0, self.tokens, self.chunk_tokens):
-            rows = slice(start, min(start + self.chunk_tokens, self.tokens))
-            out = self.like_tile(self._logits, rows, columns)
-            if self.bias is None:
-                torch.mm(self.hidden[rows], weight_rows.t(), out=out)
-            else:
-                torch.addmm(self.bias[columns], self.hidden[rows], weight_rows.t(), out=out)
-            yield rows, out
-
-    @staticmethod
-    def like_tile(buffer: Tensor, rows: slice, columns: slice) -> Tensor:
-        """The front of a flat buffer as a contiguous [r, c] tile."""
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        return buffer[: shape[0] * shape[1]].view(shape)
+        (token range, vocabulary range, weight rows [c, H] in the head's dtype, [logits [r, c] and the spare tile]),
+        valid until the next one is asked for.
+        """
+        cast = self.new(self.chunk_vocab, self.weight.shape[1]) if self.narrower else None
+        for left in range(0, self.vocab, self.chunk_vocab):
+            columns = slice(left, min(left + self.chunk_vocab, self.vocab))
+            weight_rows = self.weight[columns]
+            if cast is not None:
+                weight_rows = cast[: len(weight_rows)].copy_(weight_rows)
+            for top in range(0, self.tokens, self.chunk_tokens):
+                rows = slice(top, min(top + self.chunk_tokens, self.tokens))
+                shape = rows.stop - top, columns.stop - left
+                logits, *spare = (flat[: shape[0] * shape[1]].view(shape) for flat in self.buffers)  # contiguous
+                if self.bias is None:
+                    torch.mm(self.hidden[rows], weight_rows.t(), out=logits)
+                else:
+                    torch.addmm(self.bias[columns], self.hidden[rows], weight_rows.t(), out=logits)
+                yield rows, columns, weight_rows, [logits, *spare]
 
 
 def _in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -135,31 +125,28 @@ class _SelectedLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
         tiling: tuple[float, int, int], with_entropy: bool, entropy_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        tiles = _Tiles(hidden, weight, bias, *tiling)
+        tiles = _Tiles(hidden, weight, bias, tiling, spare=with_entropy)
         n = tiles.tokens
         # The lowest finite number, not -inf: a first slice that is all -inf must not make nan.
         peak = tiles.new(n, 1).fill_(torch.finfo(tiles.dtype).min)
         total = tiles.new(n, 1).zero_()  # sum_v exp(z - peak)
         moment = tiles.new(n, 1).zero_()  # sum_v exp(z - peak) (z - peak)
         selected = tiles.new(n, 1).zero_()
-        scratch = tiles.new(tiles.chunk_tokens * tiles.chunk_vocab) if with_entropy else None
-        for columns, weight_rows in tiles.slices():
-            for rows, logits in tiles.logits(columns, weight_rows):
-                column, inside = _in_tile(targets[rows], columns)
-                selected[rows] = torch.where(inside, logits.gather(1, column), selected[rows])
-                new_peak = torch.maximum(peak[rows], logits.amax(1, keepdim=True))
-                shift = (peak[rows] - new_peak).clamp_(min=_LOG_ZERO)
-                decay = shift.exp()
-                logits.sub_(new_peak)
-                if scratch is None:
-                    exponentials = logits.exp_()
-                else:
-                    logits.clamp_(min=_LOG_ZERO)
-                    exponentials = torch.exp(logits, out=tiles.like_tile(scratch, rows, columns))
-                    moment[rows] = (moment[rows] + shift * total[rows]) * decay
-                    moment[rows] += logits.mul_(exponentials).sum(1, keepdim=True)
-                total[rows] = total[rows] * decay + exponentials.sum(1, keepdim=True)
-                peak[rows] = new_peak
+        for rows, columns, _, (logits, *spare) in tiles:
+            column, inside = _in_tile(targets[rows], columns)
+            selected[rows] = torch.where(inside, logits.gather(1, column), selected[rows])
+            new_peak = torch.maximum(peak[rows], logits.amax(1, keepdim=True))
+            shift = (peak[rows] - new_peak).clamp_(min=_LOG_ZERO)
+            decay = shift.exp()
+            logits.sub_(new_peak)
+            if not with_entropy:
+                exponentials = logits.exp_()
+            else:
+                exponentials = torch.exp(logits.clamp_(min=_LOG_ZERO), out=spare[0])
+                moment[rows] = (moment[rows] + shift * total[rows]) * decay
+                moment[rows] += logits.mul_(exponentials).sum(1, keepdim=True)
+            total[rows] = total[rows] * decay + exponentials.sum(1, keepdim=True)
+            peak[rows] = new_peak
         lse = (peak + total.log()).squeeze(1)
         entropy = (total.log() - moment / total).squeeze(1) if with_entropy else None
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy if entropy_grad else None)
@@ -172,47 +159,37 @@ class _SelectedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        temperature = ctx.tiling[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        tiles = _Tiles(hidden, weight, bias, *ctx.tiling)
-        lse, grad_logprobs = lse.unsqueeze(1), grad_logprobs.unsqueeze(1)
+        grad_entropy = None if entropy is None else grad_entropy
+        tiles = _Tiles(hidden, weight, bias, ctx.tiling, spare=grad_entropy is not None)
+        lse, up = lse.unsqueeze(1), grad_logprobs.unsqueeze(1)
         # d / dz = row_scale * tile. Without an entropy gradient the upstream one is a factor of the whole row.
-        row_scale = -grad_logprobs / temperature
-        if entropy is not None and grad_entropy is not None:
-            entropy, grad_entropy = entropy.unsqueeze(1), grad_entropy.unsqueeze(1)
-            scratch = tiles.new(tiles.chunk_tokens * tiles.chunk_vocab)
-            row_scale = torch.full_like(row_scale, -1.0 / temperature)
+        row_scale = (-up if grad_entropy is None else -torch.ones_like(up)) / ctx.tiling[0]
         grad_hidden = torch.zeros_like(tiles.hidden) if want_hidden else None
         # Every element of the weight's gradient is written below, unless there is no token.
-        storage = weight.new_empty if tiles.tokens else weight.new_zeros
-        grad_weight = storage(weight.shape) if want_weight else None
+        grad_weight = (weight.new_empty if tiles.tokens else weight.new_zeros)(weight.shape) if want_weight else None
         grad_bias = tiles.new(tiles.vocab).zero_() if want_bias else None
         scaled_hidden = hidden.to(tiles.dtype) * row_scale if want_weight else None
-        sums = None  # gradient of one slice of the weight, where the weight's dtype is narrower
-        if want_weight and weight.dtype != tiles.dtype:
-            sums = tiles.new(tiles.chunk_vocab, weight.shape[1])
-        for columns, weight_rows in tiles.slices():
-            for rows, tile in tiles.logits(columns, weight_rows):
-                column, inside = _in_tile(targets[rows], columns)
-                tile.sub_(lse[rows])
-                if grad_entropy is None or entropy is None:
-                    tile.exp_().scatter_add_(1, column, -inside.to(tiles.dtype))
-                else:
-                    up = grad_logprobs[rows]
-                    tile.clamp_(min=_LOG_ZERO)
-                    probs = torch.exp(tile, out=tiles.like_tile(scratch, rows, columns))
-                    tile.add_(entropy[rows]).mul_(grad_entropy[rows]).add_(up).mul_(probs)
-                    tile.scatter_add_(1, column, -up * inside)
-                if grad_hidden is not None:
-                    grad_hidden[rows].addmm_(tile, weight_rows)
-                if grad_weight is not None and scaled_hidden is not None:
-                    out = grad_weight[columns] if sums is None else sums[: weight_rows.shape[0]]
-                    beta = 0.0 if rows.start == 0 else 1.0
-                    out.addmm_(tile.t(), scaled_hidden[rows], beta=beta)
-                    if sums is not None and rows.stop == tiles.tokens:
-                        grad_weight[columns] = out
-                if grad_bias is not None:
-                    grad_bias[columns].addmv_(tile.t(), row_scale[rows, 0])
+        # Gradient of one slice of the weight, where the weight's dtype is narrower.
+        sums = tiles.new(tiles.chunk_vocab, weight.shape[1]) if want_weight and tiles.narrower else None
+        for rows, columns, weight_rows, (tile, *spare) in tiles:
+            column, inside = _in_tile(targets[rows], columns)
+            tile.sub_(lse[rows])
+            if grad_entropy is None:
+                tile.exp_().scatter_add_(1, column, -inside.to(tiles.dtype))
+            else:
+                probs = torch.exp(tile.clamp_(min=_LOG_ZERO), out=spare[0])
+                tile.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(up[rows]).mul_(probs)
+                tile.scatter_add_(1, column, -up[rows] * inside)
+            if grad_hidden is not None:
+                grad_hidden[rows].addmm_(tile, weight_rows)
+            if grad_weight is not None and scaled_hidden is not None:
+                out = grad_weight[columns] if sums is None else sums[: len(weight_rows)]
+                out.addmm_(tile.t(), scaled_hidden[rows], beta=0.0 if rows.start == 0 else 1.0)
+                if sums is not None and rows.stop == tiles.tokens:
+                    grad_weight[columns] = out
+            if grad_bias is not None:
+                grad_bias[columns].addmv_(tile.t(), row_scale[rows, 0])
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(row_scale).to(hidden.dtype)
         if grad_bias is not None:

@@ -1,21 +1,29 @@
 """Loading or creating the policy and its tokenizer, without side effects on global generators."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
 
 from rlkit.config.hub import offline_unless_reachable
 from rlkit.config.schema import ModelConfig
 from rlkit.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -28,8 +36,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     `chat_template` replaces the tokenizer's own. A tokenizer without a padding token gets its end-of-sequence token for
     it: masks are made from lengths, never from token ids. Raises `ConfigError` when it cannot be made or loaded.
     """
-    from transformers import AutoTokenizer
-
     name, key = config.tokenizer or config.path, "model.path" if config.tokenizer is None else "model.tokenizer"
     if config.alphabet is not None:
         tokenizer = character_tokenizer(config.alphabet)
@@ -52,9 +58,6 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
 
     Ids 0 to 3 are <pad>, <bos>, <eos> and <unk>. Text begins with <bos>; decoding joins characters without spaces.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     repeated = sorted({letter for letter in alphabet if alphabet.count(letter) > 1})
     if not alphabet or repeated:
         problem = f"characters more than once: {', '.join(map(repr, repeated))}" if repeated else "empty"
@@ -99,9 +102,6 @@ def load_model(
 
 def empty_model(config: ModelConfig) -> PreTrainedModel:
     """The policy's architecture on the meta device, where it takes no memory. Raises `ConfigError`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with init_empty_weights(include_buffers=True):
         if config.path is None:
             return _new_model(config, load_tokenizer(config), torch.float32, seed=0)
@@ -121,8 +121,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     # Typed loosely: the stubs do not know that output_loading_info makes it a pair.
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     with _loading("a model in safetensors", name, "model.path") as folder:
@@ -144,8 +142,6 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
 def _new_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     architecture = dict(config.architecture or {})
     _check_architecture(architecture)
     filled = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER} | {"vocab_size": len(tokenizer)}
@@ -170,8 +166,6 @@ def _new_model(
 
 
 def _check_architecture(architecture: dict[str, Any]) -> None:
-    from transformers import CONFIG_MAPPING
-
     model_type, type_key = architecture.get("model_type"), "model.architecture.model_type"
     if model_type not in CONFIG_MAPPING:
         problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
@@ -182,17 +176,15 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
         problem = "it is not a plain language model: its config has no vocab_size"
         raise ConfigError(problem, key=type_key, value=model_type)
     for name, value in architecture.items():
-        problem, fix = "", None
+        refused = partial(ConfigError, key=f"model.architecture.{name}", value=value)
         if name in _FROM_TOKENIZER:
-            problem, fix = "this comes from the tokenizer", "drop it"
-        elif name in _FROM_MODEL_CONFIG:
-            problem, fix = "this has a key of its own", f"set {_FROM_MODEL_CONFIG[name]}"
-        elif name not in known:
-            problem = f"{model_type} has no such setting.{nearest(name, known)}"
-        elif "dropout" in name and value:
-            problem, fix = "importance ratios need dropout off", "set it to 0"
-        if problem:
-            raise ConfigError(problem, key=f"model.architecture.{name}", value=value, fix=fix)
+            raise refused("this comes from the tokenizer", fix="drop it")
+        if name in _FROM_MODEL_CONFIG:
+            raise refused("this has a key of its own", fix=f"set {_FROM_MODEL_CONFIG[name]}")
+        if name not in known:
+            raise refused(f"{model_type} has no such setting.{nearest(name, known)}")
+        if "dropout" in name and value:
+            raise refused("importance ratios need dropout off", fix="set it to 0")
 
 
 def _disable_dropout(settings: PreTrainedConfig) -> None:
@@ -217,12 +209,8 @@ def _loading(what: str, name: str, key: str) -> Iterator[str]:
     try:
         yield str(path) if path.is_dir() else name
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        if path.is_dir():
-            problem = f"{what} cannot be loaded from this folder: {reason}"
-            expected, fix = f"{what} (no pickled weights, no remote code)", None
-        else:
-            problem = f"no such folder, and the hub gives no {what.removeprefix('a ')} of that name ({reason})"
-            expected = "a folder, or a hub name in reach or in the cache"
-            fix = "offline: download the model to a folder once and give its path"
+        where = "this folder" if path.is_dir() else "the hub, and there is no such folder"
+        problem = f"{what} cannot be loaded from {where}: {type(error).__name__}: {error}"
+        expected = f"{what} (no pickled weights, no remote code) in a folder, or a hub name in reach or in the cache"
+        fix = None if path.is_dir() else "offline: download the model to a folder once and give its path"
         raise ConfigError(problem, key=key, value=name, expected=expected, fix=fix) from error

@@ -18,10 +18,9 @@ import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rewards import RewardError
 from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
-from rlkit.config.schema import Config, LearnerConfig, ModelConfig, RewardConfig
+from rlkit.config.schema import Config, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
 from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
@@ -50,8 +49,26 @@ class Session:
         cls, config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None] = never_stop,
         source: ModelConfig | None = None,
     ) -> Self:  # fmt: skip
-        """Start this rank; the tokenizer is that of `source`, or else of the recipe's model."""
-        accelerator = start_accelerator(config.learner)
+        """Start this rank: threads, determinism, device and precision, then the process group if there is one.
+
+        The tokenizer is that of `source`, or else of the recipe's model.
+        """
+        learner = config.learner
+        transformers.logging.disable_progress_bar()  # bars of a millisecond in the logs of every checkpoint
+        if learner.num_threads is not None:
+            torch.set_num_threads(learner.num_threads)
+        if learner.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        on_gpu = learner.device != "cpu" and torch.cuda.is_available()
+        if learner.device == "cuda" and not on_gpu:
+            problem, fix = "no CUDA device is visible", "set learner.device=auto"
+            raise ConfigError(problem, key="learner.device", value="cuda", fix=fix)
+        precision = learner.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+        handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
+        accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
         return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
 
     def model(self, source: ModelConfig, seed: int) -> PreTrainedModel:
@@ -59,9 +76,10 @@ class Session:
         dtype = resolve_dtype(self.config.model.dtype, self.accelerator.device)
         return load_model(source, self.tokenizer, dtype, seed)
 
-    def policy(self, model: PreTrainedModel, temperature: float) -> Policy:
-        """A model with the log-prob head."""
-        return Policy(model, temperature=temperature, chunk_tokens=self.config.learner.logprob_chunk_tokens)
+    def policy(self, source: ModelConfig, seed: int, temperature: float) -> Policy:
+        """The same with the log-prob head."""
+        chunk = self.config.learner.logprob_chunk_tokens
+        return Policy(self.model(source, seed), temperature=temperature, chunk_tokens=chunk)
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""
@@ -69,11 +87,10 @@ class Session:
         pieces = {k: build(getattr(config.algorithm, k), key=f"algorithm.{k}") for k in ("loss", "aggregation", "kl")}
         old_policy = build(config.old_policy, key="old_policy")
         objective = Objective(**pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient)
-        policy = self.policy(self.model(source, config.seed), config.rollout.temperature)
-        reference = None
+        policy, reference = self.policy(source, config.seed, config.rollout.temperature), None
         if objective.kl.needs_reference:
-            frozen = self.model(start, config.seed).requires_grad_(False)
-            reference = self.policy(frozen, config.rollout.temperature).to(self.accelerator.device)
+            reference = self.policy(start, config.seed, config.rollout.temperature).requires_grad_(False)
+            reference.to(self.accelerator.device)
         return Learner(policy, reference, objective, config.learner, self.accelerator, config.steps)
 
     def engine(self, model: PreTrainedModel) -> Engine:
@@ -84,18 +101,16 @@ class Session:
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:
         """Sampling with the recipe's limits and stops."""
+        rollout, stop = self.config.rollout, (int(self.tokenizer.eos_token_id),)
         return SamplingParams(
-            temperature=temperature,
-            max_tokens=self.config.rollout.max_completion_tokens,
-            seed=seed,
-            stop_token_ids=(int(self.tokenizer.eos_token_id),),
-            stop_strings=tuple(self.config.rollout.stop),
-        )
+            temperature=temperature, max_tokens=rollout.max_completion_tokens, seed=seed,
+            stop_token_ids=stop, stop_strings=tuple(rollout.stop),
+        )  # fmt: skip
 
     def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
         """Training prompts and the held-out sets. A reward without `needs_reference = False` needs one."""
-        data, rewards = self.config.data, self.config.reward.rewards
-        targets = [import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in rewards.items()]
+        data, rewards = self.config.data, self.config.reward.rewards.items()
+        targets = (import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in rewards)
         needed = any(getattr(target, "needs_reference", True) for target in targets)
         held_out = {k: load_prompts(d, self.tokenizer, f"data.eval.{k}", needed) for k, d in data.eval.items()}
         return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
@@ -135,25 +150,6 @@ def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
     return 0
 
 
-def start_accelerator(config: LearnerConfig) -> Accelerator:
-    """Threads, determinism, device and precision, then the process group if there is one."""
-    transformers.logging.disable_progress_bar()  # bars of a millisecond in the logs of every checkpoint
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        fix = "set learner.device=auto"
-        raise ConfigError("no CUDA device is visible", key="learner.device", value="cuda", fix=fix)
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-    handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
-    return Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
-
-
 def model_at(model: ModelConfig, path: Path) -> ModelConfig:
     """The same model settings, with weights and tokenizer of a checkpoint folder."""
     return dataclasses.replace(model, path=str(path), architecture=None, tokenizer=None, alphabet=None)
@@ -186,11 +182,8 @@ def locked(
 
 
 def open_pool(config: RewardConfig) -> VerifierPool:
-    """Start the verifier processes."""
-    try:
-        return VerifierPool(config.rewards, workers=config.workers, timeout_s=config.timeout_s, sandbox=config.sandbox)
-    except RewardError as error:
-        raise ConfigError(str(error), key="reward", value=list(config.rewards)) from error
+    """Start the verifier processes. Raises RewardError."""
+    return VerifierPool(config.rewards, workers=config.workers, timeout_s=config.timeout_s, sandbox=config.sandbox)
 
 
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
@@ -199,12 +192,12 @@ async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int 
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "nan" in r.lower()]
     if not_a_number or len(reasons) == len(scores):
-        why = (not_a_number or reasons)[0]
-        raise ConfigError(
-            f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer: {why}",
-            key="reward.rewards", value=sorted(set(reasons))[:3], expected="a finite number for each",
-            fix="call the reward on one row by hand, or look at its settings and the references",
-        )  # fmt: skip
+        problem = f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer"
+        why, fix = (
+            sorted(set(not_a_number or reasons))[:3],
+            "call the reward on one row by hand, or look at its settings",
+        )
+        raise ConfigError(problem, key="reward.rewards", value=why, expected="a finite number for each", fix=fix)
 
 
 def message_of(name: str, kept: int, left_out: Mapping[str, int]) -> str:

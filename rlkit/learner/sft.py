@@ -20,8 +20,9 @@ from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
 from rlkit.config.keys import leaves
-from rlkit.config.schema import Config, ModelConfig, SftConfig
-from rlkit.data.sft import batches, load_examples
+from rlkit.config.schema import Config, ModelConfig, OptimizerConfig, SftConfig
+from rlkit.data.order import PromptOrder
+from rlkit.data.prompts import load_examples
 from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.batching import TrainingSequence
@@ -67,9 +68,9 @@ def start_model(session: Session) -> ModelConfig:
         return config.model
     folder = Path(sft.cache_dir) / f"sft-{cache_key(config)}"
     final = folder / "checkpoints" / f"step_{sft.steps}"
-    problem, fix = f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start", "end the process that holds it"
-    busy = RlkitError(problem, key="sft.cache_dir", value=str(folder), fix=fix)
-    lock = locked(folder, busy, key="sft.cache_dir", wait_s=LOCK_DEADLINE_S, check_stop=session.check_stop)
+    key, problem = "sft.cache_dir", f"waited {LOCK_DEADLINE_S:.0f} s for another process's warm start"
+    busy = RlkitError(problem, key=key, value=str(folder), fix="end the process that holds it")
+    lock = locked(folder, busy, key=key, wait_s=LOCK_DEADLINE_S, check_stop=session.check_stop)
     with lock if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         if final.exists():
@@ -86,11 +87,10 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     examples, left_out = load_examples(sft.data, session.tokenizer, sft.max_completion_tokens, "sft.data")
     sequences = [
         TrainingSequence(
-            prompt_token_ids=example.prompt_ids, token_ids=example.completion_ids, group=number, advantage=1.0,
-            behavior_logprobs=np.zeros(len(example.completion_ids), dtype=np.float32),
-            loss_mask=np.ones(len(example.completion_ids), dtype=np.bool_),
+            prompt_token_ids=row.token_ids, token_ids=tokens, group=row.number, advantage=1.0,
+            behavior_logprobs=np.zeros(len(tokens), dtype=np.float32), loss_mask=np.ones(len(tokens), dtype=np.bool_),
         )
-        for number, example in enumerate(examples)
+        for row, tokens in examples
     ]  # fmt: skip
     if accelerator.is_main_process:
         print(message_of("sft.data", len(examples), left_out))
@@ -98,16 +98,14 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     source = config.model if previous is None else model_at(config.model, previous.path)
     # With an advantage of 1 the policy gradient's loss is the negative log-likelihood.
     objective = Objective(loss=PolicyGradientLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RecomputeAnchor())
-    policy = session.policy(session.model(source, sft.seed), temperature=1.0)
-    same = ("learning_rate", "schedule", "warmup_steps", "betas", "weight_decay", "max_grad_norm")
-    values = {name: getattr(sft, name) for name in (*same, "max_tokens_per_microbatch")}
+    policy = session.policy(source, sft.seed, temperature=1.0)
+    values = {field.name: getattr(sft, field.name) for field in dataclasses.fields(OptimizerConfig)}
     settings = dataclasses.replace(config.learner, **values, updates_per_step=1)
     learner = Learner(policy, None, objective, settings, accelerator, sft.steps)
-    step = done = 0
     if previous is not None:
         previous.restore(learner)
-        step = done = previous.step
         started -= previous.seconds
+    step = done = previous.step if previous else 0
 
     def save() -> None:
         if accelerator.is_main_process:
@@ -115,20 +113,21 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
             checkpoints.save(folder / "checkpoints", learner, session.tokenizer, progress, keep=1)
         accelerator.wait_for_everyone()
 
+    # Lengths are mixed: batches of one length save padding, but tiny models learnt more slowly from them.
+    order, size = PromptOrder(len(examples), sft.seed), sft.batch_size
     with contextlib.ExitStack() as stack:
-        telemetry = None
         if accelerator.is_main_process:
-            quiet = dataclasses.replace(config.telemetry, wandb="off")
-            name, recipe = f"{config.name} warm start", dict(session.resolved)
             sinks = Telemetry.open(
-                quiet, folder, name=name, total_steps=sft.steps, config=recipe, resume_step=done or None
-            )
+                dataclasses.replace(config.telemetry, wandb="off"), folder, name=f"{config.name} warm start",
+                total_steps=sft.steps, config=dict(session.resolved), resume_step=done or None,
+            )  # fmt: skip
             telemetry = stack.enter_context(sinks)
         try:
-            for indices in batches(len(examples), sft.batch_size, sft.steps, sft.seed, done):
-                metrics = learner.step([sequences[i] for i in indices], session.check_stop)
+            while step < sft.steps:
+                batch = [sequences[order.index(step * size + i)] for i in range(size)]
+                metrics = learner.step(batch, session.check_stop)
                 step += 1
-                if telemetry is not None:
+                if accelerator.is_main_process:
                     telemetry.log(step, {LOGGED[k]: metrics[k] for k in LOGGED})
                 if step % sft.checkpoint_every_steps == 0 or step == sft.steps:
                     save()

@@ -86,13 +86,11 @@ def _lead(session: Session, folder: Path) -> None:
         )  # fmt: skip
         stack.enter_context(contextlib.closing(buffer))
         buffer.rollback(previous.watermark or START if previous else START)
-        recipe, last = dict(session.resolved), previous.step if previous else -1  # rows beyond: of a lineage gone
-        telemetry = stack.enter_context(
-            Telemetry.open(
-                config.telemetry, folder, name=config.name, total_steps=config.steps, config=recipe, resume_step=last
-            )
-        )
-        trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, telemetry)
+        sinks = Telemetry.open(
+            config.telemetry, folder, name=config.name, total_steps=config.steps, config=dict(session.resolved),
+            resume_step=previous.step if previous else -1,  # rows beyond are of a lineage that is gone
+        )  # fmt: skip
+        trainer = Trainer(session, folder, learner, train, held_out, buffer, pool, stack.enter_context(sinks))
         if previous is not None:
             trainer.resume(previous)
             print(f"resuming from {previous.path} (step {previous.step})")
@@ -165,10 +163,9 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
 
 def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -> None:
     before, now = leaves(stored), leaves(resolved)
-    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-    changed = [k for k in keys if not any(f"{k}.".startswith(f"{free}.") for free in FREE_KEYS)]
-    if changed:
-        key, *others = changed
+    changed = (k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k))
+    key, *others = [k for k in changed if not f"{k}.".startswith(tuple(f"{free}." for free in FREE_KEYS))] or [""]
+    if key:
         more = f" (and {len(others)} more: {', '.join(others[:5])})" if others else ""
         problem = f"{path} holds a run with {key} = {before.get(key)!r}{more}"
         fix = "set another name, or resume=never to move the old run aside"

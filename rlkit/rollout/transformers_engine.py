@@ -21,25 +21,21 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from rlkit.errors import ConfigError, EngineError
+from rlkit.errors import EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
+from rlkit.settings import Checked, number
 from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
 
 ROOM_TOKENS = 32  # the key-value cache grows by so many at a time
 
 
 @dataclass(frozen=True, slots=True)
-class TransformersEngine:
+class TransformersEngine(Checked):
     """Settings of the embedded engine (a component: `open` makes the engine)."""
 
-    compact_every: int = 8  # tokens between two removals of finished rows
-    max_batch_samples: int = 256  # rows generated at a time; bounds the key-value cache
-
-    def __post_init__(self) -> None:
-        for key, value in (("compact_every", self.compact_every), ("max_batch_samples", self.max_batch_samples)):
-            if value < 1:
-                raise ConfigError("out of range", key=key, value=value, expected="1 or more")
+    compact_every: int = number(8, 1)  # tokens between two removals of finished rows
+    max_batch_samples: int = number(256, 1)  # rows generated at a time; bounds the key-value cache
 
     def open(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None], rank: int = 0

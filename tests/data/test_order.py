@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkit.data.order import PromptOrder
-from rlkit.errors import RlkitError
 
 counts = st.integers(1, 60)
 seeds = st.integers(0, 2**63)
@@ -53,8 +51,3 @@ def test_order_is_pinned() -> None:
 @given(counts, st.integers(0, 300))
 def test_without_shuffle_file_order_repeats(count: int, ordinal: int) -> None:
     assert PromptOrder(count, 7, shuffle=False).index(ordinal) == ordinal % count
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(RlkitError, match="no prompts"):
-        PromptOrder(0, 0)

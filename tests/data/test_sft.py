@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkit.config.schema import DatasetConfig
-from rlkit.data.prompts import load_prompts
-from rlkit.data.sft import batches, load_examples
-from rlkit.errors import DataError
+from rlkit.data.prompts import load_examples, load_prompts
+from rlkit.errors import DataError, TrainingError
 
 Make = Callable[..., DatasetConfig]
 TEMPLATE = {"_target_": "rlkit.data.teacher.Template", "template": "{solution}#{answer}"}
@@ -27,13 +25,13 @@ def test_examples_continue_the_prompts_of_reinforcement_learning(tokenizer: Any)
     )
     examples, _ = load_examples(config, tokenizer, 200, "sft.data")
     prompts = load_prompts(config, tokenizer, "sft.data", True).prompts
-    for example, prompt in zip(examples, prompts, strict=True):
-        assert example.id == prompt.id
-        np.testing.assert_array_equal(example.prompt_ids, prompt.token_ids)
-        assert example.completion_ids[-1] == tokenizer.eos_token_id
-        text = tokenizer.decode(example.completion_ids[:-1].tolist())
+    for (row, tokens), prompt in zip(examples, prompts, strict=True):
+        assert row.id == prompt.id
+        np.testing.assert_array_equal(row.token_ids, prompt.token_ids)
+        assert tokens[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(tokens[:-1].tolist())
         assert text.endswith(f"#{prompt.reference}")
-        assert tokenizer.eos_token_id not in example.completion_ids[:-1]
+        assert tokenizer.eos_token_id not in tokens[:-1]
 
 
 @given(limit=st.integers(1, 20))
@@ -45,7 +43,7 @@ def test_every_row_is_kept_or_counted(tokenizer: Any, limit: int) -> None:
             load_examples(config, tokenizer, limit, "sft.data")
         return
     examples, left_out = load_examples(config, tokenizer, limit, "sft.data")
-    assert [len(e.completion_ids) for e in examples] == [n + 2 + len(str(n)) for n in fits]
+    assert [len(tokens) for _, tokens in examples] == [n + 2 + len(str(n)) for n in fits]
     assert len(examples) + sum(left_out.values()) == 14
 
 
@@ -65,20 +63,18 @@ def test_example_errors(dataset: Make, tokenizer: Any) -> None:
         load_examples(config, tokenizer, 100, "sft.data")
 
 
-counts = st.integers(1, 40)
-sizes = st.integers(1, 9)
+class Broken:
+    def __call__(self, row: dict[str, Any], index: int) -> str:
+        return str(row["absent"])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [ROWS[99]]
 
 
-@given(counts, sizes, st.integers(0, 25), st.integers(0, 25), st.integers(0, 99))
-def test_batches_are_a_function_of_seed_and_step(count: int, size: int, steps: int, start: int, seed: int) -> None:
-    whole = [batch.tolist() for batch in batches(count, size, steps, seed)]
-    assert len(whole) == steps and all(len(batch) == size for batch in whole)
-    assert [batch.tolist() for batch in batches(count, size, steps, seed, start)] == whole[start:]
-    assert [batch.tolist() for batch in batches(count, size, steps + 3, seed)][:steps] == whole
-
-
-@given(counts, sizes, st.integers(1, 20), st.integers(0, 99))
-def test_no_example_is_used_twice_more_than_another(count: int, size: int, steps: int, seed: int) -> None:
-    chosen = Counter(np.concatenate(list(batches(count, size, steps, seed))).tolist())
-    used = [chosen[index] for index in range(count)]
-    assert max(used) - min(used) <= 1
+def test_a_source_or_teacher_that_raises_is_named(tokenizer: Any) -> None:
+    config = DatasetConfig(source={"_target_": f"{__name__}.Rows"}, completion={"_target_": f"{__name__}.Broken"})
+    with pytest.raises(TrainingError, match=r"sft.data.completion = 'Broken': .*KeyError: 'absent'.*test_sft"):
+        load_examples(config, tokenizer, 100, "sft.data")
+    config.source = {"_target_": f"{__name__}.Broken"}
+    with pytest.raises(TrainingError, match=r"sft.data.source = 'Broken': .*IndexError"):
+        load_prompts(config, tokenizer, "sft.data", False)

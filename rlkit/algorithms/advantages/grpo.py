@@ -11,18 +11,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum, in_range
+from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum
+from rlkit.settings import Checked, number
 
 
 @dataclass(frozen=True, slots=True)
-class GroupNormalizedAdvantage:
+class GroupNormalizedAdvantage(Checked):
     """A_i = (R_i - mean) / (std + epsilon) within the group; needs groups of 2 or more."""
 
     minimum_group_size: ClassVar[int] = 2
-    epsilon: float = 1e-6
-
-    def __post_init__(self) -> None:
-        in_range("epsilon", self.epsilon, 0.0, 1.0)
+    epsilon: float = number(1e-6, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""

@@ -14,18 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import AdvantageInputs, centred_scores, in_range
+from rlkit.algorithms.base import AdvantageInputs, centred_scores
+from rlkit.settings import Checked, number
 
 
 @dataclass(frozen=True, slots=True)
-class BatchNormalizedAdvantage:
+class BatchNormalizedAdvantage(Checked):
     """Scores whitened over the step's tokens."""
 
     minimum_group_size: ClassVar[int] = 1
-    epsilon: float = 1e-8
-
-    def __post_init__(self) -> None:
-        in_range("epsilon", self.epsilon, 0.0, 1.0)
+    epsilon: float = number(1e-8, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
@@ -33,14 +31,10 @@ class BatchNormalizedAdvantage:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchNormalizedGroupBaselineAdvantage:
+class BatchNormalizedGroupBaselineAdvantage(BatchNormalizedAdvantage):
     """Scores centred on their group's mean, then whitened over the step's tokens."""
 
     minimum_group_size: ClassVar[int] = 2
-    epsilon: float = 1e-8
-
-    def __post_init__(self) -> None:
-        in_range("epsilon", self.epsilon, 0.0, 1.0)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""

@@ -11,21 +11,18 @@ from typing import ClassVar
 
 import torch
 
-from rlkit.algorithms.base import LossInputs, LossOutput, in_range
+from rlkit.algorithms.base import LossInputs, LossOutput
 from rlkit.algorithms.losses.clipped import clamped_ratio
+from rlkit.settings import Checked, number
 
 
 @dataclass(frozen=True, slots=True)
-class ClippedImportanceLoss:
+class ClippedImportanceLoss(Checked):
     """Importance weight within [1 - clip_low, 1 + clip_high]."""
 
     proportional_to_advantage: ClassVar[bool] = True
-    clip_low: float = 1.0
-    clip_high: float = 4.0
-
-    def __post_init__(self) -> None:
-        in_range("clip_low", self.clip_low, 0, 1)
-        in_range("clip_high", self.clip_high, 0)
+    clip_low: float = number(1.0, 0, 1)
+    clip_high: float = number(4.0, 0)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""

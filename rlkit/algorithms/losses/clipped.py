@@ -5,7 +5,7 @@
 
 Variants by setting, not by name:
     clip-higher (DAPO, arXiv 2503.14476): clip_high > clip_low, 0.28 against 0.2.
-    dual clip (Ye et al. 2019, arXiv 1912.09729, eq. 5): A < 0: L = min(L, -dual_clip A); dual_clip > 1, often 3 to 10.
+    dual clip (Ye et al. 2019, arXiv 1912.09729, eq. 5): A < 0: L = min(L, -dual_clip A); dual_clip is often 3 to 10.
 
 The log-ratio is clamped to [-20, 20] before exp: the loss stays finite, with gradient 0 beyond.
 """
@@ -16,26 +16,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.base import LossInputs, LossOutput, in_range
-from rlkit.errors import ConfigError
+from rlkit.algorithms.base import LossInputs, LossOutput
+from rlkit.settings import Checked, number
 
 LOG_RATIO_LIMIT = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class ClippedLoss:
+class ClippedLoss(Checked):
     """Clip range [1 - clip_low, 1 + clip_high]; `dual_clip` None is off."""
 
     proportional_to_advantage: ClassVar[bool] = True
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-
-    def __post_init__(self) -> None:
-        in_range("clip_low", self.clip_low, 0, 1)
-        in_range("clip_high", self.clip_high, 0)
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ConfigError("out of range", key="dual_clip", value=self.dual_clip, expected="> 1, or null for off")
+    clip_low: float = number(0.2, 0, 1)
+    clip_high: float = number(0.2, 0)
+    dual_clip: float | None = number(None, 1.01)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""

@@ -14,21 +14,18 @@ from typing import ClassVar
 
 import torch
 
-from rlkit.algorithms.base import LossInputs, LossOutput, group_mean, in_range
+from rlkit.algorithms.base import LossInputs, LossOutput, group_mean
 from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT, surrogate
+from rlkit.settings import Checked, number
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceClippedLoss:
+class SequenceClippedLoss(Checked):
     """Clip range [1 - clip_low, 1 + clip_high] of the sequence's ratio."""
 
     proportional_to_advantage: ClassVar[bool] = True
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
-
-    def __post_init__(self) -> None:
-        in_range("clip_low", self.clip_low, 0, 1)
-        in_range("clip_high", self.clip_high, 0)
+    clip_low: float = number(3e-4, 0, 1)
+    clip_high: float = number(4e-4, 0)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]; metrics policy/clip_frac/{low,high} and the k3 estimate policy/kl_old."""
