@@ -18,7 +18,7 @@ from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.components import build
 from rlkit.data.order import PromptOrder
 from rlkit.data.prompts import PromptSet
-from rlkit.errors import TrainingError
+from rlkit.errors import TrainingError, calling
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
@@ -179,8 +179,9 @@ class Trainer:
         scores = torch.tensor([v.score for _, v in usable_samples(group)], dtype=torch.float64)
         if len(scores) < max(1, self.advantage.minimum_group_size):
             return "too few scored samples"
-        if may_filter and self.group_filter is not None and not self.group_filter(scores):
-            return FILTERED
+        if may_filter and self.group_filter is not None:
+            with calling(self.group_filter, "algorithm.group_filter"):
+                return None if self.group_filter(scores) else FILTERED
         return None
 
     def _check_scored(self, groups: list[Group]) -> None:
@@ -200,7 +201,8 @@ class Trainer:
         while first < last:
             ordinals = range(first, min(last, first + self.config.prompts_per_step))
             prompts = [self.prompts.prompts[self.order.index(k)] for k in ordinals]
-            samples = self.budget([p.id for p in prompts], len(prompts) * self.config.samples_per_prompt)
+            with calling(self.budget, "budget"):
+                samples = self.budget([p.id for p in prompts], len(prompts) * self.config.samples_per_prompt)
             wanted = zip(ordinals, prompts, samples, strict=True)
             self.buffer.request([GroupRequest(ordinal=k, prompt=p, samples=n) for k, p, n in wanted])
             first = ordinals.stop

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlkit.algorithms.base import Aggregation, Loss, LossInputs, OldPolicy, group_sum
 from rlkit.algorithms.kl import KL
 from rlkit.config.schema import LearnerConfig
-from rlkit.errors import TrainingError
+from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import (
     MicroBatch,
     TrainingSequence,
@@ -152,7 +152,9 @@ class Learner:
     def weights(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> dict[int, float]:
         """Sequence -> weight of its tokens, in an update on sequences[indices]."""
         lengths = torch.tensor([sequences[i].loss_tokens for i in indices], dtype=torch.float64)
-        return dict(zip(indices, self.objective.aggregation(lengths).tolist(), strict=True))
+        with calling(self.objective.aggregation, "algorithm.aggregation"):
+            weights = self.objective.aggregation(lengths).tolist()
+        return dict(zip(indices, weights, strict=True))
 
     def microbatches(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> list[MicroBatch]:
         """This rank's part of an update on sequences[indices].
@@ -219,7 +221,8 @@ class Learner:
             logprobs=logprobs, old_logprobs=old, behavior_logprobs=behavior, advantages=micro.advantages.to(logprobs),
             sequence=micro.sequence, sequences=len(micro.counts),
         )  # fmt: skip
-        out = self.objective.loss(inputs)
+        with calling(self.objective.loss, "algorithm.loss"):
+            out = self.objective.loss(inputs)
         if out.per_token.shape != logprobs.shape:
             found, name = tuple(out.per_token.shape), type(self.objective.loss).__name__
             problem, expected = "the loss must give one number a token", f"{name}: shape {tuple(logprobs.shape)}"
@@ -231,7 +234,8 @@ class Learner:
         if self.reference is not None and not self.objective.kl.in_reward:
             with torch.no_grad():
                 reference, _ = self._forward(self.reference, micro)
-            penalty = self.objective.kl(logprobs, reference)
+            with calling(self.objective.kl, "algorithm.kl"):
+                penalty = self.objective.kl(logprobs, reference)
             objective = objective + penalty.per_token
             observed |= penalty.metrics
         # A rank without a micro-batch of its own runs an uncounted one: it adds nothing, under the same names.
