@@ -5,7 +5,6 @@ one repeated value as that value: a 16k-token single-turn rollout takes about 13
 bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 """
 
-import math
 import typing
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from rlkit.buffer.protocol import require
 from rlkit.errors import BufferError
-from rlkit.types import Rollout, Verdict
+from rlkit.types import Rollout
 
 T = TypeVar("T")
 _NARROW = tuple((x, int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8"))
@@ -35,24 +34,15 @@ def decode(data: bytes, kind: type[T]) -> T:
     return msgspec.msgpack.decode(data, type=kind, dec_hook=_unpack)
 
 
-def check_verdict(x: Verdict) -> None:
-    """BufferError for a score that is not finite: "not scored" is None."""
-    fix = "let the verifier answer Verdict(score=None, reason=...)"
-    finite = x.score is None or math.isfinite(x.score)
-    require(finite, "a verdict's score must be a finite number or None", key="score", value=x.score, fix=fix)
-
-
 def check_rollout(x: Rollout) -> None:
     """BufferError unless arrays are of one length and their types, and the spans cover the tokens."""
     who, tokens = f"sample {x.index} of group {x.ordinal}", len(x.token_ids)
     for name, dtype in _ARRAYS.items():
         array = getattr(x, name)
-        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (tokens,):
             found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else str(type(array))
-            expected = f"a one-dimensional numpy array of {np.dtype(dtype).name}"
-            raise BufferError(f"{who}: {name} has the wrong type", key=name, value=found, expected=expected)
-        problem = f"{who}: {name} has another length than token_ids"
-        require(len(array) == tokens, problem, key=name, value=len(array), expected=f"{tokens} entries")
+            problem, expected = f"{who}: {name} has the wrong type or length", f"{np.dtype(dtype).name}({tokens},)"
+            raise BufferError(problem, key=name, value=found, expected=f"a numpy array, {expected}")
     ends = [0, *(span.end for span in x.version_spans)]
     joined = all(s.start == before and s.start < s.end for before, s in zip(ends, x.version_spans, strict=False))
     problem, value = f"{who}: version spans do not cover its tokens", x.version_spans

@@ -16,11 +16,10 @@ from rich.text import Text
 from sqlalchemy import Connection, create_engine, func, select
 from sqlalchemy.exc import DatabaseError
 
-from rlkit.buffer import admission
 from rlkit.buffer.database import sqlite_path
 from rlkit.buffer.protocol import BufferStats
 from rlkit.buffer.sql import read_stats
-from rlkit.buffer.tables import IN_WORK, groups, position, slices, versions
+from rlkit.buffer.tables import IN_WORK, capacity, groups, position, slices, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
@@ -88,7 +87,7 @@ def _view(connection: Connection, path: Path, payloads: Path, now: float) -> Buf
         path=path,
         stats=read_stats(connection),
         dead_versions=connection.execute(dead).scalar_one(),
-        capacity=admission.capacity(place),
+        capacity=capacity(place),
         max_staleness=place.max_staleness,
         committed_step=place.committed_step,
         lags={steps: count for steps, count in connection.execute(lags)},

@@ -94,6 +94,12 @@ def position(connection: sa.Connection) -> Any:
     return connection.execute(sa.select(meta)).one()
 
 
+def capacity(now: Any) -> int:
+    """Ordinals that may be requested at position `now`: those below (step + S + 1) * P + refused."""
+    bound = (now.step + now.max_staleness + 1) * now.prompts_per_step + now.refused
+    return int(max(0, bound - now.next_ordinal))
+
+
 def update_each(connection: sa.Connection, table: sa.Table, ordinals: Any, **fields: Any) -> None:
     """Set `fields` of every row of these groups."""
     if ordinals:
