@@ -108,17 +108,13 @@ def held(connection: Connection, leases: Sequence[Lease]) -> tuple[dict[int, Any
     return rows, [x for x in leases if place(x) not in found]
 
 
-def _held_in(
-    connection: Connection, leases: Sequence[Lease], state: GroupState, verb: str
-) -> tuple[dict[int, Any], list[Lease]]:
-    """`held`; BufferError for a lease named twice or a held slice that is not in `state`."""
+def check_state(leases: Sequence[Lease], rows: dict[int, Any], state: GroupState, verb: str) -> None:
+    """BufferError for a lease named twice, or a held slice that is not in `state`."""
     ids = [x.lease_id for x in leases]
     require(len(set(ids)) == len(ids), "named twice", key="leases", value=ids, expected="distinct leases")
-    rows, lost = held(connection, leases)
-    for x in rows.values():
-        problem = f"group {x.ordinal}[{x.start}:{x.stop}] cannot be {verb} now"
-        require(x.state == state, problem, key="state", value=str(x.state), expected=str(state))
-    return rows, lost
+    for x in leases:
+        found = rows[x.lease_id].state if x.lease_id in rows else state
+        require(found == state, f"{x} cannot be {verb} now", key="state", value=str(found), expected=str(state))
 
 
 def renew(connection: Connection, leases: Sequence[Lease], deadline: float) -> list[Lease]:
@@ -136,7 +132,9 @@ def submit(
 
     A record is written under the write lock, before the row that refers to it: see keep_only.
     """
-    rows, lost = _held_in(connection, [x[0] for x in work], GroupState.LEASED, "submitted")
+    leases = [lease for lease, _, _ in work]
+    rows, lost = held(connection, leases)
+    check_state(leases, rows, GroupState.LEASED, "submitted")
     kept = [x for x in work if x[0].lease_id in rows]
     named = sorted(set[int]().union(*(spanned for _, _, spanned in kept)))
     live = set(connection.execute(_LIVE, {"spanned": named}).scalars())
@@ -158,7 +156,9 @@ def submit(
 
 def score(connection: Connection, work: Sequence[tuple[Lease, bytes]], now: float) -> list[Lease]:
     """Store (lease, encoded verdicts); returns the lost leases."""
-    rows, lost = _held_in(connection, [x[0] for x in work], GroupState.GENERATED, "scored")
+    leases = [lease for lease, _ in work]
+    rows, lost = held(connection, leases)
+    check_state(leases, rows, GroupState.GENERATED, "scored")
     fields = {"state": GroupState.SCORED}
     _update_slices(connection, [at(x) | fields | {"verdicts": v} for x, v in work if x.lease_id in rows], now)
     return lost
