@@ -1,8 +1,8 @@
-"""Rollouts, prompts and verdicts as bytes: msgpack, arrays as raw little-endian numbers.
+"""Rollouts, prompts and verdicts as bytes: msgpack, arrays as raw numbers.
 
-Integers are stored in the smallest of uint8, uint16, int32, int64 that holds them, and an integer or bool array of
-one repeated value as that value: a 16k-token single-turn rollout takes about 130 kB. What comes back is equal bit for
-bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
+Integers take 4 bytes where that holds them, else 8, and an array of one repeated value is stored as that value: a
+16k-token single-turn rollout takes about 130 kB. What comes back is equal bit for bit, dtypes included. A prompt's
+metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 """
 
 import typing
@@ -16,7 +16,6 @@ from rlkit.errors import BufferError
 from rlkit.types import Rollout
 
 T = TypeVar("T")
-_NARROW = tuple((x, int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8"))
 _ARRAYS = {"token_ids": np.int64, "behavior_logprobs": np.float32, "loss_mask": np.bool_, "segments": np.int64}
 
 
@@ -56,17 +55,17 @@ def _pack(value: Any) -> Any:
         return value.item()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"a {type(value).__name__}")
-    if value.dtype == np.float32:
-        return "<f4", len(value), value.astype("<f4", copy=False).tobytes()
-    low, high = (int(value.min()), int(value.max())) if len(value) else (0, 0)
-    dtype = next(d for d, least, most in _NARROW if least <= low and high <= most)
-    raw = value[:1] if low == high else value
-    return dtype, len(value), raw.astype(dtype).tobytes()
+    data, one = value.tobytes(), value[:1].tobytes()
+    if data == one * len(value):
+        return value.dtype.str, len(value), one
+    if value.dtype == np.int64 and ((narrow := value.astype(np.int32)) == value).all():
+        return narrow.dtype.str, len(value), narrow.tobytes()
+    return value.dtype.str, len(value), data
 
 
 def _unpack(annotation: Any, packed: Any) -> Any:
     """Inverse of `_pack` for a field annotated NDArray[dtype]; a copy, as torch wants writable memory."""
     stored, length, data = packed
     (dtype,) = typing.get_args(typing.get_args(annotation)[1])
-    raw = np.frombuffer(data, dtype=stored)
-    return raw.astype(dtype) if len(raw) == length else np.full(length, raw[0], dtype=dtype)
+    raw = np.frombuffer(data, dtype=stored).astype(dtype)
+    return raw if len(raw) == length else raw.repeat(length)
