@@ -5,7 +5,6 @@ Integers take 4 bytes where that holds them, else 8, and an array of one repeate
 metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 """
 
-import typing
 from typing import Any, TypeVar
 
 import msgspec
@@ -66,6 +65,6 @@ def _pack(value: Any) -> Any:
 def _unpack(annotation: Any, packed: Any) -> Any:
     """Inverse of `_pack` for a field annotated NDArray[dtype]; a copy, as torch wants writable memory."""
     stored, length, data = packed
-    (dtype,) = typing.get_args(typing.get_args(annotation)[1])
+    dtype = annotation.__args__[1].__args__[0]
     raw = np.frombuffer(data, dtype=stored).astype(dtype)
     return raw if len(raw) == length else raw.repeat(length)

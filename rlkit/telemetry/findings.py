@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, variance
 from typing import Any
 
 import yaml
@@ -28,10 +28,8 @@ def findings(run: RunRecord) -> list[Finding]:
     """All findings, problems first, then good news, then notes."""
     found = [*_progress(run), *_limits(run), *_trends(run)]
     found += [finding for curve in run.averages for finding in _evaluation(run, curve)]
-    said = []
-    for name, values in found:
-        level, text, remedy = _TEXT["findings"][name]
-        said.append(Finding(level, text.format(**values), remedy))
+    texts = [(*_TEXT["findings"][name], values) for name, values in found]
+    said = [Finding(level, text.format(**values), remedy) for level, text, remedy, values in texts]
     return sorted(said, key=lambda finding: ("problem", "good", "note").index(finding.level))
 
 
@@ -76,10 +74,10 @@ def _limits(run: RunRecord) -> Found:
     for name, limit in _TEXT["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
         # "dead" only repeats what "all correct" or "all wrong" have said already
-        if values and fmean(values) > limit and not (name == "group/dead_frac" and said):
+        if values and (mean := fmean(values)) > limit and not (name == "group/dead_frac" and said):
             said = True
             when = "the last step" if len(values) == 1 else f"the last {len(values)} steps"
-            yield name, {"share": percent(fmean(values)), "mean": fmean(values), "when": when}
+            yield name, {"share": percent(mean), "mean": mean, "when": when}
 
 
 def _trends(run: RunRecord) -> Found:
@@ -91,7 +89,6 @@ def _trends(run: RunRecord) -> Found:
             yield "entropy_collapsed" if end < start else "entropy_grew", {"start": start, "end": end}
     if len(rewards) >= 2 * WINDOW:
         head, tail = rewards[:WINDOW], rewards[-WINDOW:]
-        noise = ((stdev(head) ** 2 + stdev(tail) ** 2) / WINDOW) ** 0.5
-        start, end = fmean(head), fmean(tail)
+        start, end, noise = fmean(head), fmean(tail), ((variance(head) + variance(tail)) / WINDOW) ** 0.5
         if end - start <= 2 * noise:
             yield "reward_fell" if end - start < -2 * noise else "reward_flat", {"start": start, "end": end}
