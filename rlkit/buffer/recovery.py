@@ -70,7 +70,9 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     by_ordinal: dict[int, list[Any]] = {ordinal: [] for ordinal in range(watermark.next_ordinal, end)}
     for row in connection.execute(select(slices).where(slices.c.ordinal >= watermark.next_ordinal)):
         by_ordinal[row.ordinal].append(row)
-    restored, again, corrupt = [], [], []
+    restored: list[int] = []
+    again: list[int] = []
+    corrupt: list[int] = []
     for ordinal, parts in by_ordinal.items():
         survives = all(
             x.state == GroupState.SCORED

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from rlkit.telemetry.names import check_name, read_resource
 from rlkit.telemetry.record import RunRecord
@@ -95,43 +95,6 @@ def _before_after(axes: Axes, run: RunRecord) -> None:
     axes.legend(loc="upper left", ncols=2)
 
 
-def evaluations(run: RunRecord) -> Figure | None:
-    """All held-out figures by step."""
-    return lines(run, "Held-out figures", {f"{c.set} {c.label}": f"eval/{c.set}/{c.label}" for c in run.evaluations})
-
-
-def named_rewards(run: RunRecord) -> Figure | None:
-    """Each named reward before its weight."""
-    names = sorted({n for row in run.training for n in row.metrics if n.startswith("reward/") and n.count("/") == 2})
-    return lines(run, "Rewards by name", {name.split("/")[1]: name for name in names})
-
-
-def groups(run: RunRecord) -> Figure | None:
-    """Share of groups all correct, all wrong, and mixed: the only ones that carry signal."""
-    (steps, right), (other, wrong) = (run.metric(f"group/all_{which}_frac") for which in ("correct", "wrong"))
-    if not steps or steps != other:
-        return None
-    figure, (axes,) = new_figure()
-    shares = [smooth(share)[0] for share in (wrong, [1 - x - y for x, y in zip(right, wrong, strict=True)], right)]
-    labels, colours = ("all wrong", "mixed", "all correct"), ("#e3a5a5", BLUE, "#a9d3ba")
-    axes.stackplot(steps, shares, labels=labels, colors=colours)
-    axes.set(title="Groups by their scores", ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(loc="outside lower center", ncols=3, reverse=True)
-    return figure
-
-
-def lengths(run: RunRecord) -> Figure | None:
-    """Mean completion length, and the band from shortest to longest."""
-    figure = lines(run, "Completion length", {"mean": "completion/length/mean"})
-    (steps, low), (other, high) = (run.metric(f"completion/length/{which}") for which in ("min", "max"))
-    if figure is not None and steps == other:
-        figure.axes[0].fill_between(steps, low, high, color=BLUE, alpha=0.12, linewidth=0)
-        figure.axes[0].autoscale()
-        figure.axes[0].set_ylim(bottom=0)
-    return figure
-
-
 def time_shares(run: RunRecord) -> dict[str, float]:
     """Seconds of the run by what they went to, largest first; generate and score only where wait_rollout holds them."""
 
@@ -162,22 +125,27 @@ def time_split(run: RunRecord) -> Figure | None:
     return figure
 
 
-DRAWINGS = (learning_curve, evaluations, named_rewards, groups, lengths, time_split)
+DRAWINGS = (learning_curve, time_split)
 _TEXTS = yaml.safe_load(read_resource("report.yaml"))
 STYLE = _TEXTS["style"]
 LINES: dict[str, tuple[str, dict[str, str]]] = _TEXTS["lines"]
-PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
+PANELS = (*(draw.__name__ for draw in DRAWINGS), "evaluations", "named_rewards", *LINES)
 
 
 def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     """Draw plots/*.png, and remove those without data now; panel -> (caption, SVG as a data URI), None without."""
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
+    held_out = {f"{c.set} {c.label}": f"eval/{c.set}/{c.label}" for c in run.evaluations}
+    logged = {name for row in run.training for name in row.metrics}
+    parts = {n.split("/")[1]: n for n in sorted(logged) if n.startswith("reward/") and n.count("/") == 2}
+    found = {"evaluations": ("Held-out figures", held_out), "named_rewards": ("Rewards by name", parts)} | LINES
     drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
     with mpl.rc_context(STYLE):
         panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
-        for name, (title, names) in LINES.items():
-            panels.append((name, check_name(next(iter(names.values()))).meaning, lines(run, title, names)))
+        for name, (title, names) in found.items():
+            caption = check_name(next(iter(names.values()))).meaning if names else ""
+            panels.append((name, caption, lines(run, title, names)))
         for name, caption, figure in panels:
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)

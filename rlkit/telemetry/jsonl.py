@@ -104,5 +104,4 @@ class JsonlSink:
         self._file.flush()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the file; closing twice is harmless."""
         self._file.close()
