@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from rlkit.telemetry.names import check_name, read_resource
 from rlkit.telemetry.record import RunRecord
 
-BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
-TIME_PARTS = ("generate", "score", "wait_rollout", "learner", "weight_sync", "checkpoint", "eval")
+BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b", "#6b7280", "#b3a125")
 
 
 def smooth(values: Sequence[float]) -> tuple[list[float], int]:
@@ -95,41 +94,10 @@ def _before_after(axes: Axes, run: RunRecord) -> None:
     axes.legend(loc="upper left", ncols=2)
 
 
-def time_shares(run: RunRecord) -> dict[str, float]:
-    """Seconds of the run by what they went to, largest first; generate and score only where wait_rollout holds them."""
-
-    def total(name: str) -> float:
-        return sum(row.metrics.get(f"time/{name}") or 0.0 for row in run.training)
-
-    parts = {name: total(name) for name in TIME_PARTS}
-    if parts["generate"] + parts["score"] <= 1.02 * parts["wait_rollout"]:
-        parts["wait_rollout"] = max(0.0, parts["wait_rollout"] - parts["generate"] - parts["score"])
-    else:
-        parts["generate"] = parts["score"] = 0.0
-    parts["rest"] = max(0.0, total("step") - sum(parts[name] for name in TIME_PARTS[:-2]))
-    return {name: s for name, s in sorted(parts.items(), key=lambda part: -part[1]) if s > 0.002 * sum(parts.values())}
-
-
-def time_split(run: RunRecord) -> Figure | None:
-    """What the run's time went to."""
-    parts = time_shares(run)
-    if not parts:
-        return None
-    figure, (axes,) = new_figure()
-    bars = axes.barh([name.replace("_", " ") for name in parts], list(parts.values()), color=BLUE)
-    axes.bar_label(bars, [f"{seconds / sum(parts.values()):.0%}" for seconds in parts.values()], padding=3)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.12)
-    axes.set(title="Where the time went", xlabel="seconds")
-    return figure
-
-
-DRAWINGS = (learning_curve, time_split)
 _TEXTS = yaml.safe_load(read_resource("report.yaml"))
 STYLE = _TEXTS["style"]
 LINES: dict[str, tuple[str, dict[str, str]]] = _TEXTS["lines"]
-PANELS = (*(draw.__name__ for draw in DRAWINGS), "evaluations", "named_rewards", *LINES)
+PANELS = ("learning_curve", "evaluations", "named_rewards", *LINES)
 
 
 def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
@@ -142,7 +110,7 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     found = {"evaluations": ("Held-out figures", held_out), "named_rewards": ("Rewards by name", parts)} | LINES
     drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
     with mpl.rc_context(STYLE):
-        panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
+        panels = [("learning_curve", learning_curve.__doc__ or "", learning_curve(run))]
         for name, (title, names) in found.items():
             caption = check_name(next(iter(names.values()))).meaning if names else ""
             panels.append((name, caption, lines(run, title, names)))

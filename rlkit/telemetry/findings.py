@@ -33,11 +33,6 @@ def findings(run: RunRecord) -> list[Finding]:
     return sorted(said, key=lambda finding: ("problem", "good", "note").index(finding.level))
 
 
-def percent(fraction: float) -> str:
-    """Example: percent(0.004) is "0.4 %", percent(0.62) is "62 %"."""
-    return f"{100 * fraction:.{int(0 < fraction < 0.02)}f} %"
-
-
 def _progress(run: RunRecord) -> Found:
     planned = run.config.get("steps")
     if run.last_step == 0:
@@ -66,7 +61,7 @@ def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
     for name in ("truncated_frac", "unscored_frac"):
         values = run.metric(f"eval/{curve.set}/{name}")[1]
         if values and values[-1] > 0.05:
-            yield f"eval_{name}", {"share": percent(values[-1]), "set": curve.set}
+            yield f"eval_{name}", {"share": f"{100 * values[-1]:.3g} %", "set": curve.set}
 
 
 def _limits(run: RunRecord) -> Found:
@@ -77,7 +72,7 @@ def _limits(run: RunRecord) -> Found:
         if values and (mean := fmean(values)) > limit and not (name == "group/dead_frac" and said):
             said = True
             when = "the last step" if len(values) == 1 else f"the last {len(values)} steps"
-            yield name, {"share": percent(mean), "mean": mean, "when": when}
+            yield name, {"share": f"{100 * mean:.3g} %", "mean": mean, "when": when}
 
 
 def _trends(run: RunRecord) -> Found:
