@@ -15,8 +15,7 @@ from sqlalchemy import Connection, create_engine, func, select
 from sqlalchemy.exc import DatabaseError
 
 from rlkit.buffer.database import sqlite_path
-from rlkit.buffer.sql import read_stats
-from rlkit.buffer.tables import IN_WORK, capacity, groups, position, slices, versions
+from rlkit.buffer.tables import IN_WORK, capacity, groups, position, slices, stats_of, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
@@ -61,7 +60,7 @@ def _head(connection: Connection) -> str:
 
 
 def _tables(connection: Connection, now: float) -> list[Table]:
-    stats = read_stats(connection)
+    stats = stats_of(connection)
     lag = groups.c.trained_step - versions.c.step  # steps from a group's oldest token to training
     lags = select(lag, func.count()).join(versions, versions.c.version == groups.c.oldest_version)
     lags = lags.where(groups.c.state == GroupState.TRAINED).group_by(lag).order_by(lag)

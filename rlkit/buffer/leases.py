@@ -172,6 +172,12 @@ def release(connection: Connection, leases: Sequence[Lease]) -> None:
         give_back(connection, unfinished)
 
 
+def void(connection: Connection, ordinals: Sequence[int]) -> None:
+    """End the unfinished slices of groups that are dropped; scored ones stay: a rollback may bring the group back."""
+    unfinished = slices.c.ordinal.in_(ordinals) & (slices.c.state != GroupState.SCORED)
+    connection.execute(update(slices).where(unfinished).values(state=GroupState.DROPPED, **UNLEASED))
+
+
 def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], scored_at: float | None = None) -> None:
     """Write slices (parameters of _UPDATE_SLICE), then the state of their groups, which follows from it."""
     if not rows:

@@ -109,9 +109,3 @@ def require(holds: bool, problem: str, **fields: Any) -> None:
     """BufferError(problem, **fields) unless `holds`."""
     if not holds:
         raise BufferError(problem, **fields)
-
-
-def at_least(key: str, value: int, least: int) -> None:
-    """BufferError unless `value` is an int of that size."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{key} is out of range", key=key, value=value, expected=f">= {least}")

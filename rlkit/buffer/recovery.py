@@ -11,7 +11,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
 from rlkit.buffer.protocol import RollbackReport, Watermark, require
-from rlkit.buffer.tables import UNENDED, UNLEASED, groups, meta, position, slices, update_each, versions
+from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, position, slices, update_each, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
@@ -49,9 +49,6 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     live = select(versions.c.version, versions.c.step).where(versions.c.live)
     steps = {version: step for version, step in connection.execute(live)}
 
-    def bound(step: int) -> int:
-        return int((step + place.max_staleness + 1) * place.prompts_per_step + watermark.refused)
-
     # what a database behind the checkpoint still holds of groups the checkpoint covers
     below = groups.c.ordinal < watermark.next_ordinal
     connection.execute(delete(groups).where(below, groups.c.state.in_(UNENDED)))
@@ -61,7 +58,7 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     # without gaps from the watermark up to the bound; the learner requests the rest again
     end = watermark.next_ordinal
     for row in rows:
-        if row.forgotten or row.ordinal != end or end >= bound(watermark.step):
+        if row.forgotten or row.ordinal != end or end >= bound(place, watermark.step, watermark.refused):
             break
         end += 1
     removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
@@ -77,7 +74,7 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
         survives = all(
             x.state == GroupState.SCORED
             and x.newest_version in steps  # then so are its older ones: the newest dies first
-            and ordinal < bound(steps[x.oldest_version])
+            and ordinal < bound(place, steps[x.oldest_version], watermark.refused)
             for x in parts
         )
         readable = survives and all(_readable(payloads, x) for x in parts)

@@ -12,24 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from rlkit.buffer import leases as leasing
 from rlkit.buffer import recovery
 from rlkit.buffer.codec import check_rollout, decode, encode
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
-from rlkit.buffer.protocol import (
-    BufferStats,
-    FencedError,
-    GroupRequest,
-    Lease,
-    RollbackReport,
-    Watermark,
-    at_least,
-    require,
-)
-from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, capacity, groups, meta, position, slices, update_each, versions
+from rlkit.buffer.protocol import BufferStats, FencedError, GroupRequest, Lease, RollbackReport, Watermark, require
+from rlkit.buffer.tables import OPEN, UNENDED, capacity, groups, meta, position, slices, stats_of, update_each, versions
 from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
@@ -58,9 +49,9 @@ class SqlBuffer:
         clock: Callable[[], float] = time.time,
         keep_payloads: bool = False,
     ) -> None:
-        at_least("prompts_per_step", prompts_per_step, 1)
-        at_least("max_staleness", max_staleness, 0)
-        at_least("slice_samples", slice_samples, 1)
+        _at_least("prompts_per_step", prompts_per_step, 1)
+        _at_least("max_staleness", max_staleness, 0)
+        _at_least("slice_samples", slice_samples, 1)
         self._clock = clock
         self._slice_samples = slice_samples
         self._keep_payloads = keep_payloads
@@ -77,7 +68,7 @@ class SqlBuffer:
         if not requests:
             return
         for x in requests:
-            at_least("samples", x.samples, 1)
+            _at_least("samples", x.samples, 1)
         prompts = [encode(x.prompt, f"metadata of prompt {x.prompt.id}") for x in requests]
         with self._db.write() as connection:
             now = position(connection)
@@ -110,7 +101,7 @@ class SqlBuffer:
         A slice is never larger than `slice_samples`, and one larger than `max_samples` is split. Expired leases are
         reclaimed first.
         """
-        at_least("max_samples", max_samples, 1)
+        _at_least("max_samples", max_samples, 1)
         _positive(timeout_s)
         with self._db.read() as connection:
             if not leasing.anything_to_lease(connection, self._clock()):
@@ -166,7 +157,7 @@ class SqlBuffer:
 
     def take(self, count: int) -> list[Group] | None:
         """The `count` lowest open ordinals as TAKEN, or None while any of them is not SCORED."""
-        at_least("count", count, 1)
+        _at_least("count", count, 1)
         with self._db.read() as connection:
             if _lowest_open(connection, count) is None:
                 return None  # the learner's poll does not wait for the writers
@@ -189,9 +180,7 @@ class SqlBuffer:
         with self._db.write() as connection:
             _check_states(connection, ordinals, UNENDED, "dropped")
             update_each(connection, groups, ordinals, state=GroupState.DROPPED, drop_reason=reason)
-            # scored slices stay: a rollback may bring the group back
-            unfinished = slices.c.ordinal.in_(ordinals) & (slices.c.state != GroupState.SCORED)
-            connection.execute(update(slices).where(unfinished).values(state=GroupState.DROPPED, **UNLEASED))
+            leasing.void(connection, ordinals)
             connection.execute(update(meta).values(refused=meta.c.refused + len(ordinals)))
 
     def publish(self, version: int, trained: Sequence[int]) -> None:
@@ -202,7 +191,7 @@ class SqlBuffer:
         """
         with self._db.write() as connection:
             now = position(connection)
-            at_least("version", version, now.next_version)
+            _at_least("version", version, now.next_version)
             _check_states(connection, trained, (GroupState.TAKEN,), "trained")
             query = select(groups.c.ordinal).where(groups.c.state == GroupState.TAKEN)
             left = sorted(set(connection.execute(query).scalars()) - set(trained))
@@ -251,7 +240,7 @@ class SqlBuffer:
     def stats(self) -> BufferStats:
         """Counters for telemetry and `rlkit buffer`."""
         with self._db.read() as connection:
-            return read_stats(connection)
+            return stats_of(connection)
 
     def close(self) -> None:
         """Release files and connections."""
@@ -277,18 +266,9 @@ class SqlBuffer:
         return Group(ordinal=row.ordinal, prompt=prompt, samples=row.samples, rollouts=rollouts, verdicts=verdicts)
 
 
-def read_stats(connection: Connection) -> BufferStats:
-    """Counts of a snapshot."""
-    now = position(connection)
-    by_state = select(groups.c.state, func.count()).group_by(groups.c.state)
-    by_reason = select(groups.c.drop_reason, func.count()).where(groups.c.state == GroupState.DROPPED)
-    states = {state: count for state, count in connection.execute(by_state)}
-    counters = ("step", "version", "next_ordinal", "expired_leases", "fenced_writes")
-    return BufferStats(
-        states={str(state): states.get(state, 0) for state in GroupState},
-        dropped_reasons={reason: n for reason, n in connection.execute(by_reason.group_by(groups.c.drop_reason))},
-        **{name: getattr(now, name) for name in counters},
-    )
+def _at_least(key: str, value: int, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, f"{key} is out of range", key=key, value=value, expected=f">= {least}")
 
 
 def _positive(timeout_s: float) -> None:

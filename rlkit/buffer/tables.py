@@ -5,6 +5,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBinary, String
 
+from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
 SCHEMA_VERSION = 1
@@ -94,10 +95,28 @@ def position(connection: sa.Connection) -> Any:
     return connection.execute(sa.select(meta)).one()
 
 
-def capacity(now: Any) -> int:
-    """Ordinals that may be requested at position `now`: those below (step + S + 1) * P + refused."""
-    bound = (now.step + now.max_staleness + 1) * now.prompts_per_step + now.refused
-    return int(max(0, bound - now.next_ordinal))
+def bound(place: Any, step: int, refused: int) -> int:
+    """The admission bound at `step` with so many drops; `place`: the row of `meta`."""
+    return int((step + place.max_staleness + 1) * place.prompts_per_step + refused)
+
+
+def capacity(place: Any) -> int:
+    """Ordinals that may be requested now."""
+    return max(0, bound(place, place.step, place.refused) - int(place.next_ordinal))
+
+
+def stats_of(connection: sa.Connection) -> BufferStats:
+    """Counts of a snapshot."""
+    now = position(connection)
+    by_state = sa.select(groups.c.state, sa.func.count()).group_by(groups.c.state)
+    by_reason = sa.select(groups.c.drop_reason, sa.func.count()).where(groups.c.state == GroupState.DROPPED)
+    states = {state: count for state, count in connection.execute(by_state)}
+    counters = ("step", "version", "next_ordinal", "expired_leases", "fenced_writes")
+    return BufferStats(
+        states={str(state): states.get(state, 0) for state in GroupState},
+        dropped_reasons={reason: n for reason, n in connection.execute(by_reason.group_by(groups.c.drop_reason))},
+        **{name: getattr(now, name) for name in counters},
+    )
 
 
 def update_each(connection: sa.Connection, table: sa.Table, ordinals: Any, **fields: Any) -> None:
