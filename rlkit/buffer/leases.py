@@ -40,20 +40,22 @@ def check_covers(lease: Lease, what: str, places: Sequence[tuple[int, int]]) -> 
     require(places == expected, problem, key=key, value=places, expected=str(expected))
 
 
+def _expired(now: float) -> Any:
+    return slices.c.state.in_(IN_WORK) & (slices.c.deadline <= now)
+
+
 def anything_to_lease(connection: Connection, now: float) -> bool:
     """Whether a slice waits, or would once expired leases are reclaimed."""
-    expired = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= now)
-    query = select(slices.c.ordinal).where((slices.c.state == GroupState.REQUESTED) | expired)
+    query = select(slices.c.ordinal).where((slices.c.state == GroupState.REQUESTED) | _expired(now))
     return connection.execute(query.limit(1)).first() is not None
 
 
 def reclaim_expired(connection: Connection, now: float) -> None:
     """Take back every lease past its deadline, counted."""
-    query = select(slices.c.ordinal, slices.c.start).where(slices.c.state.in_(IN_WORK), slices.c.deadline <= now)
-    expired = connection.execute(query).all()
-    if expired:
-        give_back(connection, expired)
-        connection.execute(update(meta).values(expired_leases=meta.c.expired_leases + len(expired)))
+    rows = connection.execute(select(slices.c.ordinal, slices.c.start).where(_expired(now))).all()
+    give_back(connection, rows)
+    if rows:
+        connection.execute(update(meta).values(expired_leases=meta.c.expired_leases + len(rows)))
 
 
 def give_back(connection: Connection, rows: Sequence[Any]) -> None:
@@ -167,9 +169,7 @@ def score(connection: Connection, work: Sequence[tuple[Lease, bytes]], now: floa
 def release(connection: Connection, leases: Sequence[Lease]) -> None:
     """Give back what is held and unfinished."""
     rows, _ = held(connection, leases)
-    unfinished = [row for row in rows.values() if row.state in IN_WORK]
-    if unfinished:
-        give_back(connection, unfinished)
+    give_back(connection, [row for row in rows.values() if row.state in IN_WORK])
 
 
 def void(connection: Connection, ordinals: Sequence[int]) -> None:

@@ -51,10 +51,8 @@ def _progress(run: RunRecord) -> Found:
 
 def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
     what, change = f"{curve.label} on {curve.set}", curve.change
-    if curve.before is None:
-        yield "no_before", {"what": what}
-    if curve.after is None:
-        yield "no_after", {"what": what}
+    if curve.before is None or curve.after is None:
+        yield "no_before" if curve.before is None else "no_after", {"what": what}
     if change is not None and change.error is not None:
         name = "noise" if not change.sure else "rose" if change.value > 0 else "fell"
         yield name, {"what": what, "change": change.value, "size": abs(change.value), "error": change.error}

@@ -83,11 +83,13 @@ class WandbSink:
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(secrets.token_hex(4))
         quiet: dict[str, Any] = {"console": "off", "x_save_requirements": False, **dict.fromkeys(QUIET, True)}
-        run = {"project": project, "name": name, "id": identity.read_text().strip(), "dir": str(run_dir), "mode": mode}
-        resume, settings = "allow" if mode == "online" else None, self._wandb.Settings(**DEADLINES_S, **quiet)
+        settings = self._wandb.Settings(**DEADLINES_S, **quiet)
+        shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
         try:
-            shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
-            self._run: Any = self._wandb.init(**run, resume=resume, config=shown, settings=settings)
+            self._run: Any = self._wandb.init(
+                project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
+                resume="allow" if mode == "online" else None, config=shown, settings=settings,
+            )  # fmt: skip
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
@@ -124,7 +126,7 @@ class WandbSink:
 
 
 class TensorboardSink:
-    """Scalars at their step in run_dir/tensorboard; a resumed run hides the steps after `resume_step`."""
+    """Scalars at their step in run_dir/tensorboard, each row flushed; a resumed run hides steps after `resume_step`."""
 
     def __init__(self, run_dir: Path, telemetry: TelemetryConfig, resume_step: int | None = None) -> None:
         writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
