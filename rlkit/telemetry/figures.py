@@ -51,7 +51,9 @@ def lines(run: RunRecord, title: str, names: dict[str, str]) -> Figure | None:
         draw_line(axes, steps, values, label, CYCLE[i % len(CYCLE)])
     axes.set(title=title, ylabel=check_name(next(iter(names.values()))).unit)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    if len(found) > 1:
+    if len(found) > 3:  # more would hide the curves
+        figure.legend(loc="outside right upper")
+    elif len(found) > 1:
         axes.legend()
     return figure
 
