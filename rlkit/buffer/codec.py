@@ -1,12 +1,10 @@
-"""Rollouts, prompts and verdicts as bytes: msgpack, arrays as raw little-endian numbers.
+"""Rollouts, prompts and verdicts as bytes: msgpack, arrays as raw numbers.
 
-Integers are stored in the smallest of uint8, uint16, int32, int64 that holds them, and an integer or bool array of
-one repeated value as that value: a 16k-token single-turn rollout takes about 130 kB. What comes back is equal bit for
-bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
+Integers take 4 bytes where that holds them, else 8, and an array of one repeated value is stored as that value: a
+16k-token single-turn rollout takes about 130 kB. What comes back is equal bit for bit, dtypes included. A prompt's
+metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 """
 
-import math
-import typing
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,10 +12,9 @@ import numpy as np
 
 from rlkit.buffer.protocol import require
 from rlkit.errors import BufferError
-from rlkit.types import Rollout, Verdict
+from rlkit.types import Rollout
 
 T = TypeVar("T")
-_NARROW = tuple((x, int(np.iinfo(x).min), int(np.iinfo(x).max)) for x in ("|u1", "<u2", "<i4", "<i8"))
 _ARRAYS = {"token_ids": np.int64, "behavior_logprobs": np.float32, "loss_mask": np.bool_, "segments": np.int64}
 
 
@@ -35,24 +32,15 @@ def decode(data: bytes, kind: type[T]) -> T:
     return msgspec.msgpack.decode(data, type=kind, dec_hook=_unpack)
 
 
-def check_verdict(x: Verdict) -> None:
-    """BufferError for a score that is not finite: "not scored" is None."""
-    fix = "let the verifier answer Verdict(score=None, reason=...)"
-    finite = x.score is None or math.isfinite(x.score)
-    require(finite, "a verdict's score must be a finite number or None", key="score", value=x.score, fix=fix)
-
-
 def check_rollout(x: Rollout) -> None:
     """BufferError unless arrays are of one length and their types, and the spans cover the tokens."""
     who, tokens = f"sample {x.index} of group {x.ordinal}", len(x.token_ids)
     for name, dtype in _ARRAYS.items():
         array = getattr(x, name)
-        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (tokens,):
             found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else str(type(array))
-            expected = f"a one-dimensional numpy array of {np.dtype(dtype).name}"
-            raise BufferError(f"{who}: {name} has the wrong type", key=name, value=found, expected=expected)
-        problem = f"{who}: {name} has another length than token_ids"
-        require(len(array) == tokens, problem, key=name, value=len(array), expected=f"{tokens} entries")
+            problem, expected = f"{who}: {name} has the wrong type or length", f"{np.dtype(dtype).name}({tokens},)"
+            raise BufferError(problem, key=name, value=found, expected=f"a numpy array, {expected}")
     ends = [0, *(span.end for span in x.version_spans)]
     joined = all(s.start == before and s.start < s.end for before, s in zip(ends, x.version_spans, strict=False))
     problem, value = f"{who}: version spans do not cover its tokens", x.version_spans
@@ -66,17 +54,17 @@ def _pack(value: Any) -> Any:
         return value.item()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"a {type(value).__name__}")
-    if value.dtype == np.float32:
-        return "<f4", len(value), value.astype("<f4", copy=False).tobytes()
-    low, high = (int(value.min()), int(value.max())) if len(value) else (0, 0)
-    dtype = next(d for d, least, most in _NARROW if least <= low and high <= most)
-    raw = value[:1] if low == high else value
-    return dtype, len(value), raw.astype(dtype).tobytes()
+    data, one = value.tobytes(), value[:1].tobytes()
+    if data == one * len(value):
+        return value.dtype.str, len(value), one
+    if value.dtype == np.int64 and ((narrow := value.astype(np.int32)) == value).all():
+        return narrow.dtype.str, len(value), narrow.tobytes()
+    return value.dtype.str, len(value), data
 
 
 def _unpack(annotation: Any, packed: Any) -> Any:
     """Inverse of `_pack` for a field annotated NDArray[dtype]; a copy, as torch wants writable memory."""
     stored, length, data = packed
-    (dtype,) = typing.get_args(typing.get_args(annotation)[1])
-    raw = np.frombuffer(data, dtype=stored)
-    return raw.astype(dtype) if len(raw) == length else np.full(length, raw[0], dtype=dtype)
+    dtype = annotation.__args__[1].__args__[0]
+    raw = np.frombuffer(data, dtype=stored).astype(dtype)
+    return raw if len(raw) == length else raw.repeat(length)

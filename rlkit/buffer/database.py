@@ -9,7 +9,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
 from rlkit.errors import BufferError
 
 BUSY_TIMEOUT_S = 30.0
+_MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = re.compile(
     r"^(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|ocfs2|gfs2?|orangefs"
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
@@ -37,7 +38,8 @@ class Database:
     def __init__(self, url: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
         self.path = sqlite_path(url)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_network_filesystem(self.path)
+        if _MOUNTS.exists():  # on Linux
+            refuse_network_filesystem(self.path, _MOUNTS.read_text())
         self._pid = os.getpid()
         arguments = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
         self._engine = create_engine(f"sqlite:///{self.path}", connect_args=arguments)
@@ -50,17 +52,13 @@ class Database:
             self.close()
             raise
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self) -> AbstractContextManager[Connection]:
         """A snapshot; waits for nobody."""
-        with self._transaction(self._engine) as connection:
-            yield connection
+        return self._transaction(self._engine)
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def write(self) -> AbstractContextManager[Connection]:
         """The one writer; committed on exit, undone on an exception."""
-        with self._transaction(self._writer) as connection:
-            yield connection
+        return self._transaction(self._writer)
 
     def close(self) -> None:
         """Close connections; idempotent."""
@@ -89,8 +87,7 @@ class Database:
                 fix = "move it and its payloads aside and resume from the checkpoint"
                 raise self._error(f"the database is damaged: {problems[0]}", fix)
             metadata.create_all(connection)
-            wanted = {"prompts_per_step": prompts_per_step, "max_staleness": max_staleness}
-            wanted["schema_version"] = SCHEMA_VERSION
+            wanted = dict(prompts_per_step=prompts_per_step, max_staleness=max_staleness, schema_version=SCHEMA_VERSION)
             if connection.execute(select(meta.c.id)).first() is None:
                 connection.execute(insert(versions).values(version=0, step=0, published_at=now))
                 connection.execute(insert(meta).values(wanted))
@@ -126,11 +123,8 @@ def filesystem_type(path: Path, mountinfo: str) -> str | None:
     return next((kinds[x] for x in (path, *path.parents) if x in kinds), None)
 
 
-def refuse_network_filesystem(path: Path, mountinfo: str | None = None) -> None:
-    """BufferError if `path` is on a network filesystem (known on Linux only)."""
-    if mountinfo is None:
-        table = Path("/proc/self/mountinfo")
-        mountinfo = table.read_text() if table.exists() else ""
+def refuse_network_filesystem(path: Path, mountinfo: str) -> None:
+    """BufferError if `path` is on a network filesystem."""
     kind = filesystem_type(path.parent.resolve(), mountinfo)
     if kind is not None and _NETWORK.match(kind):
         problem = f"SQLite would lose data on a network filesystem ({kind})"
@@ -140,10 +134,9 @@ def refuse_network_filesystem(path: Path, mountinfo: str | None = None) -> None:
 
 def _configure(connection: sqlite3.Connection, _record: Any) -> None:
     deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            break
         except sqlite3.OperationalError as error:
             # the first switch to WAL does not honour the busy timeout
             if "locked" not in str(error) or time.monotonic() > deadline:

@@ -4,12 +4,11 @@ A record is a 12-byte header (magic "rlk1", length, crc32; little-endian) and th
 segment files of its own, so records never interleave; the database keeps where a record lies. `append` returns once
 the operating system has the bytes, and the caller commits the row that refers to them afterwards. A crash of the
 process therefore loses no record a row refers to; a power loss can, and so can a bad disk: reading verifies, and such
-a record is never used. Rows of a database would be another store, with the same append, read, keep_only and close.
+a record is never used.
 """
 
 import os
 import struct
-import threading
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -40,7 +39,6 @@ class SegmentFiles:
     def __init__(self, folder: Path, *, segment_bytes: int = 64 * 2**20) -> None:
         self._folder = folder
         self._segment_bytes = segment_bytes
-        self._lock = threading.Lock()
         self._segment = ""
         self._descriptor: int | None = None
         self._pid = os.getpid()
@@ -48,17 +46,16 @@ class SegmentFiles:
 
     def append(self, record: bytes) -> PayloadRef:
         """Store a record, under the database's write lock; BufferError if the disk is full."""
-        with self._lock:
-            descriptor = self._writable()
-            offset = os.lseek(descriptor, 0, os.SEEK_END)
-            data = memoryview(_HEADER.pack(_MAGIC, len(record), zlib.crc32(record)) + record)
-            try:
-                while data:
-                    data = data[os.write(descriptor, data) :]
-            except OSError as error:  # no row refers to the torn bytes
-                problem, place = f"cannot write a payload: {error.strerror}", str(self._folder / self._segment)
-                raise BufferError(problem, key="segment", value=place, fix="free disk space and resume") from error
-            return PayloadRef(self._segment, offset, len(record))
+        descriptor = self._writable()
+        offset = os.lseek(descriptor, 0, os.SEEK_END)
+        data = memoryview(_HEADER.pack(_MAGIC, len(record), zlib.crc32(record)) + record)
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:  # no row refers to the torn bytes
+            problem, place = f"cannot write a payload: {error.strerror}", str(self._folder / self._segment)
+            raise BufferError(problem, key="segment", value=place, fix="free disk space and resume") from error
+        return PayloadRef(self._segment, offset, len(record))
 
     def read(self, ref: PayloadRef) -> bytes:
         """The record; BufferError naming segment and offset if it is missing, torn or altered."""
@@ -83,8 +80,9 @@ class SegmentFiles:
 
     def close(self) -> None:
         """Idempotent."""
-        with self._lock:
-            self._leave()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _writable(self) -> int:
         if self._descriptor is not None:
@@ -92,17 +90,12 @@ class SegmentFiles:
             own = self._pid == os.getpid()  # after a fork the segment stays the parent's
             if own and state.st_nlink > 0 and state.st_size < self._segment_bytes:
                 return self._descriptor
-            self._leave()
+            self.close()
         self._pid = os.getpid()
         self._segment = f"{self._pid}-{uuid4().hex[:12]}{_SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(self._folder / self._segment, flags, 0o644)
         return self._descriptor
-
-    def _leave(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
     def _bad(self, ref: PayloadRef, problem: str) -> BufferError:
         text = f"payload in segment {ref.segment} at offset {ref.offset} cannot be used: {problem}"

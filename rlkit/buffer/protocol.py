@@ -1,21 +1,15 @@
 """Terms and records of the versioned buffer. The verbs and their contracts are SqlBuffer's (sql.py).
 
-Life of a group: REQUESTED -> LEASED -> GENERATED -> SCORED -> TAKEN -> TRAINED, or DROPPED(reason).
-
-Terms
-    ordinal      position of a group in the run's prompt order: 0, 1, 2, ... It never changes and is never
-                 reused; the prompt of an ordinal is a pure function of (seed, ordinal).
-    version      id of published weights. Strictly increasing over the life of the database, dead lineages
-                 included, so that an id never means two things. Version 0 is the start.
+    ordinal      position of a group in the run's prompt order; never changes, never reused. Its prompt is a pure
+                 function of (seed, ordinal).
+    version      id of published weights. Strictly increasing over the life of the database, dead lineages included,
+                 so that an id never means two things. Version 0 is the start.
     step         number of publishes in the surviving lineage: version 0 is step 0.
     admission    ordinal k may be requested only while k < (step + S + 1) * P + refused, with S = max_staleness,
-                 P = prompts_per_step, refused = groups dropped so far. Groups are taken in ordinal order, so k
-                 is trained at step <= admission step + S.
-    min_version  the version at admission. An engine acknowledges it before it samples for k. Together: lag of
-                 every trained token <= S.
+                 P = prompts_per_step, refused = groups dropped so far. Groups are taken in ordinal order.
+    min_version  the version at admission; no token of the group may be older. So: lag of every trained token <= S.
     fencing      every lease has an epoch; a slice accepts writes from its newest lease only.
-    commit       a checkpoint is the only commit point; what was trained after it is undone by `rollback` when
-                 the run resumes from it.
+    commit       a checkpoint is the only commit point; what was trained after it is undone by `rollback`.
 
 The order a learner keeps: take P groups (drop some, take as many again) -> publish(version, those P) -> hand the
 weights to the engines. A worker can submit tokens of published, surviving versions only.
@@ -40,10 +34,7 @@ class GroupRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The right to produce samples [start, stop) of one group until `deadline` (unix seconds).
-
-    Example: a group of 16 samples with slice size 8 is two leases, (7, 0, 8) and (7, 8, 16).
-    """
+    """The right to produce samples [start, stop) of one group until `deadline` (unix seconds)."""
 
     lease_id: int
     epoch: int
@@ -75,10 +66,9 @@ class FencedError(BufferError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watermark:
-    """What a checkpoint says of the buffer: everything below `next_ordinal` is covered.
+    """What a checkpoint says of the buffer: everything below `next_ordinal` is trained or dropped (`refused` of them).
 
-    next_ordinal is the lowest ordinal neither trained nor dropped; refused counts the drops below it. Every step
-    trains P groups, so next_ordinal = step * P + refused always holds.
+    Every step trains P groups, so next_ordinal = step * P + refused always holds.
     """
 
     step: int
@@ -89,11 +79,10 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackReport:
-    """What `rollback` did.
+    """What `rollback` did with ordinals.
 
-    restored: ordinals that go on as scored. requested_again: to be sampled again. corrupt: those of
-    requested_again whose stored payload failed its checksum or is gone. removed: beyond the admission bound (or no
-    longer stored); the learner requests them again from `next_ordinal` on.
+    restored: go on as scored. requested_again: to be sampled again, for a dead version, missing scores or (corrupt) a
+    payload that is damaged or gone. removed: beyond the admission bound or no longer stored; to be requested again.
     """
 
     restored: tuple[int, ...]
@@ -105,10 +94,7 @@ class RollbackReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferStats:
-    """Groups by state, and counters since the database was made.
-
-    next_ordinal: the ordinal the next `request` starts with (not the watermark's).
-    """
+    """Groups by state, and counters since the database was made. The next `request` starts with `next_ordinal`."""
 
     states: dict[str, int]
     dropped_reasons: dict[str, int]

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
-from rlkit.buffer.protocol import RollbackReport, Watermark
-from rlkit.buffer.tables import UNENDED, UNLEASED, groups, meta, position, slices, update_each, versions
+from rlkit.buffer.protocol import RollbackReport, Watermark, require
+from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, position, slices, update_each, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
@@ -27,12 +27,10 @@ def current_watermark(connection: Connection) -> Watermark:
 
 def commit(connection: Connection, watermark: Watermark, payloads: SegmentFiles, keep_payloads: bool) -> None:
     """Forget prompts and rollouts of covered groups and delete segments nothing else refers to."""
-    _check(connection, watermark)
-    live = _version(connection, watermark.version)
-    newest = current_watermark(connection)
-    if live is None or not live.live or watermark.next_ordinal > newest.next_ordinal:
-        expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
-        raise _refused("this checkpoint is not of the surviving lineage", watermark, expected)
+    known, newest = _check(connection, watermark), current_watermark(connection)
+    ours = known is not None and known.live and watermark.next_ordinal <= newest.next_ordinal
+    expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
+    _demand(ours, watermark, "this checkpoint is not of the surviving lineage", expected)
     connection.execute(update(meta).values(committed_step=watermark.step))
     if keep_payloads:
         return
@@ -46,15 +44,10 @@ def commit(connection: Connection, watermark: Watermark, payloads: SegmentFiles,
 
 def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFiles, now: float) -> RollbackReport:
     """See SqlBuffer.rollback."""
-    _check(connection, watermark)
-    _check_ledger(connection, watermark)
-    dead = _move_versions(connection, watermark, now)
+    dead = _move_versions(connection, watermark, _check(connection, watermark), now)
     place = position(connection)
     live = select(versions.c.version, versions.c.step).where(versions.c.live)
     steps = {version: step for version, step in connection.execute(live)}
-
-    def bound(step: int) -> int:
-        return int((step + place.max_staleness + 1) * place.prompts_per_step + watermark.refused)
 
     # what a database behind the checkpoint still holds of groups the checkpoint covers
     below = groups.c.ordinal < watermark.next_ordinal
@@ -65,7 +58,7 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     # without gaps from the watermark up to the bound; the learner requests the rest again
     end = watermark.next_ordinal
     for row in rows:
-        if row.forgotten or row.ordinal != end or end >= bound(watermark.step):
+        if row.forgotten or row.ordinal != end or end >= bound(place, watermark.step, watermark.refused):
             break
         end += 1
     removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
@@ -74,21 +67,24 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     by_ordinal: dict[int, list[Any]] = {ordinal: [] for ordinal in range(watermark.next_ordinal, end)}
     for row in connection.execute(select(slices).where(slices.c.ordinal >= watermark.next_ordinal)):
         by_ordinal[row.ordinal].append(row)
-    restored, again, corrupt = [], [], []
+    restored: list[int] = []
+    again: list[int] = []
+    corrupt: list[int] = []
     for ordinal, parts in by_ordinal.items():
         survives = all(
             x.state == GroupState.SCORED
             and x.newest_version in steps  # then so are its older ones: the newest dies first
-            and ordinal < bound(steps[x.oldest_version])
+            and ordinal < bound(place, steps[x.oldest_version], watermark.refused)
             for x in parts
         )
-        if survives and all(_readable(payloads, x) for x in parts):
-            restored.append(ordinal)
-            continue
-        again.append(ordinal)
-        if survives:
-            corrupt.append(ordinal)
-    _restore(connection, restored, again, watermark, now)
+        readable = survives and all(_readable(payloads, x) for x in parts)
+        (restored if readable else again).append(ordinal)
+        corrupt += [ordinal] if survives and not readable else []
+    undone: dict[str, Any] = {"trained_step": None, "drop_reason": None}
+    update_each(connection, groups, restored, state=GroupState.SCORED, **undone)
+    undone |= {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
+    update_each(connection, groups, again, state=GroupState.REQUESTED, **undone)
+    update_each(connection, slices, again, state=GroupState.REQUESTED, **UNLEASED)
     moved = {"step": watermark.step, "version": watermark.version, "refused": watermark.refused, "next_ordinal": end}
     moved["next_version"] = max(place.next_version, watermark.version + 1)
     connection.execute(update(meta).values(moved))
@@ -98,25 +94,22 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
     )  # fmt: skip
 
 
-def _restore(connection: Connection, restored: list[int], again: list[int], watermark: Watermark, now: float) -> None:
-    undone: dict[str, Any] = {"trained_step": None, "drop_reason": None}
-    update_each(connection, groups, restored, state=GroupState.SCORED, **undone)
-    fresh = undone | {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
-    update_each(connection, groups, again, state=GroupState.REQUESTED, **fresh)
-    update_each(connection, slices, again, state=GroupState.REQUESTED, **UNLEASED)
-
-
-def _move_versions(connection: Connection, watermark: Watermark, now: float) -> list[int]:
-    """Make `watermark.version` the newest live version; returns the versions that die."""
-    known = _version(connection, watermark.version)
+def _move_versions(connection: Connection, watermark: Watermark, known: Any, now: float) -> list[int]:
+    """Make `watermark.version` (its row: `known`) the newest live version; returns the versions that die."""
     newest = connection.execute(select(func.max(versions.c.version))).scalar_one()
     place = position(connection)
     if known is None and watermark.version > newest and watermark.step > place.step:  # a buffer behind it, or empty
         made = {"version": watermark.version, "step": watermark.step, "published_at": now}
         connection.execute(insert(versions).values(made))
-    elif known is None or not known.live:
+    else:
         expected = f"a live version of the buffer (newest: {place.version}); or move the buffer aside to start it empty"
-        raise _refused("this checkpoint's version is not in the buffer's surviving lineage", watermark, expected)
+        live = known is not None and known.live
+        _demand(live, watermark, "this checkpoint's version is not in the buffer's surviving lineage", expected)
+    later = (groups.c.state == GroupState.TRAINED) & (groups.c.trained_step >= watermark.step)
+    query = select(groups.c.ordinal).where(later, groups.c.ordinal < watermark.next_ordinal)
+    ordinal = connection.execute(query.limit(1)).scalar()  # what a checkpoint covers is not trained on after it
+    problem = "this checkpoint is of an abandoned lineage, written before an earlier rollback"
+    _demand(ordinal is None, watermark, problem, f"group {ordinal} not trained on after it")
     newer = versions.c.live & (versions.c.version > watermark.version)
     dying = list(connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars())
     connection.execute(update(versions).where(newer).values(live=False))
@@ -131,33 +124,20 @@ def _readable(payloads: SegmentFiles, row: Any) -> bool:
     return True
 
 
-def _version(connection: Connection, version: int) -> Any:
-    return connection.execute(select(versions).where(versions.c.version == version)).first()
-
-
-def _check(connection: Connection, watermark: Watermark) -> None:
+def _check(connection: Connection, watermark: Watermark) -> Any:
+    """The row of the watermark's version, None if unknown; BufferError unless the watermark's numbers agree."""
     prompts_per_step = position(connection).prompts_per_step
     expected = watermark.step * prompts_per_step + watermark.refused
-    known = _version(connection, watermark.version)
-    sound = min(watermark.step, watermark.version, watermark.refused) >= 0
-    if not sound or watermark.next_ordinal != expected:
-        rule = f"next_ordinal = step * {prompts_per_step} + refused = {expected}"
-        raise _refused("this watermark cannot be of a run with these prompts_per_step", watermark, rule)
-    if known is not None and known.step != watermark.step:
-        rule = f"step {known.step}, that of version {watermark.version}"
-        raise _refused("this watermark is of another run", watermark, rule)
+    sound = min(watermark.step, watermark.version, watermark.refused) >= 0 and watermark.next_ordinal == expected
+    rule = f"next_ordinal = step * {prompts_per_step} + refused = {expected}"
+    _demand(sound, watermark, "this watermark cannot be of a run with these prompts_per_step", rule)
+    known = connection.execute(select(versions).where(versions.c.version == watermark.version)).first()
+    step = watermark.step if known is None else known.step
+    rule = f"step {step}, that of version {watermark.version}"
+    _demand(step == watermark.step, watermark, "this watermark is of another run", rule)
+    return known
 
 
-def _check_ledger(connection: Connection, watermark: Watermark) -> None:
-    """What the checkpoint covers cannot have been trained on after it."""
-    later = (groups.c.state == GroupState.TRAINED) & (groups.c.trained_step >= watermark.step)
-    query = select(groups.c.ordinal).where(later, groups.c.ordinal < watermark.next_ordinal)
-    ordinal = connection.execute(query.limit(1)).scalar()
-    if ordinal is not None:
-        problem = "this checkpoint is of an abandoned lineage, written before an earlier rollback"
-        raise _refused(problem, watermark, f"group {ordinal} not trained on after it")
-
-
-def _refused(problem: str, watermark: Watermark, expected: str) -> BufferError:
+def _demand(holds: bool, watermark: Watermark, problem: str, expected: str) -> None:
     fix = "resume from the checkpoint of this run that it last went on from, or a newer one"
-    return BufferError(problem, key="watermark", value=watermark, expected=expected, fix=fix)
+    require(holds, problem, key="watermark", value=watermark, expected=expected, fix=fix)

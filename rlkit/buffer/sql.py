@@ -1,9 +1,10 @@
 """The versioned buffer on a SQL database. Every verb is one transaction; misuse raises BufferError.
 
-The terms are in protocol.py. What a verb does is in admission.py (request, take, drop, publish), leases.py (lease
-to score) and recovery.py (watermark, commit, rollback); here is what happens around the transaction.
+The terms are in protocol.py. Here are admission and order (request, take, drop, publish), which are the whole of the
+staleness bound, as docs/buffer.md proves; leases are in leases.py, checkpoints and rollback in recovery.py.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,16 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from rlkit.buffer import admission, recovery
 from rlkit.buffer import leases as leasing
-from rlkit.buffer.checks import at_least, covers, distinct, positive
-from rlkit.buffer.codec import check_rollout, check_verdict, decode, encode
+from rlkit.buffer import recovery
+from rlkit.buffer.codec import check_rollout, decode, encode
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
 from rlkit.buffer.protocol import BufferStats, FencedError, GroupRequest, Lease, RollbackReport, Watermark, require
-from rlkit.buffer.tables import groups, meta, position, update_each, versions
+from rlkit.buffer.tables import OPEN, UNENDED, capacity, groups, meta, position, slices, stats_of, update_each, versions
 from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
@@ -49,9 +49,9 @@ class SqlBuffer:
         clock: Callable[[], float] = time.time,
         keep_payloads: bool = False,
     ) -> None:
-        at_least("prompts_per_step", prompts_per_step, 1)
-        at_least("max_staleness", max_staleness, 0)
-        at_least("slice_samples", slice_samples, 1)
+        _at_least("prompts_per_step", prompts_per_step, 1)
+        _at_least("max_staleness", max_staleness, 0)
+        _at_least("slice_samples", slice_samples, 1)
         self._clock = clock
         self._slice_samples = slice_samples
         self._keep_payloads = keep_payloads
@@ -61,17 +61,39 @@ class SqlBuffer:
     def capacity(self) -> int:
         """How many further ordinals may be requested now (>= 0)."""
         with self._db.read() as connection:
-            return admission.capacity(position(connection))
+            return capacity(position(connection))
 
     def request(self, requests: Sequence[GroupRequest]) -> None:
         """Admit groups; ordinals must continue at `next_ordinal` without a gap, within capacity."""
         if not requests:
             return
         for x in requests:
-            at_least("samples", x.samples, 1)
+            _at_least("samples", x.samples, 1)
         prompts = [encode(x.prompt, f"metadata of prompt {x.prompt.id}") for x in requests]
         with self._db.write() as connection:
-            admission.request(connection, requests, prompts, self._slice_samples, self._clock())
+            now = position(connection)
+            ordinals = [x.ordinal for x in requests]
+            expected = list(range(now.next_ordinal, now.next_ordinal + len(requests)))
+            problem, fix = "ordinals must continue without a gap", "request from stats().next_ordinal on"
+            require(ordinals == expected, problem, key="ordinals", value=ordinals, expected=str(expected), fix=fix)
+            problem, most = "more groups than the staleness bound admits now", f"at most capacity() = {capacity(now)}"
+            fix = "wait for the next publish, or raise max_staleness"
+            count = len(requests)
+            require(count <= capacity(now), problem, key="requests", value=count, expected=most, fix=fix)
+            fields = {"state": GroupState.REQUESTED, "min_version": now.version, "requested_at": self._clock()}
+            rows = []
+            for x, prompt in zip(requests, prompts, strict=True):
+                name = x.prompt.id.encode("utf-8", "replace").decode()
+                rows.append(fields | {"ordinal": x.ordinal, "samples": x.samples, "prompt_id": name, "prompt": prompt})
+            connection.execute(insert(groups), rows)
+            waiting = {"state": GroupState.REQUESTED}
+            cut = [
+                waiting | {"ordinal": x.ordinal, "start": start, "stop": min(start + self._slice_samples, x.samples)}
+                for x in requests
+                for start in range(0, x.samples, self._slice_samples)
+            ]
+            connection.execute(insert(slices), cut)
+            connection.execute(update(meta).values(next_ordinal=expected[-1] + 1))
 
     def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
         """Lease slices of the lowest ordinals, at most `max_samples` samples in all; [] if none.
@@ -79,8 +101,8 @@ class SqlBuffer:
         A slice is never larger than `slice_samples`, and one larger than `max_samples` is split. Expired leases are
         reclaimed first.
         """
-        at_least("max_samples", max_samples, 1)
-        positive("timeout_s", timeout_s)
+        _at_least("max_samples", max_samples, 1)
+        _positive(timeout_s)
         with self._db.read() as connection:
             if not leasing.anything_to_lease(connection, self._clock()):
                 return []  # an idle worker's poll does not wait for the writers
@@ -91,23 +113,18 @@ class SqlBuffer:
 
     def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
         """Extend the deadlines; a lost lease raises FencedError, the others are extended."""
-        positive("timeout_s", timeout_s)
+        _positive(timeout_s)
         with self._fencing() as (connection, lost):
             deadline = self._clock() + timeout_s
             lost += leasing.renew(connection, leases, deadline)
         return [replace(x, deadline=deadline) for x in leases]
 
-    def submit(self, lease: Lease, rollouts: Sequence[Rollout]) -> None:
-        """Store a slice's rollouts (GENERATED). FencedError if the lease is not the newest."""
-        self.submit_many([(lease, rollouts)])
-
     def submit_many(self, work: Sequence[tuple[Lease, Sequence[Rollout]]]) -> None:
-        """`submit` of several slices at once; lost leases raise after the rest is stored."""
-        distinct("leases", [lease.lease_id for lease, _ in work])
+        """Store the rollouts of slices (GENERATED); lost leases raise FencedError after the rest is stored."""
         encoded = []
         for lease, rollouts in work:
             ordered = sorted(rollouts, key=lambda x: x.index)
-            covers(lease, "rollouts", [(x.ordinal, x.index) for x in ordered])
+            leasing.check_covers(lease, "rollouts", [(x.ordinal, x.index) for x in ordered])
             for x in ordered:
                 check_rollout(x)
             spanned = {span.version for x in ordered for span in x.version_spans}
@@ -115,18 +132,20 @@ class SqlBuffer:
         with self._fencing() as (connection, lost):
             lost += leasing.submit(connection, encoded, self._payloads)
 
-    def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
-        """Store a slice's verdicts, in order of sample index; the group is SCORED once all are."""
-        self.score_many([(lease, verdicts)])
-
     def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
-        """`score` of several slices at once; lost leases raise after the rest is stored."""
-        distinct("leases", [lease.lease_id for lease, _ in work])
+        """Store the verdicts of slices, in order of sample index; a group is SCORED once all its slices are.
+
+        Lost leases raise FencedError after the rest is stored.
+        """
+        problem, fix = (
+            "a verdict's score must be a finite number or None",
+            "let the verifier answer Verdict(score=None)",
+        )
         encoded = []
         for lease, verdicts in work:
-            covers(lease, "verdicts", [(lease.ordinal, lease.start + i) for i in range(len(verdicts))])
+            leasing.check_covers(lease, "verdicts", [(lease.ordinal, lease.start + i) for i in range(len(verdicts))])
             for x in verdicts:
-                check_verdict(x)
+                require(x.score is None or math.isfinite(x.score), problem, key="score", value=x.score, fix=fix)
             encoded.append((lease, encode(verdicts, "verdicts")))
         with self._fencing() as (connection, lost):
             lost += leasing.score(connection, encoded, self._clock())
@@ -138,26 +157,31 @@ class SqlBuffer:
 
     def take(self, count: int) -> list[Group] | None:
         """The `count` lowest open ordinals as TAKEN, or None while any of them is not SCORED."""
-        at_least("count", count, 1)
+        _at_least("count", count, 1)
         with self._db.read() as connection:
-            if admission.lowest_open(connection, count) is None:
+            if _lowest_open(connection, count) is None:
                 return None  # the learner's poll does not wait for the writers
         with self._db.write() as connection:
-            rows = admission.lowest_open(connection, count)
+            rows = _lowest_open(connection, count)
             if rows is None:
                 return None
             ordinals = [row.ordinal for row in rows]
-            parts = admission.slices_of(connection, ordinals)
+            parts: dict[int, list[Any]] = {ordinal: [] for ordinal in ordinals}
+            query = select(slices).where(slices.c.ordinal.in_(ordinals)).order_by(slices.c.ordinal, slices.c.start)
+            for part in connection.execute(query):
+                parts[part.ordinal].append(part)
             taken = [self._load(row, parts[row.ordinal]) for row in rows]
             update_each(connection, groups, ordinals, state=GroupState.TAKEN)
         return taken
 
     def drop(self, ordinals: Sequence[int], reason: str) -> None:
-        """Refuse groups (DROPPED): each raises the admission bound by one."""
+        """Refuse groups, open or taken (DROPPED): their leases are void, and each raises the admission bound by one."""
         require(bool(reason), "a drop needs a reason", key="reason", value=reason)
-        if ordinals:
-            with self._db.write() as connection:
-                admission.drop(connection, ordinals, reason)
+        with self._db.write() as connection:
+            _check_states(connection, ordinals, UNENDED, "dropped")
+            update_each(connection, groups, ordinals, state=GroupState.DROPPED, drop_reason=reason)
+            leasing.void(connection, ordinals)
+            connection.execute(update(meta).values(refused=meta.c.refused + len(ordinals)))
 
     def publish(self, version: int, trained: Sequence[int]) -> None:
         """TAKEN groups `trained` become TRAINED by the step that made `version`; step += 1.
@@ -166,7 +190,20 @@ class SqlBuffer:
         taken group not to be trained on is dropped first, and replaced.
         """
         with self._db.write() as connection:
-            admission.publish(connection, version, trained, self._clock)
+            now = position(connection)
+            _at_least("version", version, now.next_version)
+            _check_states(connection, trained, (GroupState.TAKEN,), "trained")
+            query = select(groups.c.ordinal).where(groups.c.state == GroupState.TAKEN)
+            left = sorted(set(connection.execute(query).scalars()) - set(trained))
+            problem = "a step trains on every taken group, prompts_per_step of them"
+            value, expected = f"{len(trained)} groups; taken besides: {left}", f"all taken: {now.prompts_per_step}"
+            fix = "drop the groups the step leaves out and take as many again"
+            whole = not left and len(trained) == now.prompts_per_step
+            require(whole, problem, key="trained", value=value, expected=expected, fix=fix)
+            update_each(connection, groups, trained, state=GroupState.TRAINED, trained_step=now.step)
+            step = now.step + 1
+            connection.execute(insert(versions).values(version=version, step=step, published_at=self._clock()))
+            connection.execute(update(meta).values(step=step, version=version, next_version=version + 1))
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""
@@ -200,16 +237,10 @@ class SqlBuffer:
         with self._db.read() as connection:
             return {version: step for version, step in connection.execute(query)}
 
-    def trained_ordinals(self) -> list[int]:
-        """Ledger: ordinals trained in the surviving lineage, in training order."""
-        query = select(groups.c.ordinal).where(groups.c.state == GroupState.TRAINED)
-        with self._db.read() as connection:
-            return list(connection.execute(query.order_by(groups.c.trained_step, groups.c.ordinal)).scalars())
-
     def stats(self) -> BufferStats:
         """Counters for telemetry and `rlkit buffer`."""
         with self._db.read() as connection:
-            return read_stats(connection)
+            return stats_of(connection)
 
     def close(self) -> None:
         """Release files and connections."""
@@ -235,15 +266,29 @@ class SqlBuffer:
         return Group(ordinal=row.ordinal, prompt=prompt, samples=row.samples, rollouts=rollouts, verdicts=verdicts)
 
 
-def read_stats(connection: Connection) -> BufferStats:
-    """Counts of a snapshot."""
-    now = position(connection)
-    by_state = select(groups.c.state, func.count()).group_by(groups.c.state)
-    by_reason = select(groups.c.drop_reason, func.count()).where(groups.c.state == GroupState.DROPPED)
-    states = {state: count for state, count in connection.execute(by_state)}
-    counters = ("step", "version", "next_ordinal", "expired_leases", "fenced_writes")
-    return BufferStats(
-        states={str(state): states.get(state, 0) for state in GroupState},
-        dropped_reasons={reason: n for reason, n in connection.execute(by_reason.group_by(groups.c.drop_reason))},
-        **{name: getattr(now, name) for name in counters},
-    )
+def _at_least(key: str, value: int, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, f"{key} is out of range", key=key, value=value, expected=f">= {least}")
+
+
+def _positive(timeout_s: float) -> None:
+    right = 0 < timeout_s < math.inf
+    require(right, "timeout_s is out of range", key="timeout_s", value=timeout_s, expected="> 0 seconds")
+
+
+def _lowest_open(connection: Connection, count: int) -> list[Any] | None:
+    """Group rows of the `count` lowest open ordinals, or None unless all of them are scored."""
+    query = select(groups).where(groups.c.state.in_(OPEN)).order_by(groups.c.ordinal)
+    rows = connection.execute(query.limit(count)).all()
+    ready = len(rows) == count and all(row.state == GroupState.SCORED for row in rows)
+    return list(rows) if ready else None
+
+
+def _check_states(connection: Connection, ordinals: Sequence[int], states: Collection[GroupState], verb: str) -> None:
+    """BufferError unless all groups exist, are named once and are in one of `states`."""
+    require(len(set(ordinals)) == len(ordinals), "named twice", key="ordinals", value=list(ordinals))
+    query = select(groups.c.ordinal, groups.c.state).where(groups.c.ordinal.in_(ordinals))
+    found = {ordinal: str(state) for ordinal, state in connection.execute(query)}
+    wrong = {x: found.get(x, "never requested") for x in ordinals if found.get(x) not in states}
+    problem, expected = f"these groups cannot be {verb} now", " or ".join(states)
+    require(not wrong, problem, key="ordinals", value=wrong, expected=expected)

@@ -5,6 +5,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBinary, String
 
+from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
 SCHEMA_VERSION = 1
@@ -15,18 +16,11 @@ meta = sa.Table(
     "meta",
     metadata,
     Column("id", Integer, sa.CheckConstraint("id = 1"), primary_key=True, default=1),
-    Column("schema_version", Integer, nullable=False),
-    Column("prompts_per_step", Integer, nullable=False),
-    Column("max_staleness", Integer, nullable=False),
-    Column("step", BigInteger, nullable=False, default=0),
-    Column("version", BigInteger, nullable=False, default=0),
+    *(Column(x, Integer, nullable=False) for x in ("schema_version", "prompts_per_step", "max_staleness")),
+    *(Column(x, BigInteger, nullable=False, default=0) for x in ("step", "version", "next_ordinal", "refused")),
+    *(Column(x, BigInteger, nullable=False, default=0) for x in ("next_lease", "expired_leases", "fenced_writes")),
     Column("next_version", BigInteger, nullable=False, default=1),
-    Column("next_ordinal", BigInteger, nullable=False, default=0),
-    Column("refused", BigInteger, nullable=False, default=0),
-    Column("next_lease", BigInteger, nullable=False, default=0),
     Column("committed_step", BigInteger),
-    Column("expired_leases", BigInteger, nullable=False, default=0),
-    Column("fenced_writes", BigInteger, nullable=False, default=0),
 )
 """One row: configuration the database was made with, position, counters."""
 
@@ -70,10 +64,7 @@ slices = sa.Table(
     Column("worker_id", String),
     Column("deadline", Float),
     Column("segment", String),
-    Column("offset", BigInteger),
-    Column("length", BigInteger),
-    Column("oldest_version", BigInteger),
-    Column("newest_version", BigInteger),
+    *(Column(x, BigInteger) for x in ("offset", "length", "oldest_version", "newest_version")),
     Column("verdicts", LargeBinary),
     sa.Index("slices_by_state", "state", "ordinal", "start"),
     sa.Index("slices_by_lease", "lease_id", unique=True),
@@ -92,6 +83,29 @@ UNLEASED: dict[str, Any] = dict.fromkeys(x.name for x in slices.c if x.nullable)
 def position(connection: sa.Connection) -> Any:
     """The row of `meta`."""
     return connection.execute(sa.select(meta)).one()
+
+
+def bound(place: Any, step: int, refused: int) -> int:
+    """The admission bound at `step` with so many drops; `place`: the row of `meta`."""
+    return int((step + place.max_staleness + 1) * place.prompts_per_step + refused)
+
+
+def capacity(place: Any) -> int:
+    """Ordinals that may be requested now."""
+    return max(0, bound(place, place.step, place.refused) - int(place.next_ordinal))
+
+
+def stats_of(connection: sa.Connection) -> BufferStats:
+    """Counts of a snapshot."""
+    now = position(connection)
+    by_state = sa.select(groups.c.state, sa.func.count()).group_by(groups.c.state)
+    by_reason = sa.select(groups.c.drop_reason, sa.func.count()).where(groups.c.state == GroupState.DROPPED)
+    counters = ("step", "version", "next_ordinal", "expired_leases", "fenced_writes")
+    return BufferStats(
+        states={str(state): 0 for state in GroupState} | {state: n for state, n in connection.execute(by_state)},
+        dropped_reasons={reason: n for reason, n in connection.execute(by_reason.group_by(groups.c.drop_reason))},
+        **{name: getattr(now, name) for name in counters},
+    )
 
 
 def update_each(connection: sa.Connection, table: sa.Table, ordinals: Any, **fields: Any) -> None:

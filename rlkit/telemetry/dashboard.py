@@ -24,11 +24,10 @@ def build(runs: Sequence[RunRecord], *, entity: str, project: str) -> Any:
     logged = sorted({name for run in runs for row in run.training for name in row.metrics if not name.endswith("_se")})
     made: list[Any] = []
     for title, metrics in sections().items():
-        found = [(m, [name for name in logged if check_name(name) is m]) for m in metrics]
         panels = [
             plots.LinePlot(title=m.pattern.removesuffix("[_se]"), title_y=m.unit, x="learner/step", y=names)
-            for m, names in found
-            if names
+            for m in metrics
+            if (names := [name for name in logged if check_name(name) is m])
         ]
         if not made and "reward/mean" in logged:  # the headline also over time, and what the policy wrote
             reward = plots.LinePlot(title="reward/mean by seconds of run time", x=CLOCK, y=["reward/mean"])

@@ -70,14 +70,8 @@ def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name}
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    cpu = {
-        "model": model[1].strip() if model else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
-    }
+    cores = os.cpu_count()
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    cuda = torch.version.cuda
     # A wheel may lie inside somebody else's repository, hence the question whether git tracks rlkit.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     commit = {"commit": _git("rev-parse", "HEAD"), "modified": bool(_git("status", "--porcelain", "-uno"))}
@@ -85,8 +79,15 @@ def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "rlkit": rlkit.__version__}
         | {name: installed[name] for name in PACKAGES if name in installed},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": cpu,
-        "devices": [{"name": d.name, "memory_gb": round(d.total_memory / 1e9, 1), "cuda": cuda} for d in gpus],
+        "cpu": {
+            "model": model[1].strip() if model else platform.processor() or platform.machine(),
+            "cores": cores,
+            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
+            "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        },
+        "devices": [
+            {"name": d.name, "memory_gb": round(d.total_memory / 1e9, 1), "cuda": torch.version.cuda} for d in gpus
+        ],
         "git": commit if tracked else None,
         "command": [Path(program).name, *(redact_argument(word, Path.cwd()) for word in words)],
     }

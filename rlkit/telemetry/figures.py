@@ -9,13 +9,12 @@ import matplotlib as mpl
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from rlkit.telemetry.names import check_name, read_resource
 from rlkit.telemetry.record import RunRecord
 
-BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b")
-TIME_PARTS = ("generate", "score", "wait_rollout", "learner", "weight_sync", "checkpoint", "eval")
+BLUE, *OTHERS = CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b", "#6b7280", "#b3a125")
 
 
 def smooth(values: Sequence[float]) -> tuple[list[float], int]:
@@ -52,7 +51,9 @@ def lines(run: RunRecord, title: str, names: dict[str, str]) -> Figure | None:
         draw_line(axes, steps, values, label, CYCLE[i % len(CYCLE)])
     axes.set(title=title, ylabel=check_name(next(iter(names.values()))).unit)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    if len(found) > 1:
+    if len(found) > 3:  # more would hide the curves
+        figure.legend(loc="outside right upper")
+    elif len(found) > 1:
         axes.legend()
     return figure
 
@@ -95,89 +96,26 @@ def _before_after(axes: Axes, run: RunRecord) -> None:
     axes.legend(loc="upper left", ncols=2)
 
 
-def evaluations(run: RunRecord) -> Figure | None:
-    """All held-out figures by step."""
-    return lines(run, "Held-out figures", {f"{c.set} {c.label}": f"eval/{c.set}/{c.label}" for c in run.evaluations})
-
-
-def named_rewards(run: RunRecord) -> Figure | None:
-    """Each named reward before its weight."""
-    names = sorted({n for row in run.training for n in row.metrics if n.startswith("reward/") and n.count("/") == 2})
-    return lines(run, "Rewards by name", {name.split("/")[1]: name for name in names})
-
-
-def groups(run: RunRecord) -> Figure | None:
-    """Share of groups all correct, all wrong, and mixed: the only ones that carry signal."""
-    (steps, right), (other, wrong) = (run.metric(f"group/all_{which}_frac") for which in ("correct", "wrong"))
-    if not steps or steps != other:
-        return None
-    figure, (axes,) = new_figure()
-    shares = [smooth(share)[0] for share in (wrong, [1 - x - y for x, y in zip(right, wrong, strict=True)], right)]
-    labels, colours = ("all wrong", "mixed", "all correct"), ("#e3a5a5", BLUE, "#a9d3ba")
-    axes.stackplot(steps, shares, labels=labels, colors=colours)
-    axes.set(title="Groups by their scores", ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(loc="outside lower center", ncols=3, reverse=True)
-    return figure
-
-
-def lengths(run: RunRecord) -> Figure | None:
-    """Mean completion length, and the band from shortest to longest."""
-    figure = lines(run, "Completion length", {"mean": "completion/length/mean"})
-    (steps, low), (other, high) = (run.metric(f"completion/length/{which}") for which in ("min", "max"))
-    if figure is not None and steps == other:
-        figure.axes[0].fill_between(steps, low, high, color=BLUE, alpha=0.12, linewidth=0)
-        figure.axes[0].autoscale()
-        figure.axes[0].set_ylim(bottom=0)
-    return figure
-
-
-def time_shares(run: RunRecord) -> dict[str, float]:
-    """Seconds of the run by what they went to, largest first; generate and score only where wait_rollout holds them."""
-
-    def total(name: str) -> float:
-        return sum(row.metrics.get(f"time/{name}") or 0.0 for row in run.training)
-
-    parts = {name: total(name) for name in TIME_PARTS}
-    if parts["generate"] + parts["score"] <= 1.02 * parts["wait_rollout"]:
-        parts["wait_rollout"] = max(0.0, parts["wait_rollout"] - parts["generate"] - parts["score"])
-    else:
-        parts["generate"] = parts["score"] = 0.0
-    parts["rest"] = max(0.0, total("step") - sum(parts[name] for name in TIME_PARTS[:-2]))
-    return {name: s for name, s in sorted(parts.items(), key=lambda part: -part[1]) if s > 0.002 * sum(parts.values())}
-
-
-def time_split(run: RunRecord) -> Figure | None:
-    """What the run's time went to."""
-    parts = time_shares(run)
-    if not parts:
-        return None
-    figure, (axes,) = new_figure()
-    bars = axes.barh([name.replace("_", " ") for name in parts], list(parts.values()), color=BLUE)
-    axes.bar_label(bars, [f"{seconds / sum(parts.values()):.0%}" for seconds in parts.values()], padding=3)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.12)
-    axes.set(title="Where the time went", xlabel="seconds")
-    return figure
-
-
-DRAWINGS = (learning_curve, evaluations, named_rewards, groups, lengths, time_split)
 _TEXTS = yaml.safe_load(read_resource("report.yaml"))
 STYLE = _TEXTS["style"]
 LINES: dict[str, tuple[str, dict[str, str]]] = _TEXTS["lines"]
-PANELS = (*(draw.__name__ for draw in DRAWINGS), *LINES)
+PANELS = ("learning_curve", "evaluations", "named_rewards", *LINES)
 
 
 def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     """Draw plots/*.png, and remove those without data now; panel -> (caption, SVG as a data URI), None without."""
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
+    held_out = {f"{c.set} {c.label}": f"eval/{c.set}/{c.label}" for c in run.evaluations}
+    logged = {name for row in run.training for name in row.metrics}
+    parts = {n.split("/")[1]: n for n in sorted(logged) if n.startswith("reward/") and n.count("/") == 2}
+    found = {"evaluations": ("Held-out figures", held_out), "named_rewards": ("Rewards by name", parts)} | LINES
     drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
     with mpl.rc_context(STYLE):
-        panels = [(draw.__name__, draw.__doc__ or "", draw(run)) for draw in DRAWINGS]
-        for name, (title, names) in LINES.items():
-            panels.append((name, check_name(next(iter(names.values()))).meaning, lines(run, title, names)))
+        panels = [("learning_curve", learning_curve.__doc__ or "", learning_curve(run))]
+        for name, (title, names) in found.items():
+            caption = check_name(next(iter(names.values()))).meaning if names else ""
+            panels.append((name, caption, lines(run, title, names)))
         for name, caption, figure in panels:
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, variance
 from typing import Any
 
 import yaml
@@ -28,16 +28,9 @@ def findings(run: RunRecord) -> list[Finding]:
     """All findings, problems first, then good news, then notes."""
     found = [*_progress(run), *_limits(run), *_trends(run)]
     found += [finding for curve in run.averages for finding in _evaluation(run, curve)]
-    said = []
-    for name, values in found:
-        level, text, remedy = _TEXT["findings"][name]
-        said.append(Finding(level, text.format(**values), remedy))
+    texts = [(*_TEXT["findings"][name], values) for name, values in found]
+    said = [Finding(level, text.format(**values), remedy) for level, text, remedy, values in texts]
     return sorted(said, key=lambda finding: ("problem", "good", "note").index(finding.level))
-
-
-def percent(fraction: float) -> str:
-    """Example: percent(0.004) is "0.4 %", percent(0.62) is "62 %"."""
-    return f"{100 * fraction:.{int(0 < fraction < 0.02)}f} %"
 
 
 def _progress(run: RunRecord) -> Found:
@@ -58,17 +51,15 @@ def _progress(run: RunRecord) -> Found:
 
 def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
     what, change = f"{curve.label} on {curve.set}", curve.change
-    if curve.before is None:
-        yield "no_before", {"what": what}
-    if curve.after is None:
-        yield "no_after", {"what": what}
+    if curve.before is None or curve.after is None:
+        yield "no_before" if curve.before is None else "no_after", {"what": what}
     if change is not None and change.error is not None:
         name = "noise" if not change.sure else "rose" if change.value > 0 else "fell"
         yield name, {"what": what, "change": change.value, "size": abs(change.value), "error": change.error}
     for name in ("truncated_frac", "unscored_frac"):
         values = run.metric(f"eval/{curve.set}/{name}")[1]
         if values and values[-1] > 0.05:
-            yield f"eval_{name}", {"share": percent(values[-1]), "set": curve.set}
+            yield f"eval_{name}", {"share": f"{100 * values[-1]:.3g} %", "set": curve.set}
 
 
 def _limits(run: RunRecord) -> Found:
@@ -76,10 +67,10 @@ def _limits(run: RunRecord) -> Found:
     for name, limit in _TEXT["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
         # "dead" only repeats what "all correct" or "all wrong" have said already
-        if values and fmean(values) > limit and not (name == "group/dead_frac" and said):
+        if values and (mean := fmean(values)) > limit and not (name == "group/dead_frac" and said):
             said = True
             when = "the last step" if len(values) == 1 else f"the last {len(values)} steps"
-            yield name, {"share": percent(fmean(values)), "mean": fmean(values), "when": when}
+            yield name, {"share": f"{100 * mean:.3g} %", "mean": mean, "when": when}
 
 
 def _trends(run: RunRecord) -> Found:
@@ -91,7 +82,6 @@ def _trends(run: RunRecord) -> Found:
             yield "entropy_collapsed" if end < start else "entropy_grew", {"start": start, "end": end}
     if len(rewards) >= 2 * WINDOW:
         head, tail = rewards[:WINDOW], rewards[-WINDOW:]
-        noise = ((stdev(head) ** 2 + stdev(tail) ** 2) / WINDOW) ** 0.5
-        start, end = fmean(head), fmean(tail)
+        start, end, noise = fmean(head), fmean(tail), ((variance(head) + variance(tail)) / WINDOW) ** 0.5
         if end - start <= 2 * noise:
             yield "reward_fell" if end - start < -2 * noise else "reward_flat", {"start": start, "end": end}

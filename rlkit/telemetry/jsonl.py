@@ -4,7 +4,6 @@ Several lines may carry the same step; of a metric logged twice for a step the l
 (the machine died) is left out when reading and removed when the run goes on; one anywhere else is an error.
 """
 
-import json
 import logging
 import math
 import os
@@ -12,6 +11,9 @@ import time
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from rlkit.telemetry.names import Metrics, TelemetryError, is_warm_start
 
@@ -30,7 +32,7 @@ class Row:
     def line(self) -> bytes:
         """The row as a line of the file."""
         record = {"step": self.step, "time": self.time, "seconds": self.seconds, **self.metrics}
-        return json.dumps(record, allow_nan=False).encode() + b"\n"
+        return msgspec.json.encode(record) + b"\n"
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -56,11 +58,9 @@ def read_metrics(run_dir: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            record = dict(json.loads(line))
-            if not all(value is None or isinstance(value, int | float) for value in record.values()):
-                raise TypeError("a value is not a number")
+            record: dict[str, Any] = msgspec.json.decode(line, type=dict[str, int | float | None])
             rows.append(Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (msgspec.MsgspecError, KeyError, TypeError) as error:
             if number < len(lines):
                 problem = f"line {number} is not a JSON object of numbers with step, time and seconds"
                 fix = "remove that line; only a last line may be torn"
@@ -78,8 +78,8 @@ class JsonlSink:
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         rows = read_metrics(run_dir)
-        before = max((row.seconds for row in rows), default=0.0)  # what was lost counts as well
-        self.started = time.monotonic() - before
+        # what was lost counts as well
+        self.started = time.monotonic() - max((row.seconds for row in rows), default=0.0)
         self._warned: set[str] = set()
         last = math.inf if resume_step is None else resume_step
         kept = [row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last]
@@ -104,5 +104,4 @@ class JsonlSink:
         self._file.flush()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the file; closing twice is harmless."""
         self._file.close()

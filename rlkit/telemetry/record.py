@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,32 +34,22 @@ def with_error(point: Point | None, sign: str = "") -> str:
     return f"{point.value:{sign}.3f}" + ("" if point.error is None else f" +- {point.error:.3f}")
 
 
-@dataclass(frozen=True)
 class EvalCurve:
-    """One statistic of one held-out set over the run; `label` is avg@k, pass@k or maj@k."""
+    """One statistic of one held-out set over the run; `label` is avg@k, pass@k or maj@k.
 
-    set: str
-    label: str
-    points: Sequence[Point]
+    `before` is the evaluation before the first step, `after` the last one after any training, `change` after - before;
+    each None where there is none. The error of `change` takes the two as independent: too large.
+    """
 
-    @property
-    def before(self) -> Point | None:
-        """The evaluation before the first step, if there was one."""
-        return self.points[0] if self.points[0].step == 0 else None
-
-    @property
-    def after(self) -> Point | None:
-        """The last evaluation after any training, if there was one."""
-        return self.points[-1] if self.points[-1].step > 0 else None
-
-    @property
-    def change(self) -> Point | None:
-        """after - before, None unless both exist. The error takes them as independent: too large."""
-        if self.before is None or self.after is None:
-            return None
-        a, b = self.before.error, self.after.error
-        error = None if a is None or b is None else (a**2 + b**2) ** 0.5
-        return Point(self.after.step, self.after.value - self.before.value, error)
+    def __init__(self, set: str, label: str, points: Sequence[Point]) -> None:
+        self.set, self.label, self.points = set, label, points
+        self.before = points[0] if points[0].step == 0 else None
+        self.after = points[-1] if points[-1].step > 0 else None
+        self.change = None
+        if self.before is not None and self.after is not None:
+            a, b = self.before.error, self.after.error
+            error = None if a is None or b is None else (a**2 + b**2) ** 0.5
+            self.change = Point(self.after.step, self.after.value - self.before.value, error)
 
     def figures(self) -> dict[str, float | None]:
         """`avg@4_before`, `avg@4_before_se`, `avg@4_after`, `avg@4_after_se` and `avg@4_after_step`."""
@@ -71,34 +60,32 @@ class EvalCurve:
         return out
 
 
-@dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds; `config` is empty where the file is missing."""
+    """What a run folder holds.
 
-    run_dir: Path
-    rows: Sequence[Row]
-    config: Mapping[str, Any]
+    Attributes:
+        config: the recipe; empty where the file is missing.
+        name: the recipe's name, or the folder's.
+        seconds: run time in all processes of the run.
+        training: the rows whose step is the learner's.
+        last_step: the last step that trained (one that was only evaluated does not count); 0 for none.
+        pauses: (first step after it, seconds) of every gap in which the run did not run.
+        evaluations: curves of all held-out sets: sets in the recipe's order, avg, pass, maj, k descending.
+        averages: the avg@k curve of every held-out set, with the largest k where there are several.
+    """
 
-    @cached_property
-    def training(self) -> list[Row]:
-        """Rows whose step is the learner's."""
-        return [row for row in self.rows if not is_warm_start(row.metrics)]
-
-    @cached_property
-    def last_step(self) -> int:
-        """The last step that trained (one that was only evaluated does not count); 0 for none."""
+    def __init__(self, run_dir: Path, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
+        self.run_dir, self.rows, self.config = run_dir, rows, config
+        self.name = str(config.get("name", run_dir.resolve().name))
+        self.seconds = max((row.seconds for row in rows), default=0.0)
+        self.training = [row for row in rows if not is_warm_start(row.metrics)]
         trained = (r.step for r in self.training if any(not n.startswith(("eval/", "time/eval")) for n in r.metrics))
-        return max(trained, default=0)
-
-    @property
-    def name(self) -> str:
-        """The recipe's name, or the folder's."""
-        return str(self.config.get("name", self.run_dir.resolve().name))
-
-    @property
-    def seconds(self) -> float:
-        """Run time in all processes of the run."""
-        return max((row.seconds for row in self.rows), default=0.0)
+        self.last_step = max(trained, default=0)
+        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairwise(rows)]
+        self.pauses = [(step, gap) for step, gap in gaps if gap > 3.0]
+        self.evaluations = self._curves()
+        curves = [curve for curve in self.evaluations if curve.label.startswith("avg")]
+        self.averages = [next(of_one_set) for _, of_one_set in groupby(curves, key=lambda curve: curve.set)]
 
     def metric(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of a metric, by step; the last row of a step counts."""
@@ -106,9 +93,7 @@ class RunRecord:
         finite = {step: value for step, value in sorted(values.items()) if value is not None}
         return list(finite), list(finite.values())
 
-    @cached_property
-    def evaluations(self) -> list[EvalCurve]:
-        """Curves of all held-out sets: sets in the recipe's order, avg, pass, maj, k descending."""
+    def _curves(self) -> list[EvalCurve]:
         listed = [*((self.config.get("data") or {}).get("eval") or {})]
         curves = {}
         for name in {name for row in self.training for name in row.metrics}:
@@ -117,20 +102,9 @@ class RunRecord:
                 points = [Point(s, v, errors.get(s)) for s, v in zip(*self.metric(name), strict=True)]
                 place = listed.index(match[1]) if match[1] in listed else len(listed)
                 order = (place, match[1], ("avg", "pass", "maj").index(match[3]), -int(match[4]))
-                curves[order] = EvalCurve(match[1], match[2], points)
-        return [curve for _, curve in sorted(curves.items()) if curve.points]
-
-    @cached_property
-    def averages(self) -> list[EvalCurve]:
-        """The avg@k curve of every held-out set, with the largest k where there are several."""
-        curves = [curve for curve in self.evaluations if curve.label.startswith("avg")]
-        return [next(of_one_set) for _, of_one_set in groupby(curves, key=lambda curve: curve.set)]
-
-    @cached_property
-    def pauses(self) -> list[tuple[int, float]]:
-        """(first step after it, seconds) of every gap in which the run did not run."""
-        gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairwise(self.rows)]
-        return [(step, gap) for step, gap in gaps if gap > 3.0]
+                if points:
+                    curves[order] = EvalCurve(match[1], match[2], points)
+        return [curve for _, curve in sorted(curves.items())]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -149,10 +123,4 @@ def load_run(run_dir: Path) -> RunRecord:
     if not run_dir.is_dir():
         expected = "a run folder, outputs/<name>: what `rlkit train` printed"
         raise TelemetryError("no such folder", key="run", value=str(run_dir), expected=expected)
-    config = read_mapping(run_dir / "config.yaml")
-    kinds = {"seed": int, "steps": int, "data": dict, "model": dict, "algorithm": dict, "evaluation": dict}
-    for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind | None):
-            problem, fix = "not what a run writes there", "restore config.yaml"
-            raise TelemetryError(problem, key=f"config.yaml: {key}", value=config[key], expected=kind.__name__, fix=fix)
-    return RunRecord(run_dir, read_metrics(run_dir), config)
+    return RunRecord(run_dir, read_metrics(run_dir), read_mapping(run_dir / "config.yaml"))

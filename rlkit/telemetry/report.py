@@ -64,10 +64,10 @@ def write_report(run_dir: Path) -> Path:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
     page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
-    environment = read_mapping(run_dir / "environment.json")
+    recipe, place = run_dir / "config.yaml", read_mapping(run_dir / "environment.json")
     documents = {
-        "config.yaml": redact_text((run_dir / "config.yaml").read_text("utf-8")) if run.config else "",
-        "environment.json": yaml.safe_dump(environment, sort_keys=False) if environment else "",
+        "config.yaml": redact_text(recipe.read_text("utf-8")) if run.config else "",
+        "environment.json": yaml.safe_dump(place, sort_keys=False) if place else "",
     }
     html = page.from_string(read_resource("templates/report.html.j2")).render(
         run=run, findings=findings(run), drawn=draw_all(run), stages=stages, no_samples=no_samples, documents=documents
@@ -111,9 +111,8 @@ def print_summary(run_dir: Path, console: Console | None = None) -> None:
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
     for curve in run.evaluations:
-        change = curve.change
-        style = "" if change is None or not change.sure else "bold green" if change.value > 0 else "bold red"
-        changed = Text(with_error(change, "+"), style)
+        style = "" if curve.change is None or not curve.change.sure else "green" if curve.change.value > 0 else "red"
+        changed = Text(with_error(curve.change, "+"), style and f"bold {style}")
         table.add_row(Text(curve.set), curve.label, with_error(curve.before), with_error(curve.after), changed)
     console.print(table if run.evaluations else "No held-out evaluation in this run.")
     console.print(f"{run.last_step} steps in {duration(run.seconds)}")

@@ -36,15 +36,15 @@ _UNSEEN = re.compile(
 
 def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float] | None = None) -> list[dict[str, Any]]:
     """Rows of scored groups; `advantages`: (ordinal, index) -> advantage of the samples trained on."""
+    trained = advantages or {}
     return [
         {
-            "ordinal": group.ordinal, "index": rollout.index, "prompt_id": group.prompt.id,
-            "prompt": group.prompt.text, "completion": rollout.text, "reference": group.prompt.reference,
-            "score": verdict.score, "parts": verdict.parts, "answer": verdict.answer, "reason": verdict.reason,
-            "finish_reason": rollout.finish_reason,
-            "advantage": (advantages or {}).get((group.ordinal, rollout.index)),
+            "ordinal": group.ordinal, "prompt_id": group.prompt.id, "prompt": group.prompt.text,
+            "reference": group.prompt.reference, "advantage": trained.get((group.ordinal, rollout.index)),
+            "index": rollout.index, "completion": rollout.text, "finish_reason": rollout.finish_reason,
             "token_ids": rollout.token_ids, "behavior_logprobs": rollout.behavior_logprobs,
             "versions": rollout.versions(),
+            "score": verdict.score, "parts": verdict.parts, "answer": verdict.answer, "reason": verdict.reason,
         }
         for group in groups
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
@@ -53,17 +53,16 @@ def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float]
 
 def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a learner step's rows (of `rows_of`) to <run_dir>/rollouts/step_<step>.parquet, whole or not at all."""
-
-    def stored(row: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"step": step, "tokens": len(row["token_ids"]), "parts": json.dumps(dict(row["parts"]))}
-        # A lone surrogate, which UTF-8 cannot hold, becomes "?".
-        texts = {k: v.encode("utf-8", "replace").decode() for k, v in row.items() if isinstance(v, str)}
-        return {**row, **texts, **own}
-
-    whole = [stored(row) for row in rows]
-    table = pa.table([pa.array([row[f.name] for row in whole], f.type) for f in SCHEMA], schema=SCHEMA)
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names if name not in ("step", "tokens")}
+    columns |= {"step": [step] * len(rows), "tokens": [len(tokens) for tokens in columns["token_ids"]]}
+    columns["parts"] = [json.dumps(dict(parts)) for parts in columns["parts"]]
+    for field in SCHEMA:
+        if field.type == pa.string():  # a lone surrogate, which UTF-8 cannot hold, becomes "?"
+            texts = columns[field.name]
+            columns[field.name] = [text and text.encode("utf-8", "replace").decode() for text in texts]
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    # a dictionary of token arrays would take longer and no less space
+    pq.write_table(pa.table(columns, SCHEMA), buffer, compression="zstd", use_dictionary=TEXT_COLUMNS)
     replace_file(path, buffer.getvalue())
 
 
@@ -131,22 +130,22 @@ def facts(row: Mapping[str, Any]) -> list[str]:
     return [*where, *advantage, *parts]
 
 
-def _text(value: str, style: str = "") -> Text:
-    """Untrusted text for rich: never markup, nothing unseen."""
-    return Text.assemble(*((piece, "reverse" if escaped else "") for piece, escaped in visible(value)), style=style)
-
-
 def _print(row: Mapping[str, Any], console: Console) -> None:
     """A judged row for reading: verdict, prompt, completion."""
+
+    def seen(value: str, style: str = "") -> Text:
+        """Untrusted text: never markup, nothing unseen."""
+        return Text.assemble(*((piece, "reverse" if escaped else "") for piece, escaped in visible(value)), style=style)
+
     colour = COLOURS[row["verdict"]]
     score = "" if row["score"] is None else f" {row['score']:g}"
     title = f"step {row['step']}  ordinal {row['ordinal']}  {row['verdict']}{score}"
     console.print(Rule(Text(title, style=f"bold {colour}"), style=colour))
-    console.print(_text("  ".join(facts(row)), "dim"))
+    console.print(seen("  ".join(facts(row)), "dim"))
     styles = {"prompt": "", "completion": colour, "answer": "bold", "reference": "bold", "reason": "yellow"}
     for key, style in styles.items():
         if row[key] is not None:
-            console.print(Text.assemble((f"{key:>10}  ", "dim"), _text(row[key], style)))
+            console.print(Text.assemble((f"{key:>10}  ", "dim"), seen(row[key], style)))
 
 
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -159,17 +158,15 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     parser.add_argument("--limit", type=int, default=10, help="how many (default 10)")
     which = parser.add_mutually_exclusive_group()
     for flag, verdicts in (("right", ["right"]), ("wrong", ["wrong", "partial"]), ("unscored", ["unscored"])):
-        which.add_argument(f"--{flag}", dest="verdicts", action="store_const", const=verdicts)
+        which.add_argument(f"--{flag}", dest="verdicts", action="store_const", const=verdicts, default=COLOURS)
     options = parser.parse_args(argv)
     console = console or Console(highlight=False)
     step = max(rollout_steps(options.run), default=None) if options.step is None else options.step
     rows = judged_rollouts(options.run, step, read_mapping(options.run / "config.yaml"))
-    wanted = options.verdicts or COLOURS
-    kept = [row for row in rows if options.ordinal in (None, row["ordinal"]) and row["verdict"] in wanted]
-    if options.sort == "score":
-        kept.sort(key=lambda row: (row["score"] is None, row["score"] or 0.0))
-    elif options.sort == "length":
-        kept.sort(key=lambda row: -row["tokens"])
+    kept = [row for row in rows if options.ordinal in (None, row["ordinal"]) and row["verdict"] in options.verdicts]
+    if options.sort:
+        worst = options.sort == "score"
+        kept.sort(key=lambda x: (x["score"] is None, x["score"] or 0.0) if worst else -x["tokens"])
     chosen = kept[: options.limit]
     for row in chosen:
         _print(row, console)

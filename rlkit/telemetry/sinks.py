@@ -38,10 +38,10 @@ class Sink(Protocol):
     """Takes rows of metrics until it is closed."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Take one row; names are known to the registry."""
+        """Take one row, now; names are known to the registry, a value is None where it was not finite."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Let go of everything; `failed` says that the run ended in an error."""
+        """Let go of everything; `failed` says that the run ended in an error. Twice is harmless."""
 
 
 def optional(module: str, extra: str) -> Any:
@@ -83,11 +83,13 @@ class WandbSink:
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(secrets.token_hex(4))
         quiet: dict[str, Any] = {"console": "off", "x_save_requirements": False, **dict.fromkeys(QUIET, True)}
-        run = {"project": project, "name": name, "id": identity.read_text().strip(), "dir": str(run_dir), "mode": mode}
-        resume, settings = "allow" if mode == "online" else None, self._wandb.Settings(**DEADLINES_S, **quiet)
+        settings = self._wandb.Settings(**DEADLINES_S, **quiet)
+        shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
         try:
-            shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
-            self._run: Any = self._wandb.init(**run, resume=resume, config=shown, settings=settings)
+            self._run: Any = self._wandb.init(
+                project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
+                resume="allow" if mode == "online" else None, config=shown, settings=settings,
+            )  # fmt: skip
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
             raise TelemetryError(problem, key="telemetry.wandb", value=mode, fix=fix) from error
@@ -97,13 +99,9 @@ class WandbSink:
             self._run.define_metric(names, step_metric=axis)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Log one row, with a table where one is due; values that are None are left out."""
         axis = "sft/step" if is_warm_start(metrics) else "learner/step"
-        row: dict[str, Any] = {
-            axis: step,
-            CLOCK: time.monotonic() - self._started,
-            **published(metrics, self._telemetry.aliases),
-        }
+        row: dict[str, Any] = {axis: step, CLOCK: time.monotonic() - self._started}
+        row |= published(metrics, self._telemetry.aliases)
         every = self._telemetry.completions_every_steps
         due = every and (step % every == 0 or any(name.startswith("eval/") for name in metrics))
         if due and axis == "learner/step" and step != self._tabled and step in rollout_steps(self._run_dir):
@@ -113,7 +111,7 @@ class WandbSink:
         self._run.log(row)
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish the run, within DEADLINES_S, and end wandb's service process; twice is harmless."""
+        """Finish the run, within DEADLINES_S, and end wandb's service process."""
         run, self._run = self._run, None
         if run is None:
             return
@@ -128,7 +126,7 @@ class WandbSink:
 
 
 class TensorboardSink:
-    """Scalars at their step in run_dir/tensorboard; a resumed run hides the steps after `resume_step`."""
+    """Scalars at their step in run_dir/tensorboard, each row flushed; a resumed run hides steps after `resume_step`."""
 
     def __init__(self, run_dir: Path, telemetry: TelemetryConfig, resume_step: int | None = None) -> None:
         writer = optional("torch.utils.tensorboard", "tensorboard").SummaryWriter
@@ -136,13 +134,11 @@ class TensorboardSink:
         self._library = telemetry.aliases
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write one row to disk; values that are None are left out."""
         for name, value in published(metrics, self._library).items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the file; twice is harmless."""
         self._writer.close()
 
 
@@ -175,7 +171,6 @@ class ConsoleSink:
         self._progress.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Show one row: a step's summary, held-out figures, or both."""
         shown = [f"{label} {figure(metrics[name], spec)}" for label, (name, spec) in FIELDS.items() if name in metrics]
         if shown:
             (task,) = self._progress.tasks
@@ -194,7 +189,6 @@ class ConsoleSink:
         self.console.print(Text(line, style=style), soft_wrap=True)
 
     def close(self, *, failed: bool = False) -> None:
-        """Take the bar down and leave the cursor visible; closing twice is harmless."""
         self._progress.stop()
 
 
@@ -202,7 +196,7 @@ class Telemetry:
     """Fan out rows to sinks, and own them: a context manager that always closes every one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = tuple(sinks)
+        self.sinks = list(sinks)
 
     @classmethod
     def open(
@@ -214,19 +208,18 @@ class Telemetry:
         `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.
         Raises TelemetryError: wandb or TensorBoard is asked for and cannot start, or metrics.jsonl is broken.
         """
+        rows = JsonlSink(run_dir, resume_step)
+        opened = cls([rows])
         with ExitStack() as undo:
-            rows = JsonlSink(run_dir, resume_step)
-            undo.callback(rows.close)
-            sinks: list[Sink] = [rows]
+            undo.push(opened)  # a sink that cannot start closes the others
             if telemetry.tensorboard:
-                sinks.append(TensorboardSink(run_dir, telemetry, resume_step))
-                undo.callback(sinks[1].close)
+                opened.sinks.append(TensorboardSink(run_dir, telemetry, resume_step))
             if telemetry.wandb != "off":
-                sinks.append(WandbSink(run_dir, telemetry, name=name, config=config, started=rows.started))
+                opened.sinks.append(WandbSink(run_dir, telemetry, name=name, config=config, started=rows.started))
             if telemetry.console:
-                sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
+                opened.sinks.append(ConsoleSink(total_steps, start_step=max(0, resume_step or 0)))
             undo.pop_all()
-        return cls(sinks)
+        return opened
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hand one row to every sink. TelemetryError: unknown name, or warm-start and training names mixed."""

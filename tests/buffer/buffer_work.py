@@ -24,8 +24,24 @@ class Clock:
         return self.now
 
 
-def open_at(folder: Path, clock: Clock, *, prompts: int = 2, staleness: int = 1, slice_samples: int = 2) -> SqlBuffer:
-    return SqlBuffer(
+class Buffer(SqlBuffer):
+    """With what only tests ask for."""
+
+    def submit(self, lease: Lease, rollouts: Sequence[Rollout]) -> None:
+        self.submit_many([(lease, rollouts)])
+
+    def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
+        self.score_many([(lease, verdicts)])
+
+    def trained_ordinals(self) -> list[int]:
+        """The surviving lineage's ledger, in training order."""
+        query = "SELECT ordinal FROM groups WHERE state = 'trained' ORDER BY trained_step, ordinal"
+        with self._db.read() as connection:
+            return list(connection.exec_driver_sql(query).scalars())
+
+
+def open_at(folder: Path, clock: Clock, *, prompts: int = 2, staleness: int = 1, slice_samples: int = 2) -> Buffer:
+    return Buffer(
         f"sqlite:///{folder / 'buffer.db'}",
         payload_dir=folder / "payloads",
         prompts_per_step=prompts,
@@ -46,7 +62,7 @@ def prompt(ordinal: int) -> Prompt:
     )
 
 
-def request(buffer: SqlBuffer, count: int, samples: int = 4) -> None:
+def request(buffer: Buffer, count: int, samples: int = 4) -> None:
     first = buffer.stats().next_ordinal
     buffer.request([GroupRequest(ordinal=k, prompt=prompt(k), samples=samples) for k in range(first, first + count)])
 
@@ -78,20 +94,20 @@ def verdicts(lease: Lease) -> list[Verdict]:
     return [Verdict(score=float(i), answer=str(i)) for i in range(lease.start, lease.stop)]
 
 
-def finish(buffer: SqlBuffer, leases: Iterable[Lease]) -> None:
+def finish(buffer: Buffer, leases: Iterable[Lease]) -> None:
     """Sample and score leases, with the oldest version they allow."""
     for lease in leases:
         buffer.submit(lease, rollouts(lease))
         buffer.score(lease, verdicts(lease))
 
 
-def sample_all(buffer: SqlBuffer) -> None:
+def sample_all(buffer: Buffer) -> None:
     """A worker that does all there is to do."""
     while leases := buffer.lease("worker", 64, 60.0):
         finish(buffer, leases)
 
 
-def train(buffer: SqlBuffer, count: int = 2) -> list[Group]:
+def train(buffer: Buffer, count: int = 2) -> list[Group]:
     """A learner step on groups that are ready."""
     groups = buffer.take(count)
     assert groups is not None

@@ -10,9 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from buffer_work import Clock, open_at
-
-from rlkit.buffer.sql import SqlBuffer
+from buffer_work import Buffer, Clock, open_at
 
 
 @pytest.fixture
@@ -21,7 +19,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def buffer(tmp_path: Path, clock: Clock) -> Iterator[SqlBuffer]:
+def buffer(tmp_path: Path, clock: Clock) -> Iterator[Buffer]:
     """P = 2, S = 1, slices of 2 samples."""
     opened = open_at(tmp_path, clock)
     yield opened

@@ -144,8 +144,8 @@ while not (folder / "go").exists():
     time.sleep(0.001)
 while leases := buffer.lease(name, 3, 60.0):
     for lease in leases:
-        buffer.submit(lease, rollouts(lease))
-        buffer.score(lease, verdicts(lease))
+        buffer.submit_many([(lease, rollouts(lease))])
+        buffer.score_many([(lease, verdicts(lease))])
         done.append((lease.ordinal, lease.start, lease.stop))
     time.sleep(0.002)  # sampling takes time; without it one worker could keep the write lock
 buffer.close()

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from buffer_work import START, Clock, open_at, prompt, request, rollout, same, sample_all, train
+from buffer_work import START, Buffer, Clock, open_at, prompt, request, rollout, same, sample_all, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.buffer.codec import decode, encode
 from rlkit.buffer.payloads import PayloadRef, SegmentFiles
-from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
 from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 
@@ -182,7 +181,7 @@ def test_a_forked_writer_begins_its_own_segment(tmp_path: Path) -> None:
     store.close()
 
 
-def damage(buffer: SqlBuffer, folder: Path, how: str) -> None:
+def damage(buffer: Buffer, folder: Path, how: str) -> None:
     (segment,) = (folder / "payloads").iterdir()
     data = bytearray(segment.read_bytes())
     if how == "flipped":

@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from buffer_work import START, Clock, finish, open_at, request, rollouts, same, sample_all, train, verdicts
+from buffer_work import START, Buffer, Clock, finish, open_at, request, rollouts, same, sample_all, train, verdicts
 
 from rlkit.buffer.protocol import FencedError, Watermark
-from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
 
 
-def fill(buffer: SqlBuffer, samples: int = 2) -> None:
+def fill(buffer: Buffer, samples: int = 2) -> None:
     request(buffer, buffer.capacity(), samples)
     sample_all(buffer)
 
 
-def test_watermark_covers_what_is_below_its_ordinal(buffer: SqlBuffer) -> None:
+def test_watermark_covers_what_is_below_its_ordinal(buffer: Buffer) -> None:
     assert buffer.watermark() == START
     fill(buffer)
     assert buffer.watermark() == START
@@ -62,7 +61,7 @@ def test_rollback_undoes_training_after_the_checkpoint(tmp_path: Path, clock: Cl
     buffer.close()
 
 
-def test_groups_with_tokens_of_dead_versions_are_sampled_again(buffer: SqlBuffer) -> None:
+def test_groups_with_tokens_of_dead_versions_are_sampled_again(buffer: Buffer) -> None:
     request(buffer, 2, samples=2)
     sample_all(buffer)
     mark = buffer.watermark()
@@ -76,7 +75,7 @@ def test_groups_with_tokens_of_dead_versions_are_sampled_again(buffer: SqlBuffer
     assert {x.min_version for x in buffer.lease("a", 8, 60.0)} == {0}
 
 
-def test_one_token_of_a_dead_version_is_enough(buffer: SqlBuffer) -> None:
+def test_one_token_of_a_dead_version_is_enough(buffer: Buffer) -> None:
     request(buffer, 4, samples=2)
     first = buffer.lease("a", 4, 60.0)
     finish(buffer, first)
@@ -88,7 +87,7 @@ def test_one_token_of_a_dead_version_is_enough(buffer: SqlBuffer) -> None:
     assert buffer.rollback(mark).requested_again == (mixed.ordinal,)
 
 
-def test_half_scored_groups_are_sampled_again(buffer: SqlBuffer) -> None:
+def test_half_scored_groups_are_sampled_again(buffer: Buffer) -> None:
     request(buffer, 1, samples=6)
     one, two, _ = buffer.lease("a", 6, 60.0)
     finish(buffer, [one])
@@ -100,7 +99,7 @@ def test_half_scored_groups_are_sampled_again(buffer: SqlBuffer) -> None:
     assert buffer.take(1) is not None
 
 
-def test_drops_after_the_watermark_are_undone(buffer: SqlBuffer) -> None:
+def test_drops_after_the_watermark_are_undone(buffer: Buffer) -> None:
     fill(buffer)
     buffer.take(2)
     buffer.drop([1], "no signal")  # scored: it comes back as it was
@@ -112,7 +111,7 @@ def test_drops_after_the_watermark_are_undone(buffer: SqlBuffer) -> None:
     assert buffer.stats().dropped_reasons == {}
 
 
-def test_a_group_dropped_before_it_was_scored_is_requested_again(buffer: SqlBuffer) -> None:
+def test_a_group_dropped_before_it_was_scored_is_requested_again(buffer: Buffer) -> None:
     request(buffer, 2, samples=4)
     leases = buffer.lease("a", 4, 60.0)
     finish(buffer, leases[:1])
@@ -140,7 +139,7 @@ def test_rollback_keeps_the_bound_when_it_undoes_drops(tmp_path: Path, clock: Cl
     buffer.close()
 
 
-def test_rollback_to_the_start_without_a_checkpoint(buffer: SqlBuffer) -> None:
+def test_rollback_to_the_start_without_a_checkpoint(buffer: Buffer) -> None:
     assert buffer.rollback(START).restored == ()
     fill(buffer)
     train(buffer)
@@ -202,7 +201,7 @@ def test_commit_removes_payloads_of_covered_groups_only(tmp_path: Path, clock: C
     worker.close()
 
 
-def test_dropped_groups_free_their_payloads_at_commit(buffer: SqlBuffer, tmp_path: Path) -> None:
+def test_dropped_groups_free_their_payloads_at_commit(buffer: Buffer, tmp_path: Path) -> None:
     fill(buffer)
     buffer.drop([0, 1, 2, 3], "no signal")
     buffer.commit(START)
@@ -211,7 +210,7 @@ def test_dropped_groups_free_their_payloads_at_commit(buffer: SqlBuffer, tmp_pat
     assert [*(tmp_path / "payloads").iterdir()] == []
 
 
-def test_rollback_behind_the_last_commit(buffer: SqlBuffer) -> None:
+def test_rollback_behind_the_last_commit(buffer: Buffer) -> None:
     """The newest checkpoint is unreadable and the run resumes from the one before it."""
     fill(buffer)
     old = buffer.watermark()
@@ -225,7 +224,7 @@ def test_rollback_behind_the_last_commit(buffer: SqlBuffer) -> None:
 
 
 def test_keep_payloads(tmp_path: Path, clock: Clock) -> None:
-    buffer = SqlBuffer(
+    buffer = Buffer(
         f"sqlite:///{tmp_path / 'buffer.db'}",
         payload_dir=tmp_path / "payloads",
         prompts_per_step=1,
@@ -242,7 +241,7 @@ def test_keep_payloads(tmp_path: Path, clock: Clock) -> None:
     buffer.close()
 
 
-def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: SqlBuffer) -> None:
+def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: Buffer) -> None:
     """It drops group 0, which the surviving lineage has trained on since, at the same version."""
     fill(buffer)
     buffer.drop([0], "no signal")
@@ -267,7 +266,7 @@ def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: SqlBuffer) -> N
         ({"version": 4}, "surviving lineage"),
     ],
 )
-def test_watermarks_of_other_runs_are_refused(buffer: SqlBuffer, change: dict[str, int], message: str) -> None:
+def test_watermarks_of_other_runs_are_refused(buffer: Buffer, change: dict[str, int], message: str) -> None:
     fill(buffer)
     train(buffer)
     mark = buffer.watermark()
@@ -283,7 +282,7 @@ def test_watermarks_of_other_runs_are_refused(buffer: SqlBuffer, change: dict[st
     assert buffer.stats() == before
 
 
-def test_versions_skip_after_a_rollback_and_steps_do_not(buffer: SqlBuffer) -> None:
+def test_versions_skip_after_a_rollback_and_steps_do_not(buffer: Buffer) -> None:
     request(buffer, 4, samples=2)
     sample_all(buffer)
     train(buffer)

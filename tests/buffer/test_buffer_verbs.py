@@ -9,16 +9,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from buffer_work import Clock, finish, open_at, prompt, request, rollout, rollouts, same, sample_all, train, verdicts
+from buffer_work import (
+    Buffer,
+    Clock,
+    finish,
+    open_at,
+    prompt,
+    request,
+    rollout,
+    rollouts,
+    same,
+    sample_all,
+    train,
+    verdicts,
+)
 
 from rlkit.buffer.protocol import FencedError, GroupRequest
-from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
 from rlkit.types import Verdict
 
 
 def test_sql_buffer_is_the_protocol(tmp_path: Path) -> None:
-    buffer: SqlBuffer = SqlBuffer(
+    buffer: Buffer = Buffer(
         f"sqlite:///{tmp_path / 'b.db'}",
         payload_dir=tmp_path / "payloads",
         prompts_per_step=3,
@@ -36,7 +48,7 @@ def test_settings_out_of_range(tmp_path: Path, clock: Clock, wrong: dict[str, in
         open_at(tmp_path, clock, **wrong)
 
 
-def test_a_group_travels_whole(buffer: SqlBuffer) -> None:
+def test_a_group_travels_whole(buffer: Buffer) -> None:
     request(buffer, 4, samples=5)
     leases = buffer.lease("a", 100, 60.0)
     assert [(x.ordinal, x.start, x.stop) for x in leases[:4]] == [(0, 0, 2), (0, 2, 4), (0, 4, 5), (1, 0, 2)]
@@ -73,13 +85,13 @@ def test_staleness_is_reached_and_not_passed(tmp_path: Path, clock: Clock) -> No
 
 
 @pytest.mark.parametrize("ordinals", [[1], [0, 2], [0, 0], [1, 0]])
-def test_request_refuses_gaps(buffer: SqlBuffer, ordinals: list[int]) -> None:
+def test_request_refuses_gaps(buffer: Buffer, ordinals: list[int]) -> None:
     with pytest.raises(BufferError, match="without a gap"):
         buffer.request([GroupRequest(ordinal=k, prompt=prompt(k), samples=1) for k in ordinals])
     assert buffer.stats().next_ordinal == 0
 
 
-def test_request_refuses_more_than_capacity_and_no_samples(buffer: SqlBuffer) -> None:
+def test_request_refuses_more_than_capacity_and_no_samples(buffer: Buffer) -> None:
     buffer.request([])
     with pytest.raises(BufferError, match="at most capacity\\(\\) = 4"):
         request(buffer, 5)
@@ -91,14 +103,14 @@ def test_request_refuses_more_than_capacity_and_no_samples(buffer: SqlBuffer) ->
     assert buffer.capacity() == 0
 
 
-def test_request_refuses_metadata_it_cannot_store(buffer: SqlBuffer) -> None:
+def test_request_refuses_metadata_it_cannot_store(buffer: Buffer) -> None:
     for value in (object(), 2**70, "\ud800"):
         bad = replace(prompt(0), metadata={"when": value})
         with pytest.raises(BufferError, match="metadata of prompt p0"):
             buffer.request([GroupRequest(ordinal=0, prompt=bad, samples=1)])
 
 
-def test_lease_limits(buffer: SqlBuffer, clock: Clock) -> None:
+def test_lease_limits(buffer: Buffer, clock: Clock) -> None:
     assert buffer.lease("a", 8, 60.0) == []
     for most, timeout in ((0, 60.0), (1, 0.0), (1, math.inf), (1, math.nan)):
         with pytest.raises(BufferError, match="out of range"):
@@ -115,7 +127,7 @@ def test_lease_limits(buffer: SqlBuffer, clock: Clock) -> None:
     assert [g.ordinal for g in buffer.take(2) or []] == [0, 1]
 
 
-def test_expired_leases_are_leased_again_and_fenced(buffer: SqlBuffer, clock: Clock) -> None:
+def test_expired_leases_are_leased_again_and_fenced(buffer: Buffer, clock: Clock) -> None:
     request(buffer, 1, samples=4)
     old = buffer.lease("a", 4, 10.0)
     buffer.submit(old[1], rollouts(old[1]))  # a worker that dies between sampling and scoring
@@ -139,7 +151,7 @@ def test_expired_leases_are_leased_again_and_fenced(buffer: SqlBuffer, clock: Cl
     assert all(same(r, rollouts(new[r.index // 2])[r.index % 2]) for r in group.rollouts)
 
 
-def test_a_late_worker_keeps_a_lease_nobody_reclaimed(buffer: SqlBuffer, clock: Clock) -> None:
+def test_a_late_worker_keeps_a_lease_nobody_reclaimed(buffer: Buffer, clock: Clock) -> None:
     request(buffer, 1, samples=2)
     (lease,) = buffer.lease("a", 2, 10.0)
     clock.now += 11.0
@@ -153,7 +165,7 @@ def test_a_late_worker_keeps_a_lease_nobody_reclaimed(buffer: SqlBuffer, clock: 
     assert buffer.stats().states["scored"] == 1
 
 
-def test_one_lost_lease_does_not_cost_the_others(buffer: SqlBuffer, clock: Clock) -> None:
+def test_one_lost_lease_does_not_cost_the_others(buffer: Buffer, clock: Clock) -> None:
     request(buffer, 1, samples=4)
     lost, kept = buffer.lease("a", 4, 10.0)
     buffer.release([lost])
@@ -172,7 +184,7 @@ def test_one_lost_lease_does_not_cost_the_others(buffer: SqlBuffer, clock: Clock
     assert buffer.take(1) is not None
 
 
-def test_a_lease_of_another_database_is_fenced(buffer: SqlBuffer, tmp_path: Path) -> None:
+def test_a_lease_of_another_database_is_fenced(buffer: Buffer, tmp_path: Path) -> None:
     elsewhere = open_at(tmp_path / "other", Clock())
     for x in (buffer, elsewhere):
         request(x, 2, samples=4)
@@ -185,7 +197,7 @@ def test_a_lease_of_another_database_is_fenced(buffer: SqlBuffer, tmp_path: Path
         buffer.submit(replace(foreign[3], start=0, stop=2), rollouts(replace(foreign[3], start=0, stop=2)))
 
 
-def test_submit_refuses_what_is_not_the_lease(buffer: SqlBuffer) -> None:
+def test_submit_refuses_what_is_not_the_lease(buffer: Buffer) -> None:
     request(buffer, 1, samples=2)
     (lease,) = buffer.lease("a", 2, 60.0)
     good = rollouts(lease)
@@ -197,7 +209,7 @@ def test_submit_refuses_what_is_not_the_lease(buffer: SqlBuffer) -> None:
         ([*good, good[0]], "not those of the lease"),
         ([good[0], rollout(1, 1, [0])], "not those of the lease"),
         ([good[0], rollout(0, 1, [7])], "wrong weights"),
-        ([good[0], short], "loss_mask has another length"),
+        ([good[0], short], "loss_mask has the wrong type or length"),
         ([good[0], wide], "token_ids has the wrong type"),
         ([good[0], uncovered], "do not cover"),
     ):
@@ -213,7 +225,7 @@ def test_submit_refuses_what_is_not_the_lease(buffer: SqlBuffer) -> None:
         buffer.submit(lease, good)
 
 
-def test_submit_refuses_tokens_older_than_the_admission(buffer: SqlBuffer) -> None:
+def test_submit_refuses_tokens_older_than_the_admission(buffer: Buffer) -> None:
     request(buffer, 4, samples=2)
     sample_all(buffer)
     train(buffer)
@@ -226,7 +238,7 @@ def test_submit_refuses_tokens_older_than_the_admission(buffer: SqlBuffer) -> No
     buffer.submit(lease, rollouts(lease))
 
 
-def test_score_refuses_what_is_no_verdict(buffer: SqlBuffer) -> None:
+def test_score_refuses_what_is_no_verdict(buffer: Buffer) -> None:
     request(buffer, 1, samples=2)
     (lease,) = buffer.lease("a", 2, 60.0)
     buffer.submit(lease, rollouts(lease))
@@ -244,7 +256,7 @@ def test_score_refuses_what_is_no_verdict(buffer: SqlBuffer) -> None:
     assert group.verdicts[0] == failed
 
 
-def test_release_gives_back(buffer: SqlBuffer) -> None:
+def test_release_gives_back(buffer: Buffer) -> None:
     request(buffer, 1, samples=4)
     leases = buffer.lease("a", 4, 60.0)
     buffer.submit(leases[0], rollouts(leases[0]))
@@ -253,7 +265,7 @@ def test_release_gives_back(buffer: SqlBuffer) -> None:
     assert [x.epoch for x in buffer.lease("b", 4, 60.0)] == [2, 2]
 
 
-def test_take_waits_for_the_lowest(buffer: SqlBuffer) -> None:
+def test_take_waits_for_the_lowest(buffer: Buffer) -> None:
     request(buffer, 3, samples=2)
     leases = buffer.lease("a", 6, 60.0)
     buffer.release(leases[:1])
@@ -272,7 +284,7 @@ def test_take_waits_for_the_lowest(buffer: SqlBuffer) -> None:
         buffer.take(0)
 
 
-def test_drop_raises_the_bound_and_voids_leases(buffer: SqlBuffer) -> None:
+def test_drop_raises_the_bound_and_voids_leases(buffer: Buffer) -> None:
     request(buffer, 4, samples=2)
     leases = buffer.lease("a", 8, 60.0)
     finish(buffer, leases[:2])
@@ -295,7 +307,7 @@ def test_drop_raises_the_bound_and_voids_leases(buffer: SqlBuffer) -> None:
         buffer.drop([1], "too late")
 
 
-def test_publish_is_strict(buffer: SqlBuffer) -> None:
+def test_publish_is_strict(buffer: Buffer) -> None:
     request(buffer, 4, samples=2)
     sample_all(buffer)
     buffer.take(2)
@@ -321,7 +333,7 @@ def test_publish_is_strict(buffer: SqlBuffer) -> None:
         buffer.publish(5, [])
 
 
-def test_counts_of_samples_may_differ(buffer: SqlBuffer) -> None:
+def test_counts_of_samples_may_differ(buffer: Buffer) -> None:
     buffer.request([GroupRequest(ordinal=k, prompt=prompt(k), samples=n) for k, n in enumerate((1, 7))])
     sample_all(buffer)
     assert [len(g.rollouts) for g in buffer.take(2) or []] == [1, 7]

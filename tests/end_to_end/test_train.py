@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,7 +19,6 @@ from safetensors.torch import load_file
 from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlkit.buffer.sql import SqlBuffer
 from rlkit.cli import main
 from rlkit.telemetry.rollouts import read_rollouts
 
@@ -36,14 +37,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def trained(run: Path) -> list[int]:
-    buffer = SqlBuffer(
-        f"sqlite:///{run / 'buffer.db'}", payload_dir=run / "payloads", prompts_per_step=4,
-        max_staleness=0, slice_samples=64,
-    )  # fmt: skip
-    try:
-        return buffer.trained_ordinals()
-    finally:
-        buffer.close()
+    query = "SELECT ordinal FROM groups WHERE state = 'trained' ORDER BY trained_step, ordinal"
+    with contextlib.closing(sqlite3.connect(run / "buffer.db")) as connection:
+        return [ordinal for (ordinal,) in connection.execute(query)]
 
 
 def test_resume_is_bit_for_bit(tmp_path, capsys):

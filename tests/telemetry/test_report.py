@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlkit.telemetry.figures import PANELS, smooth, time_shares
+from rlkit.telemetry.figures import PANELS, smooth
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.names import TelemetryError
 from rlkit.telemetry.record import load_run
@@ -265,27 +265,3 @@ def test_smoothing_keeps_a_constant_and_the_length() -> None:
     means, width = smooth([2.0] * 100)
     assert means == pytest.approx([2.0] * 100) and width == 5
     assert smooth([1.0, 3.0]) == ([1.0, 3.0], 1)
-
-
-def test_time_shares_add_up_to_the_run(whole: Path) -> None:
-    """generate, score and the rest of the waiting fill wait_rollout."""
-    run = load_run(whole)
-    shares = time_shares(run)
-    steps, seconds = run.metric("time/step")
-    assert sum(shares.values()) == pytest.approx(sum(seconds) + 3 * 6.0, rel=0.02)
-    assert list(shares)[0] == "generate" and list(shares.values()) == sorted(shares.values(), reverse=True)
-
-
-def test_overlapped_rollouts_are_not_added_to_the_learner(make_run) -> None:
-    change = {"time/generate": 30.0, "time/score": 5.0, "time/wait_rollout": 0.5}
-    shares = time_shares(load_run(make_run(steps=5, change=lambda _, row: row | change)))
-    assert "generate" not in shares and shares["wait_rollout"] == pytest.approx(2.5)
-
-
-def test_evaluations_of_several_sets_add_up(make_run) -> None:
-    run_dir = make_run(steps=3, eval_steps=(3,))
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        last = load_run(run_dir).rows[-1]
-        row = {"step": 3, "time": last.time, "seconds": last.seconds, "time/eval": 2.0}
-        file.write(json.dumps(row) + "\n")
-    assert time_shares(load_run(run_dir))["eval"] == pytest.approx(8.0)
