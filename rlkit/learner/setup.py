@@ -15,7 +15,7 @@ from typing import Any, Self
 import filelock
 import torch
 import transformers
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.pool import VerifierPool
@@ -67,7 +67,9 @@ class Session:
         precision = learner.mixed_precision
         if precision == "auto":
             precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-        handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT)]
+        # Language models have no buffers that training changes.
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT), ddp]
         accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
         return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
 
