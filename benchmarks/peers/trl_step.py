@@ -10,9 +10,9 @@ rate 1e-6 (so that the policy, and with it lengths and rewards, stay what they a
 one process of either side for each policy, in changing order, and leaves out the first two steps of each.
 
 Both sides use two cores as two data-parallel ranks of one thread, the fastest way for either. TRL runs at its best
-settings for this machine: micro-batches of 32 samples a rank (64 and 128 are slower), no gradient checkpointing, the
-transformers engine, its reward a string comparison in process; rlkit scores in sandboxed verifiers, writes its buffer
-and every rollout. Both are timed from the request for completions to the updated weights.
+settings for this machine: micro-batches of 32 samples a rank (64 and 128 are slower), malloc as rlkit sets it, no
+gradient checkpointing, the transformers engine, its reward a string comparison in process; rlkit scores in sandboxed
+verifiers, writes its buffer and every rollout. Both are timed from the request for completions to the updated weights.
 
 The last line is JSON: for each policy medians and spreads of both sides, generation and learner apart, peak memory of
 the training process, `ratio` = TRL seconds / rlkit seconds (median of the rounds' ratios, with the smallest and
@@ -46,6 +46,8 @@ OVERRIDES = [
     f"rollout.max_completion_tokens={NEW_TOKENS}",
 ]
 ROOMY = "model.architecture.max_position_embeddings=80"
+# What rlkit tells malloc itself: freed memory is kept and not faulted in again.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 QUIET = ["evaluation.at_start=false", "evaluation.every_steps=0", "data.eval={}", "checkpoint.every_steps=1000"]
 QUIET += ["telemetry.report=false", "telemetry.console=false"]
 
@@ -187,7 +189,7 @@ def measured(side: str, folder: Path, model: Path, options: argparse.Namespace) 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
     command = [sys.executable, *(launcher if options.ranks > 1 else []), __file__, "--side", side]
     command += ["--folder", str(folder), "--model", str(model), "--trl-batch", str(options.trl_batch)]
-    env = environment() | {"OMP_NUM_THREADS": str(options.threads)}
+    env = environment() | {"OMP_NUM_THREADS": str(options.threads), **MALLOC}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1800, check=False)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

@@ -196,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
         for note in notes:
             target.print(note, markup=False, highlight=False)
     kept.save_text(str(out / "compare.txt"), clear=False)
-    picture = '<img src="compare.png" alt="curves"></body>'
+    picture = '<img src="compare.png" alt="curves" style="max-width: 100%"></body>'
     kept.save_html(str(out / "compare.html"), code_format=CONSOLE_HTML_FORMAT.replace("</body>", picture))
     drawing = draw([row.variant for row in compared], metric)
     drawing.savefig(out / "compare.png", dpi=150, metadata={"Software": None})

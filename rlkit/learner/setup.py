@@ -1,6 +1,7 @@
 """What training, warm start, evaluation and parity checks set up alike."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import signal
@@ -64,6 +65,8 @@ class Session:
         if learner.device == "cuda" and not on_gpu:
             problem, fix = "no CUDA device is visible", "set learner.device=auto"
             raise ConfigError(problem, key="learner.device", value="cuda", fix=fix)
+        if not on_gpu:
+            _keep_freed_memory()
         precision = learner.mixed_precision
         if precision == "auto":
             precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
@@ -116,6 +119,14 @@ class Session:
         needed = any(getattr(target, "needs_reference", True) for target in targets)
         held_out = {k: load_prompts(d, self.tokenizer, f"data.eval.{k}", needed) for k, d in data.eval.items()}
         return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc's malloc, where it is one, not to give every large tensor's memory back and fault it in again."""
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(m_mmap_threshold, 2**26)
+        mallopt(m_trim_threshold, 2**30)
 
 
 def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
