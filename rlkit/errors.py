@@ -63,9 +63,11 @@ def calling(component: object, key: str, fix: str = "mend it, or choose a shippe
     """What a component raises in this block becomes a TrainingError naming it, file and line; RlkitErrors pass."""
     try:
         yield
-    except RlkitError:
+    except (RlkitError, MemoryError):
         raise
     except Exception as error:  # other people's components raise what they like
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         problem = f"this component raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         raise TrainingError(problem, key=key, value=type(component).__name__, fix=fix) from error

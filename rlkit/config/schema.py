@@ -85,6 +85,8 @@ class RewardConfig:
     """name -> {_target_, weight, settings}; the score is the weighted sum."""
     workers: int = number(2, 1, 1024)
     """Verifier processes."""
+    batch_size: int = number(32, 1)
+    """Most samples one verifier child scores; where a scorer evaluates model text, 1 keeps samples from each other."""
     timeout_s: float = number(5.0, 0.01)
     """Wall-clock limit for one sample; past it the sample is unscored, dropped and counted."""
     sandbox: str = choice("strict", "limits")

@@ -48,7 +48,7 @@ def assemble(
     key = "algorithm.advantage"
     with calling(advantage, key, "mend it, or choose a shipped one: algorithm/advantage=group_normalized"):
         advantages = advantage(replace(inputs, scores=inputs.scores - penalty))
-    shape = getattr(advantages, "shape", None)
+    shape = advantages.shape if isinstance(advantages, torch.Tensor) else None
     if shape != inputs.scores.shape or not torch.isfinite(advantages).all():
         got = type(advantages).__name__ if shape is None else f"shape {tuple(shape)}"
         problem = "the advantage must give one finite number a sequence"

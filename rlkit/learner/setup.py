@@ -156,7 +156,7 @@ def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
         body(check_stop)
     except Interrupted as stopped:
         print(stopped)
-        return 128 + received[0][0]
+        return 128 + (received[0][0] if received else signal.SIGTERM)  # or another rank was signalled
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -196,14 +196,17 @@ def locked(
 
 def open_pool(config: RewardConfig) -> VerifierPool:
     """Start the verifier processes. Raises RewardError."""
-    return VerifierPool(config.rewards, workers=config.workers, timeout_s=config.timeout_s, sandbox=config.sandbox)
+    return VerifierPool(
+        config.rewards, workers=config.workers, timeout_s=config.timeout_s,
+        batch_size=config.batch_size, sandbox=config.sandbox,
+    )  # fmt: skip
 
 
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
     """Score the reference answers of the first prompts; ConfigError for a NaN, or where none of them gets a score."""
     scores = await score_references(pool, prompts[:count])
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
-    not_a_number = [r for r in reasons if "nan" in r.lower()]
+    not_a_number = [r for r in reasons if "NaN from reward" in r]
     if not_a_number or len(reasons) == len(scores):
         problem = f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer"
         why, fix = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlkit.algorithms.aggregation import TokenMean
 from rlkit.algorithms.kl import NoKL
@@ -27,7 +28,7 @@ from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.batching import TrainingSequence
 from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at
-from rlkit.learner.update import Learner, Objective
+from rlkit.learner.update import Learner, Objective, never_stop
 from rlkit.telemetry.sinks import Telemetry
 
 LOCK_DEADLINE_S = 3600.0
@@ -125,7 +126,9 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
         try:
             while step < sft.steps:
                 batch = [sequences[order.index(step * size + i)] for i in range(size)]
-                metrics = learner.step(batch, session.check_stop)
+                if accelerator.num_processes > 1:
+                    _agree(session)
+                metrics = learner.step(batch, session.check_stop if accelerator.num_processes == 1 else never_stop)
                 step += 1
                 if accelerator.is_main_process:
                     telemetry.log(step, {LOGGED[k]: metrics[k] for k in LOGGED})
@@ -135,3 +138,14 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
             if step > done:
                 save()
             raise
+
+
+def _agree(session: Session) -> None:
+    """Raise Interrupted on every rank if one was signalled: none may leave a step the others are in."""
+    mine = torch.zeros(1, device=session.accelerator.device)
+    try:
+        session.check_stop()
+    except Interrupted:
+        mine += 1
+    if float(session.accelerator.reduce(mine, "sum")):
+        raise Interrupted("stopped by a signal; the same command goes on from the checkpoint")

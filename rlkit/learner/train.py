@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.keys import leaves
 from rlkit.config.schema import Config
 from rlkit.data.prompts import PromptSet
-from rlkit.errors import ConfigError, DataError
+from rlkit.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.loop import Trainer
 from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at, open_pool, preflight
@@ -36,7 +35,7 @@ START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
 FREE_KEYS = (
     "telemetry", "checkpoint", "resume", "output_dir", "name", "steps",
     "evaluation.every_steps", "evaluation.at_start", "evaluation.batch_samples",
-    "reward.workers", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
+    "reward.workers", "reward.batch_size", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
 )  # fmt: skip
 
 
@@ -76,9 +75,11 @@ def _lead(session: Session, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(open_pool(config.reward))
         asyncio.run(preflight(pool, train.prompts))
+        if session.accelerator.num_processes > 1:
+            broadcast_object_list([str(previous.path) if previous else None], from_process=0)
         learner = _open_learner(session, previous)
         if session.accelerator.num_processes > 1:
-            stack.callback(broadcast_object_list, [None], from_process=0)
+            stack.push(_dismiss)
         buffer = SqlBuffer(
             config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}", payload_dir=folder / "payloads",
             prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
@@ -113,12 +114,25 @@ def _begin(folder: Path, previous: checkpoints.Checkpoint | None, sets: Mapping[
             (folder / "rollouts" / f"step_{step}.parquet").unlink()
 
 
+def _dismiss(kind: type[BaseException] | None, *_: object) -> None:
+    """End the other ranks, which wait for an order, unless rank 0 fails: they may be inside a collective then.
+
+    The launcher ends them after rank 0 has said what went wrong.
+    """
+    if kind is None or issubclass(kind, Interrupted):
+        broadcast_object_list([None], from_process=0)
+
+
 async def _follow(session: Session) -> None:
     """Ranks other than 0: sample a share, or train, as rank 0 orders, until it sends None."""
     config, accelerator = session.config, session.accelerator
-    newest = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints")
-    # Weights are not left half way here: rank 0 would wait in a collective. Sampling may be.
-    learner = _open_learner(dataclasses.replace(session, check_stop=never_stop), newest)
+    chosen: list[Any] = [None]
+    broadcast_object_list(chosen, from_process=0)
+    newest = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints") if chosen[0] else None
+    if chosen[0] and (newest is None or str(newest.path) != chosen[0]):
+        problem, fix = "this rank does not see the checkpoint rank 0 goes on from", "put output_dir on a shared disk"
+        raise CheckpointError(problem, key="output_dir", value=config.output_dir, expected=chosen[0], fix=fix)
+    learner = _open_learner(session, newest)
     engine = session.engine(learner.model)
     while True:
         message: list[Any] = [None]

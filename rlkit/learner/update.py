@@ -195,7 +195,8 @@ class Learner:
         for part in plan_microbatches([s.total_tokens for s in sequences], self.config.max_tokens_per_microbatch):
             micro = collate(sequences, part, dict.fromkeys(part, 0.0)).to(self.accelerator.device)
             reference, _ = self._forward(self.reference, micro)
-            out = self.objective.kl(micro.behavior_logprobs.to(reference), reference)
+            with calling(self.objective.kl, "algorithm.kl"):
+                out = self.objective.kl(micro.behavior_logprobs.to(reference), reference)
             penalties[part] = group_sum(out.per_token.double(), micro.sequence, len(part)).cpu()
             for name, values in out.metrics.items():
                 meter.add(name, values)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlkit.errors import EngineError
+from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
 from rlkit.settings import Checked, number
@@ -40,7 +40,14 @@ class TransformersEngine(Checked):
     def open(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None], rank: int = 0
     ) -> EmbeddedEngine:
-        """Serve `model` (shared, not copied) on a learner rank. `check_stop` raises when the run is to end."""
+        """Serve `model` (shared, not copied) on a learner rank. `check_stop` raises when the run is to end.
+
+        Raises ConfigError for a model whose cache keeps more than keys and values: its rows cannot be taken out.
+        """
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        if others := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            problem = f"the embedded engine cannot sample {model.config.model_type}: {next(iter(others)).__name__}"
+            raise ConfigError(problem, key="rollout.engine", value="TransformersEngine", expected="an attention model")
         return EmbeddedEngine(self, model, tokenizer, check_stop, f"embedded-{rank}")
 
 

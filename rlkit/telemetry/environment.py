@@ -7,7 +7,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ GIT_DEADLINE_S = 10.0
 # Keys of secrets; eos_token and the like are none.
 _WORDS = "api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token|(?<!_)token"
 _SECRET = re.compile(rf"(?im)^(\s*(?:[\w.=+-]*[_.=+-])?(?:{_WORDS})(?:=|\s*:[ \t]*))\S.*$")
+_SECRET_KEY = re.compile(rf"(?i)(?:.*[_.-])?(?:{_WORDS}|private_?key|authorization)")
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -38,6 +39,17 @@ def redact_argument(argument: str, cwd: Path) -> str:
 def redact_text(text: str) -> str:
     """YAML text without logins in URLs and without the values of secret keys."""
     return _SECRET.sub(r"\1'***'", _URL_LOGIN.sub("***@", text))
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """Plain containers without logins in URLs, and with *** for whatever a secret key holds."""
+    if isinstance(value, Mapping):
+        return {name: redact(item, str(name)) for name, item in value.items()}
+    if value and _SECRET_KEY.fullmatch(key):
+        return "***"
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return _URL_LOGIN.sub("***@", value) if isinstance(value, str) else value
 
 
 def _git(*arguments: str) -> str | None:

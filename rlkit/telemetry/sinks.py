@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from rlkit.config.schema import TelemetryConfig
-from rlkit.telemetry.environment import redact_text
+from rlkit.telemetry.environment import redact
 from rlkit.telemetry.jsonl import JsonlSink
 from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start, read_resource
 from rlkit.telemetry.record import load_run
@@ -84,7 +84,7 @@ class WandbSink:
             identity.write_text(secrets.token_hex(4))
         quiet: dict[str, Any] = {"console": "off", "x_save_requirements": False, **dict.fromkeys(QUIET, True)}
         settings = self._wandb.Settings(**DEADLINES_S, **quiet)
-        shown = yaml.safe_load(redact_text(yaml.safe_dump(dict(config))))  # it may leave the machine
+        shown = redact(dict(config))  # it may leave the machine
         try:
             self._run: Any = self._wandb.init(
                 project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,

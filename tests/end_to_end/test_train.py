@@ -183,6 +183,29 @@ def test_two_ranks_train_as_one(tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
+FAILING = """
+import os
+from rlkit.algorithms.losses.clipped import ClippedLoss
+
+class Failing(ClippedLoss):
+    def __call__(self, inputs):
+        if os.environ["RANK"] == "0":
+            raise ZeroDivisionError("on one rank only")
+        return super().__call__(inputs)
+"""
+
+
+def test_a_step_that_fails_on_rank_0_alone_ends_all_ranks_with_its_message(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlkit", "train"]
+    changes = ["learner.device=cpu", "algorithm.loss={_target_: failing.Failing}"]
+    command = [sys.executable, *launch, *settings(tmp_path, "run", *changes)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "raised ZeroDivisionError: on one rank only" in done.stderr
+
+
 def test_a_users_reward_that_answers_nan_ends_the_run_with_its_name(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text("def half(sample, value):\n    return float(value)\n")
     monkeypatch.syspath_prepend(str(tmp_path))

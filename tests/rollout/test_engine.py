@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlkit.config.schema import ModelConfig
-from rlkit.errors import EngineError
+from rlkit.errors import ConfigError, EngineError
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, uniforms
@@ -101,6 +101,20 @@ def test_draws_follow_the_distribution():
 def test_uniforms_are_keyed_and_prefix_stable():
     np.testing.assert_array_equal(uniforms(1, 2, 3, 10), uniforms(1, 2, 3, 99)[:10])
     assert not np.array_equal(uniforms(1, 2, 3, 10), uniforms(1, 3, 2, 10))
+
+
+def test_a_model_with_other_caches_than_keys_and_values_is_refused_at_once():
+    layers = ["full_attention", "conv"]
+    config = {
+        "model_type": "lfm2",
+        "layer_types": layers,
+        **{k: v for k, v in MODEL.architecture.items() if k != "model_type"},
+    }
+    model = load_model(ModelConfig(architecture=config, alphabet=MODEL.alphabet), TOKENIZER, torch.float32, 0)
+    with pytest.raises(
+        ConfigError, match=r"cannot sample lfm2(.|\n)*rollout.engine|rollout.engine(.|\n)*cannot sample lfm2"
+    ):
+        TransformersEngine().open(model, TOKENIZER, lambda: None)
 
 
 def test_weights_cannot_change_under_a_running_generation():

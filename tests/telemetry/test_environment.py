@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlkit.telemetry import environment
-from rlkit.telemetry.environment import collect_environment, redact_argument, redact_text, write_environment
+from rlkit.telemetry.environment import collect_environment, redact, redact_argument, redact_text, write_environment
 
 CWD = Path("/home/someone/project")
 
@@ -40,6 +40,29 @@ def test_yaml_is_redacted_line_by_line() -> None:
     text = "a: 1\n  api_key: abc\n  token: xyz\n  url: s3://u:p@h\n  tokens: 5\n  pad_token: <p>\n"
     shown = "a: 1\n  api_key: '***'\n  token: '***'\n  url: s3://***@h\n  tokens: 5\n  pad_token: <p>\n"
     assert redact_text(text) == shown
+
+
+def test_containers_are_redacted_by_key_at_any_depth() -> None:
+    config = {
+        "data": [{"api_key": "sk-1"}, {"url": "https://u:p@h/x"}],
+        "hf_token": ["abc"],
+        "private_key": "k",
+        "pad_token": "<p>",
+        "system": "Never tell.\npassword: hunter2\n",
+        "headers": {"Authorization": "Bearer b"},
+        "tokens": 5,
+        "api_token": None,
+    }
+    assert redact(config) == {
+        "data": [{"api_key": "***"}, {"url": "https://***@h/x"}],
+        "hf_token": "***",
+        "private_key": "***",
+        "pad_token": "<p>",
+        "system": config["system"],
+        "headers": {"Authorization": "***"},
+        "tokens": 5,
+        "api_token": None,
+    }
 
 
 def test_the_record_is_useful_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
