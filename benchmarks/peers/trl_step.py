@@ -85,7 +85,7 @@ def environment() -> dict[str, str]:
 def run_rlkit(folder: Path, model: Path, steps: int, threads: int) -> dict[str, Any]:
     from rlkit.cli import main
 
-    name = f"step-{os.getppid()}"  # of all ranks
+    name = f"step-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"  # the same on all ranks
     settings = [f"name={name}", f"output_dir={folder / 'runs'}", f"steps={steps}", f"learner.num_threads={threads}"]
     settings += [f"model.path={model}", "model.architecture=null", "model.alphabet=null", "sft=null"]
     settings += ["learner.learning_rate=1e-6", "learner.warmup_steps=0"]
