@@ -24,6 +24,7 @@ GONE = (OSError, EOFError)
 MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
 
 _START_S = 60.0  # to import the rewards and warm them up
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.05, 5.0  # doubled from death to death
 _MAX_RESTARTS = 5  # in a row; then the pool fails
 _GRACE_S = 15.0  # fork, confinement, kill and reaping on a busy machine
 _EXIT_S = 2.0  # how long a zygote may take to end its children and itself
@@ -72,6 +73,10 @@ class Zygote(Peer):
         super().__init__(ours)
         self.process = process
 
+    def __del__(self) -> None:
+        # Not where it is buried: its number, used again, would mislead a thread that still waits on it.
+        self.socket.close()
+
 
 class Child(Peer):
     """A confined scoring child of a zygote: it answers samples until it is ended."""
@@ -93,7 +98,7 @@ class Keeper:
         self._deaths: list[str] = []  # in a row, without a child ended between
         self._exchange = threading.Lock()  # one exchange with the zygote at a time, its start included
         self._change = threading.Lock()  # over `zygote` and what is counted with it
-        self._closed = False
+        self._closing = threading.Event()
 
     def fork(self) -> Child:
         """A fresh child, confined, of a fresh zygote if need be. Raises ZygoteDied: ask again; and RewardError."""
@@ -124,7 +129,7 @@ class Keeper:
     def close(self) -> None:
         """End the zygote and all its children, and so whatever waits for one of them; start none again."""
         with self._change:
-            self._closed = True
+            self._closing.set()
             zygote = self.zygote
         if zygote is not None:
             self._bury(zygote)
@@ -135,9 +140,11 @@ class Keeper:
             words = self._stderr.read_bytes()[-4096:].decode(errors="replace").strip() or "(nothing on stderr)"
             how = f"died {len(self._deaths)} times in a row ({self._deaths[-1]})"
             raise RewardError(f"the verifier's warm process {how}; its last words:\n{words}")
+        if self._deaths:
+            self._closing.wait(min(_BACK_OFF_S * 2 ** len(self._deaths), _LONGEST_BACK_OFF_S))
         ours, theirs = socket.socketpair()
         with theirs, self._change, self._stderr.open("wb") as stderr:
-            if self._closed:
+            if self._closing.is_set():
                 ours.close()
                 raise RewardError("the verifier pool was closed; make a new one")
             process = subprocess.Popen(
@@ -178,14 +185,13 @@ class Keeper:
         except subprocess.TimeoutExpired:
             zygote.process.kill()
             code = zygote.process.wait(_KILL_S)
-        zygote.socket.close()
-        with contextlib.suppress(ProcessLookupError):  # its session: what it could not end itself
-            os.killpg(zygote.process.pid, signal.SIGKILL)
         death = why or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
         with self._change:
             if self.zygote is zygote:  # else it was buried before
+                with contextlib.suppress(ProcessLookupError):  # its session: what it could not end itself
+                    os.killpg(zygote.process.pid, signal.SIGKILL)
                 self.zygote = None
-                self.restarts += not self._closed
+                self.restarts += not self._closing.is_set()
                 self._deaths.append(death)
         return ZygoteDied(death)
 

@@ -52,9 +52,9 @@ class RewardSet:
                 if weight.answers and found.answer is None and (answer := function.answer(sample)) is not None:  # type: ignore[attr-defined]
                     found.answer = str(answer)
             except Unscorable as error:
-                reason = f"{error} (reward {weight.name!r})"
+                part, reason = None, f"{error} (reward {weight.name!r})"
             except BaseException as error:  # model text that is evaluated can raise SystemExit
-                reason = f"reward {weight.name!r} raised {_describe(error)}"
+                part, reason = None, f"reward {weight.name!r} raised {_describe(error)}"
             found.parts[weight.name] = part
             if reason is not None:
                 found.reasons[weight.name] = reason

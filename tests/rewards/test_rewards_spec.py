@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import rewards
 from rewards import RewardError, Sample, build
-from rewards.spec import Measurement, Weight, total
+from rewards.spec import RewardSet, Weight, total
 
 BEHAVE = {"_target_": "user_rewards.Misbehave"}
 EQUALS = {"_target_": "user_rewards.equals"}
@@ -124,3 +124,19 @@ print(*(heavy & set(sys.modules)))
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.split() == []
+
+
+class _VotesBadly:
+    def __call__(self, sample: Sample) -> float:
+        return 1.0
+
+    def answer(self, sample: Sample) -> str:
+        raise KeyError("no answer here")
+
+
+def test_an_answer_that_raises_costs_the_part_and_is_told() -> None:
+    mine = RewardSet((Weight("mine", 1.0, answers=True),), (_VotesBadly(),))
+    sample = Sample("p", "c", "c", {}, "stop", 1)
+    score, parts, reason = total(mine.weights, mine.measure(sample))
+    assert (score, parts) == (None, {"mine": None})
+    assert reason is not None and "no answer here" in reason
