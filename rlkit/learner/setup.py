@@ -194,12 +194,10 @@ def locked(
         lock.release()
 
 
-def open_pool(config: RewardConfig) -> VerifierPool:
+def open_pool(reward: RewardConfig) -> VerifierPool:
     """Start the verifier processes. Raises RewardError."""
-    return VerifierPool(
-        config.rewards, workers=config.workers, timeout_s=config.timeout_s,
-        batch_size=config.batch_size, sandbox=config.sandbox,
-    )  # fmt: skip
+    size, sandbox = reward.batch_size, reward.sandbox
+    return VerifierPool(reward.rewards, reward.workers, reward.timeout_s, batch_size=size, sandbox=sandbox)
 
 
 async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
@@ -209,10 +207,7 @@ async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int 
     not_a_number = [r for r in reasons if "NaN from reward" in r]
     if not_a_number or len(reasons) == len(scores):
         problem = f"no score for {len(reasons)} of {len(scores)} completions that are the reference answer"
-        why, fix = (
-            sorted(set(not_a_number or reasons))[:3],
-            "call the reward on one row by hand, or look at its settings",
-        )
+        why, fix = sorted(set(not_a_number or reasons))[:3], "call the reward on one row, or look at its settings"
         raise ConfigError(problem, key="reward.rewards", value=why, expected="a finite number for each", fix=fix)
 
 

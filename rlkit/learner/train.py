@@ -115,10 +115,7 @@ def _begin(folder: Path, previous: checkpoints.Checkpoint | None, sets: Mapping[
 
 
 def _dismiss(kind: type[BaseException] | None, *_: object) -> None:
-    """End the other ranks, which wait for an order, unless rank 0 fails: they may be inside a collective then.
-
-    The launcher ends them after rank 0 has said what went wrong.
-    """
+    """End the other ranks, unless rank 0 fails: they may be in a collective then, and the launcher ends them."""
     if kind is None or issubclass(kind, Interrupted):
         broadcast_object_list([None], from_process=0)
 

@@ -5,6 +5,7 @@ group and sample, so who samples what changes nothing.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,7 @@ class RankedEngine:
 async def carry_out(order: GenerateOrder, engine: Engine, rank: int, ranks: int) -> None:
     """Ranks other than 0: sample the share and hand it to rank 0; None in its place after a signal."""
     await engine.update_weights(order.version, None)
-    found: list[Rollout] | None
-    try:
+    found: list[Rollout] | None = None
+    with contextlib.suppress(Interrupted):
         found = [r async for part in engine.generate(order.share(rank, ranks), order.sampling) for r in part]
-    except Interrupted:
-        found = None
     torch.distributed.gather_object(found, None, dst=0)

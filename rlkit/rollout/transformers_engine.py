@@ -61,8 +61,8 @@ class RoomyLayer(DynamicLayer):
         length = used + key_states.shape[-2]
         if self.room is None or self.room[0].shape[-2] < length:
             self.lazy_initialization(key_states, value_states)
-            shapes = [(*new.shape[:-2], length + ROOM_TOKENS, new.shape[-1]) for new in (key_states, value_states)]
-            old, self.room = self.room, (key_states.new_empty(shapes[0]), value_states.new_empty(shapes[1]))
+            fresh = (x.new_empty(*x.shape[:-2], length + ROOM_TOKENS, x.shape[-1]) for x in (key_states, value_states))
+            old, self.room = self.room, (next(fresh), next(fresh))
             for room, before in zip(self.room, old or (), strict=False):
                 room[..., :used, :] = before[..., :used, :]
         for room, new in zip(self.room, (key_states, value_states), strict=True):
@@ -197,9 +197,15 @@ class EmbeddedEngine:
         chosen = [tokens[row, : lengths[row]] for row in rows]
         texts = self.tokenizer.batch_decode([own.tolist() for own in chosen], skip_special_tokens=True)
         finished = [
-            self._rollout(batch.requests[row], own, logprobs[row, : len(own)], text, stopped=bool(stopped[row]))
+            Rollout(
+                ordinal=batch.requests[row].ordinal, index=batch.requests[row].index, token_ids=own.copy(),
+                behavior_logprobs=logprobs[row, : len(own)].copy(), loss_mask=np.ones(len(own), dtype=np.bool_),
+                segments=np.zeros(len(own), dtype=np.int64), engine_id=self.engine_id, text=text,
+                version_spans=(VersionSpan(version=self.version, start=0, end=len(own)),),
+                finish_reason="stop" if stopped[row] else "length",
+            )
             for row, own, text in zip(rows, chosen, texts, strict=True)
-        ]
+        ]  # fmt: skip
         if over.all():
             return None, finished
         keep = torch.from_numpy(np.flatnonzero(~over)).to(batch.tokens.device)
@@ -208,20 +214,6 @@ class EmbeddedEngine:
         for name in ("attention_mask", "uniforms", "tokens", "logprobs"):
             setattr(batch, name, getattr(batch, name)[keep])
         return batch, finished
-
-    def _rollout(
-        self, request: GenerationRequest, tokens: IntArray, logprobs: FloatArray, text: str, *, stopped: bool
-    ) -> Rollout:
-        length = len(tokens)
-        return Rollout(
-            ordinal=request.ordinal, index=request.index, token_ids=tokens.copy(), engine_id=self.engine_id,
-            behavior_logprobs=logprobs.copy(),
-            loss_mask=np.ones(length, dtype=np.bool_),
-            segments=np.zeros(length, dtype=np.int64),
-            version_spans=(VersionSpan(version=self.version, start=0, end=length),),
-            finish_reason="stop" if stopped else "length",
-            text=text,
-        )  # fmt: skip
 
     async def score(
         self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float

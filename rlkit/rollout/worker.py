@@ -131,14 +131,7 @@ class RolloutWorker:
 
 
 def _sample(prompt: Prompt, completion: str, finish_reason: str, tokens: int) -> Sample:
-    return Sample(
-        prompt=prompt.text,
-        completion=completion,
-        reference=prompt.reference,
-        metadata=prompt.metadata,
-        finish_reason=finish_reason,
-        completion_tokens=tokens,
-    )
+    return Sample(prompt.text, completion, prompt.reference, prompt.metadata, finish_reason, tokens)
 
 
 async def score_rollouts(pool: VerifierPool, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import rewards
 from rewards import RewardError, Sample, build
-from rewards.spec import RewardSet, Weight, total
+from rewards.spec import Measurement, RewardSet, Weight, total
 
 BEHAVE = {"_target_": "user_rewards.Misbehave"}
 EQUALS = {"_target_": "user_rewards.equals"}
