@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import signal
 import subprocess
@@ -197,6 +198,25 @@ def test_crash_loop_stops_with_the_last_words(monkeypatch: pytest.MonkeyPatch) -
     spec = {"bad": {"_target_": "user_rewards.BreaksAtStart", "how": "exit"}}
     with pytest.raises(RewardError, match="(?s)died 3 times in a row.*status 7.*last words"):
         VerifierPool(spec, workers=1)
+
+
+def test_restart_backs_off_and_close_interrupts_it(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with VerifierPool(SPEC, workers=1) as pool:
+        pid = pool.warm_pid
+        assert pid is not None
+        monkeypatch.setattr("rewards.keeper._BACK_OFF_S", 60.0)
+        monkeypatch.setattr("rewards.keeper._LONGEST_BACK_OFF_S", 60.0)
+        os.kill(pid, signal.SIGKILL)
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            waiting = threads.submit(pool.score_sync, [sample("value 1")])
+            with pytest.raises(TimeoutError):
+                waiting.result(1.0)
+            assert pool.warm_pid is None
+            started = time.monotonic()
+            pool.close()
+            assert time.monotonic() - started < 5
+            with pytest.raises(RewardError, match="closed"):
+                waiting.result(5)
 
 
 @pytest.mark.parametrize(
