@@ -1,11 +1,11 @@
-"""From sequences to micro-batches: bucketed by length, under a token budget, the same for every rank.
+"""From sequences to micro-batches: bucketed by length or by prompt, under a token budget, the same for every rank.
 
 The gradient of an update does not depend on anything in this file: each sequence's tokens carry a weight computed from
 the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a plain sum over tokens, however it is cut.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -51,16 +51,32 @@ class TrainingSequence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedPrompts:
+    """Prompts that are computed once for all completions of a micro-batch that begin with them."""
+
+    input_ids: Tensor  # [P, Q] right padded
+    owner: Tensor  # [B] the prompt of every completion
+    mask: Tensor  # [B, Q + L] 0 where the prompt is padding
+
+    def to(self, device: torch.device) -> Self:
+        """The same prompts on `device`."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """One forward pass over some sequences; n = their loss tokens, end to end.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
         input_ids [[7, 8, 1, 2], [9, 3, 0, 0]], targets [1, 2, 3], sequence [0, 0, 1], counts [2, 1],
         head_positions [1, 2, 4] (the hidden states that predict 1, 2 and 3)
+    With both prompts [7 8] and shared: prompts.input_ids [[7, 8]], owner [0, 0], input_ids [[1], [0]] (nothing is
+        predicted from a last token), head_positions [1, 2, 1] in the prompts' hidden states, then the completions'.
     """
 
-    input_ids: Tensor  # [B, L] right padded
+    input_ids: Tensor  # [B, L] right padded: whole sequences, or what follows the shared prompts
     position_ids: Tensor  # [B, L]
+    prompts: SharedPrompts | None
     head_positions: Tensor  # [n]
     targets: Tensor  # [n]
     sequence: Tensor  # [n]
@@ -74,32 +90,53 @@ class MicroBatch:
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | SharedPrompts)}
         return replace(self, **moved)
 
 
-def plan_microbatches(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[int]]:
-    """Cut sequences into micro-batches of at most `max_tokens` padded tokens, longest first; each is in one of them.
+def plan_microbatches(
+    lengths: Sequence[int], max_tokens: int, ranks: int = 1, prompts: Sequence[tuple[Hashable, int]] | None = None
+) -> list[list[int]]:
+    """Cut sequences into micro-batches of at most `max_tokens` padded tokens; each is in one of them.
 
     There are as few as it takes, rounded up to a multiple of `ranks`, and they are as even as that allows: ranks wait
-    for the one with the most tokens. A sequence longer than the budget gets a micro-batch of its own.
+    for the one with the most tokens. A sequence longer than the budget gets a micro-batch of its own. `prompts`, where
+    they are computed once a micro-batch: every sequence's prompt and its tokens, which `lengths` include. Sequences are
+    then sorted by prompt instead of by length if that makes fewer tokens.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shared = prompts or [(None, 0)] * len(lengths)
+    rest = [length - tokens for length, (_, tokens) in zip(lengths, shared, strict=True)]
+    longest: dict[Hashable, int] = {}
+    for (prompt, _), length in zip(shared, rest, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    number = {prompt: n for n, prompt in enumerate(longest)}
+    by_length = sorted(range(len(lengths)), key=lambda i: (-rest[i], i))
+    by_prompt = sorted(by_length, key=lambda i: (-longest[shared[i][0]], number[shared[i][0]]))
 
-    def cut(budget: int) -> list[list[int]]:
+    def cut(order: list[int], budget: int) -> tuple[int, list[list[int]]]:
+        """Padded tokens and micro-batches."""
         plan: list[list[int]] = []
-        width = 0
+        sizes: list[int] = []
+        seen: set[Hashable] = set()
+        width = prompt_width = 0
         for i in order:
-            if plan and (len(plan[-1]) + 1) * width <= budget:
+            prompt, tokens = shared[i]
+            width, prompt_width = max(width, rest[i]), max(prompt_width, tokens)
+            size = (len(plan[-1]) + 1) * width + len(seen | {prompt}) * prompt_width if plan else 0
+            if plan and size <= budget:
                 plan[-1].append(i)
+                seen.add(prompt)
+                sizes[-1] = size
             else:
                 plan.append([i])
-                width = lengths[i]
-        return plan
+                seen, width, prompt_width = {prompt}, rest[i], tokens
+                sizes.append(lengths[i])
+        return sum(sizes), plan
 
-    parts = -(-len(cut(max_tokens)) // ranks) * ranks
-    even = bisect_left(range(max_tokens), True, lo=1, key=lambda budget: len(cut(budget)) <= parts)
-    return cut(even)
+    order = by_length if prompts is None else min(by_length, by_prompt, key=lambda order: cut(order, max_tokens)[0])
+    parts = -(-len(cut(order, max_tokens)[1]) // ranks) * ranks
+    even = bisect_left(range(max_tokens), True, lo=1, key=lambda budget: len(cut(order, budget)[1]) <= parts)
+    return cut(order, even)[1]
 
 
 def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[list[int], bool]]:
@@ -114,23 +151,49 @@ def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[li
 
 
 def collate(
-    sequences: Sequence[TrainingSequence], indices: Sequence[int], weights: Mapping[int, float], *, counted: bool = True
-) -> MicroBatch:
+    sequences: Sequence[TrainingSequence], indices: Sequence[int], weights: Mapping[int, float], *,
+    counted: bool = True, share_prompts: bool = False,
+) -> MicroBatch:  # fmt: skip
     """Right-pad sequences[indices] (with token 0, never attended to) and lay their loss tokens end to end.
 
-    `weights`: sequence -> weight of each of its tokens in the update's loss.
+    `weights`: sequence -> weight of each of its tokens in the update's loss. `share_prompts`: compute equal prompts
+    once, where that saves a tenth of the tokens or more.
     """
     chosen = [sequences[i] for i in indices]
     counts = [s.loss_tokens for s in chosen]
-    tokens = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
-    input_ids = pad_sequence(tokens, batch_first=True)
+    distinct = {s.prompt_token_ids.tobytes(): s.prompt_token_ids for s in chosen}
+    prompt_width, rest = max(map(len, distinct.values())), max(len(s.token_ids) for s in chosen) - 1
+    whole = len(chosen) * max(s.total_tokens for s in chosen)
+    prompts = None
+    if share_prompts and rest > 0 and len(distinct) * prompt_width + len(chosen) * rest < 0.9 * whole:
+        place = {key: row for row, key in enumerate(distinct)}
+        owner = torch.tensor([place[s.prompt_token_ids.tobytes()] for s in chosen])
+        ids = pad_sequence([torch.from_numpy(p) for p in distinct.values()], batch_first=True)
+        lengths = torch.tensor([len(s.prompt_token_ids) for s in chosen])[:, None]
+        columns = torch.arange(prompt_width + rest)
+        mask = ((columns < lengths) | (columns >= prompt_width)).long()
+        prompts = SharedPrompts(input_ids=ids, owner=owner, mask=mask)
+        input_ids = pad_sequence([torch.from_numpy(s.token_ids[:-1]) for s in chosen], batch_first=True)
+        position_ids = lengths + torch.arange(rest)
+    else:
+        joined = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
+        input_ids = pad_sequence(joined, batch_first=True)
+        position_ids = torch.arange(input_ids.shape[1]).expand(len(chosen), -1).contiguous()
     width = input_ids.shape[1]
-    # The hidden state one before a token predicts it.
-    first = [row * width + len(s.prompt_token_ids) - 1 for row, s in enumerate(chosen)]
+
+    def heads(row: int, one: TrainingSequence) -> NDArray[np.int64]:
+        """The hidden state one before a token predicts it."""
+        last, tokens = len(one.prompt_token_ids) - 1, np.flatnonzero(one.loss_mask)
+        if prompts is None:
+            return row * width + last + tokens
+        of_prompt, behind = int(prompts.owner[row]) * prompt_width + last, prompts.input_ids.numel() + row * width
+        return np.where(tokens == 0, of_prompt, behind + tokens - 1)
+
     return MicroBatch(
         input_ids=input_ids,
-        position_ids=torch.arange(width).expand(len(chosen), -1).contiguous(),
-        head_positions=_joined(f + np.flatnonzero(s.loss_mask) for f, s in zip(first, chosen, strict=True)),
+        position_ids=position_ids,
+        prompts=prompts,
+        head_positions=_joined(heads(row, s) for row, s in enumerate(chosen)),
         targets=_joined(s.token_ids[s.loss_mask] for s in chosen),
         sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
         behavior_logprobs=_joined(s.behavior_logprobs[s.loss_mask] for s in chosen),

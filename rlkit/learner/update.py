@@ -120,6 +120,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.model = self.policy.model
+        self.share_prompts = self.policy.can_share_prompts
         optimizer = make_optimizer(self.policy, self.config)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
@@ -168,9 +169,14 @@ class Learner:
             indices = [i for i in indices if sequences[i].advantage != 0.0] or [shortest]
         lengths = [sequences[i].total_tokens for i in indices]
         ranks = self.accelerator.num_processes
-        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, ranks)
+        keys = [sequences[i].prompt_token_ids for i in indices] if self.share_prompts else None
+        prompts = None if keys is None else [(key.tobytes(), len(key)) for key in keys]
+        plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, ranks, prompts)
         share = share_of_rank(plan, self.accelerator.process_index, ranks)
-        return [collate(sequences, [indices[j] for j in part], weights, counted=counted) for part, counted in share]
+        return [
+            collate(sequences, [indices[j] for j in part], weights, counted=counted, share_prompts=self.share_prompts)
+            for part, counted in share
+        ]
 
     def anchored(self, parts: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """The updates' micro-batches with the anchor's log-probs, unless those equal the current ones."""
@@ -253,7 +259,7 @@ class Learner:
 
     def _forward(self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         inputs = micro.input_ids, micro.position_ids, micro.head_positions, micro.targets
-        outputs: tuple[Tensor, Tensor] = policy(*inputs, entropy_grad)
+        outputs: tuple[Tensor, Tensor] = policy(*inputs, micro.prompts, entropy_grad)
         return outputs
 
     def _apply(self) -> float:

@@ -62,13 +62,15 @@ def sequences(dtype: torch.dtype) -> list[TrainingSequence]:
     return out
 
 
-def learner(dtype: torch.dtype, objective: Objective, config: LearnerConfig | None = None) -> Learner:
-    tokenizer = load_tokenizer(MODEL)
+def learner(
+    dtype: torch.dtype, objective: Objective, config: LearnerConfig | None = None, source: ModelConfig = MODEL
+) -> Learner:
+    tokenizer = load_tokenizer(source)
     reference = None
     if objective.kl.needs_reference:
-        frozen = load_model(MODEL, tokenizer, dtype, 1).requires_grad_(False)
+        frozen = load_model(source, tokenizer, dtype, 1).requires_grad_(False)
         reference = Policy(frozen, temperature=0.7, chunk_tokens=8)
-    policy = Policy(load_model(MODEL, tokenizer, dtype, 0), temperature=0.7, chunk_tokens=5)
+    policy = Policy(load_model(source, tokenizer, dtype, 0), temperature=0.7, chunk_tokens=5)
     return Learner(policy, reference, objective, config or LearnerConfig(), Accelerator(cpu=True), 1)
 
 
@@ -106,6 +108,46 @@ def test_gradient_is_the_same_for_every_split(aggregation, dtype, bound, kl):
     for split in splits:
         difference = (gradient(it, data, split) - whole).norm() / whole.norm()
         assert difference <= bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kl", [NoKL(), KLPenalty(0.1)])
+def test_gradient_is_the_same_with_and_without_shared_prompts(dtype, bound, kl):
+    objective = Objective(
+        loss=ClippedLoss(), aggregation=TokenMean(), kl=kl, old_policy=RolloutAnchor(), entropy_coefficient=0.01
+    )
+    # Llama's norms compute in float32, where sums in another order round differently; GPT-2's do not.
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    it = learner(dtype, objective, source=dataclasses.replace(MODEL, architecture=gpt2))
+    data = sequences(dtype)
+    # Four prompts of three samples, in no order; completions of one token, and masked ones, are among them.
+    data = [dataclasses.replace(s, prompt_token_ids=data[i % 4].prompt_token_ids) for i, s in enumerate(data)]
+    found, shared = [], 0
+    for it.share_prompts in (False, True):
+        for it.config.max_tokens_per_microbatch in (1000, 45, 20, 1):
+            [micro] = it.anchored([it.microbatches(data, range(len(data)))])
+            shared += sum(m.prompts is not None for m in micro)
+            assert it.share_prompts or not shared
+            it.accumulate(micro, Meter(), never_stop, first=True)
+            found.append(torch.cat([p.grad.flatten() for p in it.policy.parameters()]))
+            it.optimizer.zero_grad(set_to_none=True)
+    assert shared >= 4
+    assert max(float((other - found[0]).norm() / found[0].norm()) for other in found) <= bound
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 30)), min_size=1, max_size=60), st.integers(1, 200))
+def test_shared_prompts_keep_the_budget(rows, budget):
+    prompts = [(key, 3 * key) for key, _ in rows]
+    lengths = [3 * key + rest for key, rest in rows]
+
+    def padded(part):
+        widths = {rows[i][0] * 3 for i in part}
+        return len({rows[i][0] for i in part}) * max(widths) + len(part) * max(rows[i][1] for i in part)
+
+    plan = plan_microbatches(lengths, budget, prompts=prompts)
+    assert sorted(i for part in plan for i in part) == list(range(len(rows)))
+    assert all(padded(part) <= budget or len(part) == 1 for part in plan)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.integers(1, 4))
