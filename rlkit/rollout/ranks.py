@@ -18,10 +18,12 @@ from rlkit.errors import Interrupted
 from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams
 
+INTERRUPTED = "interrupted"
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateOrder:
-    """Rank 0 -> all: sample your share of these requests from the weights of `version`, then gather."""
+    """Rank 0 -> all: sample your share of these requests from the weights of `version`, and send what finishes."""
 
     requests: Sequence[GenerationRequest]
     sampling: SamplingParams
@@ -51,18 +53,46 @@ class RankedEngine:
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> AsyncGenerator[list[Rollout], None]:
-        """Own rollouts as they finish, then those of the other ranks. Interrupted if one of them was."""
+        """The rollouts of all ranks as they finish. Interrupted if another rank was."""
         order = GenerateOrder(requests, sampling, self.version)
         broadcast_object_list([order], from_process=0)
-        shares: list[Any] = [None] * self.ranks
+        loop, found = asyncio.get_running_loop(), asyncio.Queue[list[Rollout] | None]()
+
+        async def sample() -> None:
+            async with contextlib.aclosing(self.local.generate(order.share(0, self.ranks), sampling)) as stream:
+                async for rollouts in stream:
+                    found.put_nowait(rollouts)
+
+        def listen(rank: int) -> None:
+            part: list[Any] = [[]]
+            while part[0] is not None:
+                torch.distributed.recv_object_list(part, src=rank)
+                if part[0] == INTERRUPTED:
+                    raise Interrupted("another rank was stopped; the same command goes on from the checkpoint")
+                loop.call_soon_threadsafe(found.put_nowait, part[0])
+
+        async def hear(rank: int) -> None:
+            try:
+                await asyncio.to_thread(listen, rank)
+            except BaseException:
+                found.put_nowait(None)
+                raise
+
+        others = [asyncio.create_task(hear(rank)) for rank in range(1, self.ranks)]
+        own = asyncio.create_task(sample())
+        own.add_done_callback(lambda _: found.put_nowait(None))
+        open_ranks = self.ranks
         try:
-            async for rollouts in self.local.generate(order.share(0, self.ranks), sampling):
-                yield rollouts
-        finally:  # whatever ended it here: the other ranks gather too
-            await asyncio.to_thread(torch.distributed.gather_object, [], shares, dst=0)
-        if None in shares:
-            raise Interrupted("another rank was stopped; the same command goes on from the checkpoint")
-        yield [rollout for share in shares for rollout in share]
+            while open_ranks:
+                if (rollouts := await found.get()) is None:
+                    open_ranks -= 1
+                else:
+                    yield rollouts
+        finally:  # whatever ended it here: the other ranks send until they are done
+            own.cancel()
+            await asyncio.wait([own, *others])
+        for task in (own, *others):
+            task.result()
 
     async def score(
         self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
@@ -78,9 +108,11 @@ class RankedEngine:
 
 
 async def carry_out(order: GenerateOrder, engine: Engine, rank: int, ranks: int) -> None:
-    """Ranks other than 0: sample the share and hand it to rank 0; None in its place after a signal."""
+    """Ranks other than 0: sample the share and send rank 0 what finishes, then None or, after a signal, INTERRUPTED."""
     await engine.update_weights(order.version, None)
-    found: list[Rollout] | None = None
+    last: str | None = INTERRUPTED
     with contextlib.suppress(Interrupted):
-        found = [r async for part in engine.generate(order.share(rank, ranks), order.sampling) for r in part]
-    torch.distributed.gather_object(found, None, dst=0)
+        async for rollouts in engine.generate(order.share(rank, ranks), order.sampling):
+            torch.distributed.send_object_list([rollouts], dst=0)
+        last = None
+    torch.distributed.send_object_list([last], dst=0)
