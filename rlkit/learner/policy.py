@@ -21,7 +21,7 @@ NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling"
 class Policy(nn.Module):
     """A causal LM with the chunked log-prob head, all of it in `forward`, so that DDP and FSDP wrappers see it."""
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float, chunk_logits: int) -> None:
         super().__init__()
         for name, neutral in NEUTRAL.items():
             value = getattr(model.config, name, neutral)
@@ -35,7 +35,7 @@ class Policy(nn.Module):
         layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
         self.can_share_prompts = layers == {DynamicLayer} and not model.is_gradient_checkpointing
         self.temperature = temperature
-        self.chunk_tokens = chunk_tokens
+        self.chunk_logits = chunk_logits
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, head_positions: Tensor, targets: Tensor,
@@ -50,7 +50,7 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         chosen, bias = hidden.index_select(0, head_positions), getattr(head, "bias", None)
         logprobs, entropy = selected_logprobs(
-            chosen, head.weight, targets, bias=bias, temperature=self.temperature, chunk_tokens=self.chunk_tokens,
+            chosen, head.weight, targets, bias=bias, temperature=self.temperature, chunk_logits=self.chunk_logits,
             entropy_grad=entropy_grad,
         )  # fmt: skip
         assert entropy is not None

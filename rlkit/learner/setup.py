@@ -83,8 +83,8 @@ class Session:
 
     def policy(self, source: ModelConfig, seed: int, temperature: float) -> Policy:
         """The same with the log-prob head."""
-        chunk = self.config.learner.logprob_chunk_tokens
-        return Policy(self.model(source, seed), temperature=temperature, chunk_tokens=chunk)
+        chunk = self.config.learner.logprob_chunk_logits
+        return Policy(self.model(source, seed), temperature=temperature, chunk_logits=chunk)
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""

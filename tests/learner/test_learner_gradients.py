@@ -69,8 +69,8 @@ def learner(
     reference = None
     if objective.kl.needs_reference:
         frozen = load_model(source, tokenizer, dtype, 1).requires_grad_(False)
-        reference = Policy(frozen, temperature=0.7, chunk_tokens=8)
-    policy = Policy(load_model(source, tokenizer, dtype, 0), temperature=0.7, chunk_tokens=5)
+        reference = Policy(frozen, temperature=0.7, chunk_logits=40)
+    policy = Policy(load_model(source, tokenizer, dtype, 0), temperature=0.7, chunk_logits=30)
     return Learner(policy, reference, objective, config or LearnerConfig(), Accelerator(cpu=True), 1)
 
 

@@ -48,18 +48,18 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-11) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(0, 9), size=st.integers(1, 5), vocab=st.integers(1, 13),
-    chunk_tokens=st.integers(1, 12), chunk_vocab=st.integers(1, 15),
+    chunk_logits=st.integers(1, 150),
     temperature=st.floats(0.2, 3.0), with_bias=st.booleans(), entropy_grad=st.booleans(),
     scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_values_and_gradients_equal_log_softmax(
-    n, size, vocab, chunk_tokens, chunk_vocab, temperature, with_bias, entropy_grad, scale, seed
+    n, size, vocab, chunk_logits, temperature, with_bias, entropy_grad, scale, seed
 ):
     hidden, weight, bias, targets, up = make(n, size, vocab, seed=seed, scale=scale)
     bias = bias if with_bias else None
     lp, entropy = selected_logprobs(
-        hidden, weight, targets, bias=bias, temperature=temperature, chunk_tokens=chunk_tokens,
-        chunk_vocab=chunk_vocab, entropy_grad=entropy_grad,
+        hidden, weight, targets, bias=bias, temperature=temperature, chunk_logits=chunk_logits,
+        entropy_grad=entropy_grad,
     )  # fmt: skip
     lp_ref, entropy_ref = reference(hidden, weight, targets, bias, temperature)
     close(lp, lp_ref, 1e-10)
@@ -80,7 +80,7 @@ def test_gradcheck(entropy_grad):
 
     def head(h, w, b):
         lp, entropy = selected_logprobs(
-            h, w, targets, bias=b, temperature=0.7, chunk_tokens=2, chunk_vocab=3,
+            h, w, targets, bias=b, temperature=0.7, chunk_logits=15,
             entropy_grad=entropy_grad,
         )  # fmt: skip
         return (lp, entropy) if entropy_grad else lp
@@ -90,7 +90,7 @@ def test_gradcheck(entropy_grad):
 
 def test_entropy_alone_has_the_exact_gradient():
     hidden, weight, _, targets, up = make(6, 4, 11)
-    kw = {"chunk_tokens": 4, "chunk_vocab": 5, "entropy_grad": True}
+    kw = {"chunk_logits": 30, "entropy_grad": True}
     _, entropy = selected_logprobs(hidden, weight, targets, **kw)
     got = torch.autograd.grad((entropy * up[1]).sum(), (hidden, weight))
     want = torch.autograd.grad((reference(hidden, weight, targets)[1] * up[1]).sum(), (hidden, weight))
@@ -103,7 +103,7 @@ def test_tied_weight_gets_the_sum_of_both_gradients():
     tokens = torch.tensor([0, 3, 3, 8, 1, 2])
     grads = []
     for head in (
-        lambda h: selected_logprobs(h, weight, targets, chunk_tokens=4, chunk_vocab=2)[0],
+        lambda h: selected_logprobs(h, weight, targets, chunk_logits=12)[0],
         lambda h: reference(h, weight, targets)[0],
     ):
         hidden = torch.tanh(torch.nn.functional.embedding(tokens, weight))
@@ -117,7 +117,7 @@ def test_only_the_gradients_asked_for(needs):
     for leaf, need in zip(leaves, needs, strict=True):
         leaf.requires_grad_(need)
     hidden, weight, bias = leaves
-    lp, _ = selected_logprobs(hidden, weight, targets, bias=bias, chunk_vocab=3)
+    lp, _ = selected_logprobs(hidden, weight, targets, bias=bias, chunk_logits=12)
     assert lp.requires_grad is any(needs)
     if not any(needs):
         return
@@ -153,7 +153,7 @@ def test_no_tokens_still_reach_the_weights():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_inputs_go_through_a_float32_head(dtype):
     hidden, weight, bias, targets, up = make(7, 16, 40, dtype=dtype)
-    kw = {"chunk_tokens": 3, "chunk_vocab": 9}
+    kw = {"chunk_logits": 63}
     lp, entropy = selected_logprobs(hidden, weight, targets, bias=bias, **kw)
     lp_ref, entropy_ref = reference(hidden, weight, targets, bias)
     assert lp.dtype == entropy.dtype == torch.float32
@@ -180,7 +180,7 @@ def test_autocast_does_not_narrow_the_head():
     hidden, weight, _, targets, up = make(6, 32, 50, dtype=torch.float32)
 
     def run():
-        lp, _ = selected_logprobs(hidden, weight, targets, chunk_vocab=16)
+        lp, _ = selected_logprobs(hidden, weight, targets, chunk_logits=96)
         return [lp, *torch.autograd.grad(lp, (hidden, weight), up[0].float())]
 
     outside = run()
@@ -194,7 +194,7 @@ def test_autocast_does_not_narrow_the_head():
 def test_large_logits_do_not_overflow(magnitude):
     hidden, weight, bias, targets, _ = make(4, 3, 8, dtype=torch.float32)
     bias = bias.detach() + magnitude
-    lp, entropy = selected_logprobs(hidden, weight, targets, bias=bias, chunk_vocab=3)
+    lp, entropy = selected_logprobs(hidden, weight, targets, bias=bias, chunk_logits=12)
     assert torch.isfinite(lp).all() and (lp <= 0).all() and (entropy >= 0).all()
     close(lp, reference(hidden, weight, targets, bias)[0], 1e-3)
 
@@ -206,7 +206,7 @@ def test_entries_masked_by_minus_infinity(entropy_grad):
     targets = torch.tensor([4, 5, 7, 8])
     with torch.no_grad():
         bias[:4] = -torch.inf
-    kw = {"chunk_vocab": 3, "entropy_grad": entropy_grad}
+    kw = {"chunk_logits": 12, "entropy_grad": entropy_grad}
     lp, entropy = selected_logprobs(hidden, weight, targets, bias=bias, **kw)
     kept = weight[4:], targets - 4, bias[4:]
     lp_ref, entropy_ref = reference(hidden, *kept)
@@ -224,16 +224,15 @@ def test_nan_is_not_hidden():
     hidden, weight, _, targets, _ = make(3, 4, 6)
     with torch.no_grad():
         hidden[1, 0] = torch.nan
-    lp, entropy = selected_logprobs(hidden, weight, targets, chunk_vocab=2)
+    lp, entropy = selected_logprobs(hidden, weight, targets, chunk_logits=6)
     assert lp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
 
 
 def test_chunk_sizes_do_not_change_the_result():
     hidden, weight, _, targets, up = make(17, 8, 101)
     runs = []
-    for tokens, vocab in [(1, 1), (4, 7), (17, 101), (1000, 1000)]:
-        kw = {"chunk_tokens": tokens, "chunk_vocab": vocab}
-        lp, _ = selected_logprobs(hidden, weight, targets, **kw)
+    for logits in (1, 17 * 7, 17 * 101, 10**6):
+        lp, _ = selected_logprobs(hidden, weight, targets, chunk_logits=logits)
         runs.append([lp, *torch.autograd.grad(lp, (hidden, weight), up[0])])
     for run in runs[1:]:
         for a, b in zip(run, runs[0], strict=True):
@@ -254,8 +253,7 @@ def test_saves_nothing_of_vocabulary_times_tokens():
     [
         ({"temperature": 0.0}, ConfigError),
         ({"temperature": float("nan")}, ConfigError),
-        ({"chunk_tokens": 0}, ConfigError),
-        ({"chunk_vocab": -1}, ConfigError),
+        ({"chunk_logits": 0}, ConfigError),
         ({"entropy_grad": True, "with_entropy": False}, ConfigError),
         ({"targets": torch.tensor([0, -100])}, TrainingError),
         ({"targets": torch.tensor([0, 5])}, TrainingError),
@@ -291,7 +289,7 @@ class Model(torch.nn.Module):
 
     def forward(self, tokens, targets):
         hidden = self.body(self.embed(tokens))
-        kw = {"chunk_tokens": 2, "chunk_vocab": 4}
+        kw = {"chunk_logits": 8}
         return selected_logprobs(hidden, self.embed.weight, targets, **kw)[0]
 
 tokens, targets = torch.arange(6), torch.arange(6) + 5
