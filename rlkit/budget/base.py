@@ -1,0 +1,24 @@
+"""The seam of a budget: what it is given and what it returns."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+Outcomes = Sequence[tuple[float, int]]
+"""(score, tokens) of every scored sample of one group, in sample order."""
+
+
+class History(Protocol):
+    """What became of earlier groups of the prompts in question: one database query, made when called."""
+
+    def __call__(self, groups: int) -> Mapping[str, Sequence[Outcomes]]:
+        """prompt id -> its latest `groups` groups, newest first, of those the learner has taken; none: left out."""
+
+
+class Budget(Protocol):
+    """Splits the samples of a request over its prompts.
+
+    Optional attributes `low` and `high`, a prompt's fewest and most samples: the configuration is checked against them.
+    """
+
+    def __call__(self, prompt_ids: Sequence[str], total: int, history: History) -> list[int]:
+        """Samples of every prompt, 1 or more each; they sum to `total`. A prompt may be named several times."""
