@@ -29,11 +29,7 @@ CONFIDENCE = 0.9  # of the reference code's estimate of the rollouts a prompt ne
 
 
 def allocate(
-    pass_rates: Sequence[float | None],
-    total: int,
-    low: int = 2,
-    high: int = 128,
-    costs: Sequence[float] | None = None,
+    pass_rates: Sequence[float | None], total: int, low: int = 2, high: int = 128, costs: Sequence[float] | None = None
 ) -> list[int]:
     """Rollouts of every prompt: `low` to `high` each, `total` in all; a pass rate of None has no history.
 
