@@ -51,8 +51,7 @@ def allocate(
     if low < 1:
         raise ValueError(f"low={low}: expected 1 or more")
     if count == 0 or not count * low <= total <= count * high:
-        limits = f"{count * low} to {count * high}: {count} prompts, low={low} to high={high} for each"
-        raise ValueError(f"total={total}: expected {limits}")
+        raise ValueError(f"total={total}: expected from {count} prompts * low={low} to {count} prompts * high={high}")
     for index, rate in enumerate(pass_rates):
         if rate is not None and not 0 <= rate <= 1:
             raise ValueError(f"pass_rates[{index}]={rate}: expected 0 to 1, or None without history")
@@ -77,25 +76,24 @@ def allocate(
 
 def _greedy(p: Rates, cost: Rates, amount: int, low: int, high: int) -> IntArray:
     """How many of the `amount` largest gains over all prompts and N = low .. high - 1 are of each prompt, [M]."""
-    step = np.arange(high - low)
-
-    def powers(x: Rates) -> Rates:  # x^(N-1), by products: rounding keeps them from growing with N
-        return np.cumprod(np.where(step, x[:, None], x[:, None] ** (low - 1)), axis=1)
-
-    gains = (powers(p) + powers(1 - p)) * (p**2 * (1 - p) ** 3 / cost)[:, None]
+    step, column = np.arange(high - low), p[:, None]
+    # x^(N-1) by products: they do not grow with N, rounded or not
+    one, other = (np.cumprod(np.where(step, x, x ** (low - 1)), axis=1) for x in (column, 1 - column))
+    gains = (one + other) * (p**2 * (1 - p) ** 3 / cost)[:, None]
     amount = min(amount, gains.size)
     if amount == 0:
         return np.zeros(len(p), dtype=np.int64)
     smallest = np.partition(gains, gains.size - amount, axis=None)[gains.size - amount]
     taken, tied = (gains > smallest).sum(axis=1), (gains == smallest).sum(axis=1)
-    return taken + np.clip(amount - taken.sum() - (tied.cumsum() - tied), 0, tied)
+    more: IntArray = taken + np.clip(amount - taken.sum() - (tied.cumsum() - tied), 0, tied)  # ties: lower index first
+    return more
 
 
 def _evenly(room: IntArray, amount: int) -> IntArray:
     """Equal shares of `amount` <= sum(room), each within its room [M]; the first ones get one more."""
     levels = range(int(room.max(initial=0)) + 1)
     level = bisect_right(levels, amount, key=lambda n: int(np.minimum(room, n).sum())) - 1
-    share = np.minimum(room, level)
+    share: IntArray = np.minimum(room, level)
     share[np.flatnonzero(room > level)[: amount - int(share.sum())]] += 1
     return share
 
@@ -118,20 +116,16 @@ class KnapsackBudget(Checked):
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
         for key, least, name in (("high", self.low, "low"), ("window", self.minimum, "minimum")):
-            if getattr(self, key) < least:
-                fix = f"raise {key}, or lower {name}"
-                raise ConfigError(
-                    "too small", key=key, value=getattr(self, key), expected=f"{name}={least} or more", fix=fix
-                )
+            if (value := getattr(self, key)) < least:
+                raise ConfigError("too small", key=key, value=value, expected=f"{name}={least} or more")
 
     def __call__(self, prompt_ids: Sequence[str], total: int, history: History) -> list[int]:
-        """`low` to `high` samples for every prompt, `total` in all; ValueError where there is no such split."""
+        """See `allocate`."""
         past = {name: self._latest(groups) for name, groups in history(self.window).items()}
-        known = {name: samples for name, samples in past.items() if len(samples) >= self.minimum}
-        rates = {name: float(np.mean([s >= self.correct_at for s, _ in samples])) for name, samples in known.items()}
-        costs = {name: float(np.mean([tokens for _, tokens in samples])) for name, samples in known.items()}
-        prices = [costs.get(name, 1.0) for name in prompt_ids] if self.cost_by_length else None
-        return allocate([rates.get(name) for name in prompt_ids], total, self.low, self.high, prices)
+        samples = [past.get(name, []) for name in prompt_ids]
+        rates = [sum(s >= self.correct_at for s, _ in x) / len(x) if len(x) >= self.minimum else None for x in samples]
+        costs = [sum(tokens for _, tokens in x) / len(x) if x else 1.0 for x in samples]
+        return allocate(rates, total, self.low, self.high, costs if self.cost_by_length else None)
 
     def _latest(self, groups: Sequence[Outcomes]) -> list[tuple[float, int]]:
         """The newest group whole, and as many of the latest samples before it as `window` lacks."""

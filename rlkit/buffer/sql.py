@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from rlkit.buffer import leases as leasing
 from rlkit.buffer import recovery
@@ -83,7 +83,7 @@ class SqlBuffer:
             fields = {"state": GroupState.REQUESTED, "min_version": now.version, "requested_at": self._clock()}
             rows = []
             for x, prompt in zip(requests, prompts, strict=True):
-                name = _stored_name(x.prompt.id)
+                name = x.prompt.id.encode("utf-8", "replace").decode()
                 rows.append(fields | {"ordinal": x.ordinal, "samples": x.samples, "prompt_id": name, "prompt": prompt})
             connection.execute(insert(groups), rows)
             waiting = {"state": GroupState.REQUESTED}
@@ -172,8 +172,10 @@ class SqlBuffer:
                 parts[part.ordinal].append(part)
             taken = [self._load(row, parts[row.ordinal]) for row in rows]
             update_each(connection, groups, ordinals, state=GroupState.TAKEN)
-            measured = [{"at": x.ordinal, "outcomes": _outcomes(x)} for x in taken]
-            connection.execute(update(groups).where(groups.c.ordinal == bindparam("at")), measured)
+            for group in taken:
+                pairs = zip(group.rollouts, group.verdicts, strict=True)
+                known = [(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None]
+                update_each(connection, groups, [group.ordinal], outcomes=encode(known, "scores"))
         return taken
 
     def drop(self, ordinals: Sequence[int], reason: str) -> None:
@@ -208,20 +210,18 @@ class SqlBuffer:
             connection.execute(update(meta).values(step=step, version=version, next_version=version + 1))
 
     def history(self, prompt_ids: Collection[str], latest: int) -> dict[str, list[list[tuple[float, int]]]]:
-        """(score, tokens) of the scored samples of each prompt's `latest` groups, newest first; without any: left out.
+        """(score, tokens) of the scored samples of each prompt's `latest` groups, newest first; no group: left out.
 
-        Groups taken and what became of them later, those forgotten by `commit` included: the answer depends on what
-        the learner has done in the surviving lineage, not on how far the workers are.
+        Groups that were taken, those `commit` forgot included: the answer depends on what the learner did in the
+        surviving lineage, not on how far the workers are.
         """
-        names = {_stored_name(x): x for x in prompt_ids}
-        age = func.row_number().over(partition_by=groups.c.prompt_id, order_by=groups.c.ordinal.desc())
-        known = groups.c.prompt_id.in_(names) & groups.c.outcomes.is_not(None)
-        ranked = select(groups.c.prompt_id, groups.c.ordinal, groups.c.outcomes, age.label("age")).where(known)
-        part = ranked.subquery()
-        query = select(part.c.prompt_id, part.c.outcomes).where(part.c.age <= latest).order_by(part.c.ordinal.desc())
+        names = {x.encode("utf-8", "replace").decode(): x for x in prompt_ids}
+        age = func.row_number().over(partition_by=groups.c.prompt_id, order_by=groups.c.ordinal.desc()).label("age")
+        taken = groups.c.prompt_id.in_(names) & groups.c.outcomes.is_not(None)
+        part = select(groups.c.prompt_id, groups.c.outcomes, age).where(taken).subquery()
         found: dict[str, list[list[tuple[float, int]]]] = {}
         with self._db.read() as connection:
-            for name, outcomes in connection.execute(query):
+            for name, outcomes, _ in connection.execute(select(part).where(part.c.age <= latest).order_by(part.c.age)):
                 found.setdefault(names[name], []).append(decode(outcomes, list[tuple[float, int]]))
         return found
 
@@ -294,16 +294,6 @@ def _at_least(key: str, value: int, least: int) -> None:
 def _positive(timeout_s: float) -> None:
     right = 0 < timeout_s < math.inf
     require(right, "timeout_s is out of range", key="timeout_s", value=timeout_s, expected="> 0 seconds")
-
-
-def _stored_name(prompt_id: str) -> str:
-    return prompt_id.encode("utf-8", "replace").decode()
-
-
-def _outcomes(group: Group) -> bytes | None:
-    pairs = zip(group.rollouts, group.verdicts, strict=True)
-    known = [(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None]
-    return encode(known, "scores") if known else None
 
 
 def _lowest_open(connection: Connection, count: int) -> list[Any] | None:

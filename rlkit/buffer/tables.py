@@ -48,7 +48,7 @@ groups = sa.Table(
     Column("drop_reason", String),
     Column("requested_at", Float, nullable=False),
     Column("scored_at", Float),
-    Column("outcomes", LargeBinary),  # (score, tokens) of its scored samples, once taken; NULL: it has none
+    Column("outcomes", LargeBinary),  # (score, tokens) of its scored samples, once it was taken
     sa.Index("groups_by_state", "state", "ordinal"),
     sa.Index("groups_by_prompt", "prompt_id", "ordinal"),
 )
