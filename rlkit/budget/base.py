@@ -1,17 +1,14 @@
 """The seam of a budget: what it is given and what it returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 Outcomes = Sequence[tuple[float, int]]
 """(score, tokens) of every scored sample of one group, in sample order."""
+History = Callable[[int], Mapping[str, Sequence[Outcomes]]]
+"""history(groups): prompt id -> its latest `groups` groups that the learner took, newest first; none: left out.
 
-
-class History(Protocol):
-    """What became of earlier groups of the prompts in question: one database query, made when called."""
-
-    def __call__(self, groups: int) -> Mapping[str, Sequence[Outcomes]]:
-        """prompt id -> its latest `groups` groups, newest first, of those the learner has taken; none: left out."""
+It is asked of the database when called, for the prompts in question."""
 
 
 class Budget(Protocol):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.budget.base import History, Outcomes
+from rlkit.budget.base import History
 from rlkit.errors import ConfigError
 from rlkit.settings import Checked, number
 from rlkit.types import IntArray
@@ -115,22 +115,16 @@ class KnapsackBudget(Checked):
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
-        for key, least, name in (("high", self.low, "low"), ("window", self.minimum, "minimum")):
-            if (value := getattr(self, key)) < least:
-                raise ConfigError("too small", key=key, value=value, expected=f"{name}={least} or more")
+        if self.minimum > self.window:
+            raise ConfigError("too large", key="minimum", value=self.minimum, expected=f"at most window={self.window}")
 
     def __call__(self, prompt_ids: Sequence[str], total: int, history: History) -> list[int]:
         """See `allocate`."""
-        past = {name: self._latest(groups) for name, groups in history(self.window).items()}
-        samples = [past.get(name, []) for name in prompt_ids]
+        latest = {
+            name: [sample for group in groups for sample in reversed(group)][: max(self.window, len(groups[0]))]
+            for name, groups in history(self.window).items()
+        }
+        samples = [latest.get(name, []) for name in prompt_ids]
         rates = [sum(s >= self.correct_at for s, _ in x) / len(x) if len(x) >= self.minimum else None for x in samples]
         costs = [sum(tokens for _, tokens in x) / len(x) if x else 1.0 for x in samples]
         return allocate(rates, total, self.low, self.high, costs if self.cost_by_length else None)
-
-    def _latest(self, groups: Sequence[Outcomes]) -> list[tuple[float, int]]:
-        """The newest group whole, and as many of the latest samples before it as `window` lacks."""
-        found: list[tuple[float, int]] = []
-        for group in groups:
-            if (lacking := self.window - len(found)) > 0:
-                found += group[-lacking:] if found else group
-        return found

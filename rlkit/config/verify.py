@@ -102,11 +102,10 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
         yield _fault("samples_per_prompt", config.samples_per_prompt, compares, f"{size} or more")
     budget, samples = built.get("budget"), config.samples_per_prompt
     low, high = getattr(budget, "low", samples), getattr(budget, "high", samples)
-    for key, limit, wrong, side in (("low", low, low > samples, "most"), ("high", high, high < samples, "least")):
-        if wrong:
-            problem, expected = "a step's samples cannot be split so", f"at {side} samples_per_prompt={samples}"
-            fix = f"budget.{key}={samples}, or samples_per_prompt={limit}"
-            yield _fault(f"budget.{key}", limit, problem, expected, fix)
+    if not low <= samples <= high:
+        key, problem = "budget.low" if low > samples else "budget.high", "a step's samples cannot be split so"
+        expected = f"low <= samples_per_prompt={samples} <= high"
+        yield _fault(key, low if low > samples else high, problem, expected, f"{key}={samples}")
     if low < size <= samples:
         yield _fault("budget.low", low, compares, f"{size} or more")
     if config.max_staleness > 0 and getattr(built.get("old_policy"), "exact_only_at_lag_zero", False):
