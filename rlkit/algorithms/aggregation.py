@@ -8,6 +8,7 @@ with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL seq
     SequenceMeanTokenMean  w_i = 1 / (B |o_i|)
     SequenceMeanTokenSum   w_i = 1 / B
     ConstantLength         w_i = 1 / (B max_length)
+    PromptMean             w_i = 1 / (G sum_{j of i's group} |o_j|),   G = number of groups with tokens
 
 Micro-batches and ranks just add their sums: the gradient depends neither on how sequences are split nor on the number
 of ranks. A fully masked sequence has weight 0 and is not in B; one whose advantage is 0 counts with its length.
@@ -19,10 +20,12 @@ al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from rlkit.algorithms.base import group_sum
 from rlkit.errors import TrainingError
 from rlkit.settings import Checked, number
 
@@ -60,6 +63,19 @@ class ConstantLength(Checked):
 
     def __call__(self, lengths: Tensor) -> Tensor:
         return _weights(lengths, lambda o, b: b * self.max_length)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMean:
+    """Every prompt counts the same, however many samples it was given; its tokens share that weight."""
+
+    needs_groups: ClassVar[bool] = True
+
+    def __call__(self, lengths: Tensor, group: Tensor) -> Tensor:
+        """group [N]: any number that tells the prompts apart."""
+        place = group.unique(return_inverse=True)[1]
+        tokens = group_sum(lengths.double(), place, len(group))  # [N]; 0 beyond the last group
+        return _weights(lengths, lambda o, b: (tokens > 0).sum() * tokens[place])
 
 
 def _weights(lengths: Tensor, denominator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -76,7 +76,7 @@ class Aggregation(Protocol):
     """Weights [N] of each sequence's tokens, from the lengths of ALL sequences of the update."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
-        """lengths [N] -> weight of every token of sequence i, [N]."""
+        """lengths [N] -> weight of every token of sequence i, [N]; where needs_groups is set, also given group [N]."""
 
 
 class OldPolicy(Protocol):

@@ -2,21 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-
-class Budget(Protocol):
-    """Splits a step's rollouts over its prompts."""
-
-    def __call__(self, prompt_ids: Sequence[str], total: int) -> list[int]:
-        """Samples of every prompt; they sum to `total`."""
+from rlkit.budget.base import History
 
 
 @dataclass(frozen=True, slots=True)
 class UniformBudget:
     """total / number of prompts for each; `total` must divide evenly."""
 
-    def __call__(self, prompt_ids: Sequence[str], total: int) -> list[int]:
+    def __call__(self, prompt_ids: Sequence[str], total: int, history: History) -> list[int]:
         """len(prompt_ids) equal numbers that sum to `total`; ValueError if they cannot."""
         count = len(prompt_ids)
         if count == 0 or total % count:

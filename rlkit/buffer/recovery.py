@@ -80,7 +80,7 @@ def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFile
         readable = survives and all(_readable(payloads, x) for x in parts)
         (restored if readable else again).append(ordinal)
         corrupt += [ordinal] if survives and not readable else []
-    undone: dict[str, Any] = {"trained_step": None, "drop_reason": None}
+    undone: dict[str, Any] = {"trained_step": None, "drop_reason": None, "outcomes": None}
     update_each(connection, groups, restored, state=GroupState.SCORED, **undone)
     undone |= {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
     update_each(connection, groups, again, state=GroupState.REQUESTED, **undone)

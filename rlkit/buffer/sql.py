@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from rlkit.buffer import leases as leasing
 from rlkit.buffer import recovery
@@ -83,8 +83,8 @@ class SqlBuffer:
             fields = {"state": GroupState.REQUESTED, "min_version": now.version, "requested_at": self._clock()}
             rows = []
             for x, prompt in zip(requests, prompts, strict=True):
-                name = x.prompt.id.encode("utf-8", "replace").decode()
-                rows.append(fields | {"ordinal": x.ordinal, "samples": x.samples, "prompt_id": name, "prompt": prompt})
+                one = {"ordinal": x.ordinal, "samples": x.samples, "prompt_id": x.prompt.id, "prompt": prompt}
+                rows.append(fields | one)
             connection.execute(insert(groups), rows)
             waiting = {"state": GroupState.REQUESTED}
             cut = [
@@ -171,7 +171,10 @@ class SqlBuffer:
             for part in connection.execute(query):
                 parts[part.ordinal].append(part)
             taken = [self._load(row, parts[row.ordinal]) for row in rows]
-            update_each(connection, groups, ordinals, state=GroupState.TAKEN)
+            for group in taken:
+                pairs = zip(group.rollouts, group.verdicts, strict=True)
+                known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")
+                update_each(connection, groups, [group.ordinal], state=GroupState.TAKEN, outcomes=known)
         return taken
 
     def drop(self, ordinals: Sequence[int], reason: str) -> None:
@@ -204,6 +207,21 @@ class SqlBuffer:
             step = now.step + 1
             connection.execute(insert(versions).values(version=version, step=step, published_at=self._clock()))
             connection.execute(update(meta).values(step=step, version=version, next_version=version + 1))
+
+    def history(self, prompt_ids: Collection[str], latest: int) -> dict[str, list[list[tuple[float, int]]]]:
+        """(score, tokens) of the scored samples of each prompt's `latest` groups, newest first; no group: left out.
+
+        Groups that were taken, those `commit` forgot included: the answer depends on what the learner did in the
+        surviving lineage, not on how far the workers are.
+        """
+        age = func.row_number().over(partition_by=groups.c.prompt_id, order_by=groups.c.ordinal.desc()).label("age")
+        taken = groups.c.prompt_id.in_(prompt_ids) & groups.c.outcomes.is_not(None)
+        part = select(groups.c.prompt_id, groups.c.outcomes, age).where(taken).subquery()
+        found: dict[str, list[list[tuple[float, int]]]] = {}
+        with self._db.read() as connection:
+            for name, outcomes, _ in connection.execute(select(part).where(part.c.age <= latest).order_by(part.c.age)):
+                found.setdefault(name, []).append(decode(outcomes, list[tuple[float, int]]))
+        return found
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""

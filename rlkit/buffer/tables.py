@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBina
 from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = sa.MetaData()
 
@@ -48,7 +48,9 @@ groups = sa.Table(
     Column("drop_reason", String),
     Column("requested_at", Float, nullable=False),
     Column("scored_at", Float),
+    Column("outcomes", LargeBinary),  # (score, tokens) of its scored samples, once it was taken
     sa.Index("groups_by_state", "state", "ordinal"),
+    sa.Index("groups_by_prompt", "prompt_id", "ordinal"),
 )
 """One row an ordinal; rows of trained groups stay as the ledger."""
 

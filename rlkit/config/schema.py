@@ -283,7 +283,7 @@ class Config:
     prompts_per_step: int = number(32, 1)
     """Groups in a learner step."""
     samples_per_prompt: int = number(8, 1)
-    """Completions per prompt, where the budget is uniform."""
+    """Completions per prompt, on average over a step: the budget splits them."""
     max_staleness: int = number(0, 0)
     """How many policy versions old a token may be when it is trained on; 0 is synchronous."""
     resume: str = choice("auto", "never")

@@ -97,9 +97,17 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
 def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigError]:
     pieces, updates = config.algorithm, config.learner.updates_per_step
     size = getattr(built.get("algorithm.advantage"), "minimum_group_size", 1)
+    compares = f"{pieces.advantage[TARGET]} compares the samples of a prompt"
     if config.samples_per_prompt < size:
-        problem = f"{pieces.advantage[TARGET]} compares the samples of a prompt"
-        yield _fault("samples_per_prompt", config.samples_per_prompt, problem, f"{size} or more")
+        yield _fault("samples_per_prompt", config.samples_per_prompt, compares, f"{size} or more")
+    budget, samples = built.get("budget"), config.samples_per_prompt
+    low, high = getattr(budget, "low", samples), getattr(budget, "high", samples)
+    if not low <= samples <= high:
+        key, problem = "budget.low" if low > samples else "budget.high", "a step's samples cannot be split so"
+        expected = f"low <= samples_per_prompt={samples} <= high"
+        yield _fault(key, low if low > samples else high, problem, expected, f"{key}={samples}")
+    if low < size <= samples:
+        yield _fault("budget.low", low, compares, f"{size} or more")
     if config.max_staleness > 0 and getattr(built.get("old_policy"), "exact_only_at_lag_zero", False):
         problem = f"{config.old_policy[TARGET]} is exact only for tokens of the current weights"
         yield _fault("max_staleness", config.max_staleness, problem, "0 with this old_policy", "old_policy=rollout")

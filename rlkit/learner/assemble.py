@@ -88,6 +88,7 @@ def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch
         "advantage/mean": float(advantages.mean()),
         "advantage/std": float(advantages.std(correction=0)),
         "advantage/abs_max": float(advantages.abs().max()),
+        "advantage/nonzero_frac": float((advantages != 0).double().mean()),
         "completion/length/mean": float(lengths.mean()),
         "completion/length/min": float(lengths.min()),
         "completion/length/max": float(lengths.max()),

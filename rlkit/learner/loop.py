@@ -5,6 +5,7 @@ Synchronous: max_staleness = 0 of the buffer's protocol, with the worker in this
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from rewards.pool import VerifierPool
 from rlkit.algorithms.base import Advantage, GroupFilter
-from rlkit.budget.uniform import Budget
+from rlkit.budget.base import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.components import build
@@ -201,8 +202,9 @@ class Trainer:
         while first < last:
             ordinals = range(first, min(last, first + self.config.prompts_per_step))
             prompts = [self.prompts.prompts[self.order.index(k)] for k in ordinals]
+            names, total = [p.id for p in prompts], len(prompts) * self.config.samples_per_prompt
             with calling(self.budget, "budget"):
-                samples = self.budget([p.id for p in prompts], len(prompts) * self.config.samples_per_prompt)
+                samples = self.budget(names, total, partial(self.buffer.history, names))
             wanted = zip(ordinals, prompts, samples, strict=True)
             self.buffer.request([GroupRequest(ordinal=k, prompt=p, samples=n) for k, p, n in wanted])
             first = ordinals.stop

@@ -153,8 +153,10 @@ class Learner:
     def weights(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> dict[int, float]:
         """Sequence -> weight of its tokens, in an update on sequences[indices]."""
         lengths = torch.tensor([sequences[i].loss_tokens for i in indices], dtype=torch.float64)
-        with calling(self.objective.aggregation, "algorithm.aggregation"):
-            weights = self.objective.aggregation(lengths).tolist()
+        aggregation: Any = self.objective.aggregation
+        group = [torch.tensor([sequences[i].group for i in indices])]
+        with calling(aggregation, "algorithm.aggregation"):
+            weights = aggregation(lengths, *group if getattr(aggregation, "needs_groups", False) else ()).tolist()
         return dict(zip(indices, weights, strict=True))
 
     def microbatches(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> list[MicroBatch]:

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenMean, SequenceMeanTokenSum, TokenMean
+from rlkit.algorithms.aggregation import (
+    ConstantLength,
+    PromptMean,
+    SequenceMeanTokenMean,
+    SequenceMeanTokenSum,
+    TokenMean,
+)
 from rlkit.errors import ConfigError, RlkitError, TrainingError
 
 ALL = [TokenMean(), SequenceMeanTokenMean(), SequenceMeanTokenSum(), ConstantLength(max_length=12)]
@@ -132,3 +138,18 @@ def test_constant_must_be_a_length():
     with pytest.raises(ConfigError, match="max_length = 0"):
         ConstantLength(max_length=0)
     assert issubclass(ConfigError, RlkitError)
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=12))
+def test_prompt_mean_gives_every_prompt_the_same_whatever_its_samples(samples):
+    lengths, group = (torch.tensor(x) for x in zip(*samples, strict=True))
+    shares = PromptMean()(lengths, group * 7) * lengths
+    alive = {g for n, g in samples if n}
+    for g in range(4):
+        share = float(shares[group == g].sum())
+        assert share == pytest.approx(1 / len(alive) if g in alive else 0.0)
+        weights = PromptMean()(lengths, group)[(group == g) & (lengths > 0)]
+        assert not len(weights) or bool((weights == weights[0]).all())
+    one = torch.zeros_like(group)
+    torch.testing.assert_close(PromptMean()(lengths, one), TokenMean()(lengths))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.advantages.reinforce_plus_plus import (
     BatchNormalizedAdvantage,
     BatchNormalizedGroupBaselineAdvantage,
@@ -166,3 +167,23 @@ def test_bounds_out_of_range_are_refused(loss):
     for bad in ({"clip_low": -0.1}, {"clip_low": 1.1}, {"clip_high": -1.0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             loss(**bad)
+
+
+ADVANTAGES = [
+    MeanCentredAdvantage(),
+    GroupNormalizedAdvantage(),
+    LeaveOneOutAdvantage(),
+    BatchNormalizedAdvantage(),
+    BatchNormalizedGroupBaselineAdvantage(),
+]
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES, ids=lambda x: type(x).__name__)
+@given(st.lists(st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=40), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_groups_of_any_sizes_side_by_side_have_finite_advantages(advantage, groups):
+    got = advantage(advantage_inputs(groups))
+    assert bool(torch.isfinite(got).all())
+    if not isinstance(advantage, BatchNormalizedAdvantage):  # those shift a batch to mean 0
+        parts = got.split([len(g) for g in groups])
+        assert all(bool((a == 0).all()) for a, g in zip(parts, groups, strict=True) if len(set(g)) == 1)

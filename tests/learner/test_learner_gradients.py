@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
-from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenMean, TokenMean
+from rlkit.algorithms.aggregation import ConstantLength, PromptMean, SequenceMeanTokenMean, TokenMean
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
 from rlkit.algorithms.kl import KLInReward, KLPenalty, NoKL
 from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
@@ -83,7 +83,7 @@ def gradient(it: Learner, data: list[TrainingSequence], parts: list[list[int]]) 
     return flat.clone()
 
 
-@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16)])
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16), PromptMean()])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kl", [NoKL(), KLPenalty(0.1)])
 def test_gradient_is_the_same_for_every_split(aggregation, dtype, bound, kl):
@@ -180,7 +180,7 @@ def test_filler_adds_no_gradient():
 
 
 @pytest.mark.parametrize("loss", [ClippedLoss(), SequenceClippedLoss(), ClippedImportanceLoss(), PolicyGradientLoss()])
-@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16)])
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16), PromptMean()])
 @pytest.mark.parametrize("dead", [range(3, 9), range(12), range(0)])
 def test_sequences_without_advantage_are_not_computed_and_change_nothing(loss, aggregation, dead):
     data = [dataclasses.replace(s, advantage=0.0) if i in dead else s for i, s in enumerate(sequences(torch.float64))]
