@@ -104,7 +104,7 @@ class Aggregation(Protocol):
 class OldPolicy(Protocol):
     """Whose log-probs are the denominator of the ratio."""
 
-    # The anchor is the policy at the start of the batch: with one update a batch no extra forward is spent.
+    # The anchor is the policy at the start of the batch: its first update needs no extra forward, later ones do.
     uses_current_weights: ClassVar[bool]
     exact_only_at_lag_zero: ClassVar[bool]  # refused when tokens may be older than the weights
 

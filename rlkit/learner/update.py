@@ -197,9 +197,8 @@ class Learner:
         everything = [micro for part in parts for micro in part]
         behavior = [one for micro in everything for one in micro.behavior_logprobs.split(micro.counts)]
         old = iter(anchor(behavior, lambda: [one for micro in everything for one in self._rescore(micro)]))
-        return done + [
-            [replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in part] for part in parts
-        ]
+        later = [[replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in part] for part in parts]
+        return done + later
 
     def with_slopes(
         self, part: list[MicroBatch], sequences: Sequence[TrainingSequence], indices: Sequence[int], meter: Meter

@@ -49,7 +49,6 @@ class RealBce(Real):
     """Every answer on its own: binary cross-entropy of z_k, mean over the answers of groups with both labels."""
 
     def of_mixed(self, logits: Tensor, right: Tensor, group: Tensor, prompts: int) -> Tensor:
-        """The loss, of the groups that have both labels."""
         return binary_cross_entropy_with_logits(logits, right.to(logits), reduction="sum") / max(1, len(logits))
 
 
@@ -58,7 +57,6 @@ class RealProduct(Real):
     """L_g = log(1 + sum_{k right} sum_{j wrong} exp(z_j - z_k)): pairs, without an anchor (the paper's ablation)."""
 
     def of_mixed(self, logits: Tensor, right: Tensor, group: Tensor, prompts: int) -> Tensor:
-        """The loss, of the groups that have both labels."""
         pairs = logsumexp(-logits[right], group[right]) + logsumexp(logits[~right], group[~right])
         return pairs.logaddexp(torch.zeros_like(pairs)).sum() / prompts
 
