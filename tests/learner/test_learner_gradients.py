@@ -25,6 +25,7 @@ from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
 from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
 from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
+from rlkit.errors import TrainingError
 from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.learner.policy import Policy
@@ -246,6 +247,20 @@ def test_groups_of_one_label_are_not_computed_and_change_nothing(loss, dead):
         found.append(torch.cat([p.grad.flatten() for p in it.policy.parameters()]))
     assert (found[0] - found[1]).norm() <= 1e-12 * found[1].norm()
     assert (found[1].norm() == 0) == (len(dead) == 4)
+
+
+def test_a_loss_over_groups_that_gives_no_number_is_named():
+    class Vector:
+        whole_groups = True
+
+        def __call__(self, scores, advantages, group):
+            return scores * 2
+
+    it = learner(
+        torch.float64, Objective(loss=Vector(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
+    )
+    with pytest.raises(TrainingError, match="algorithm.loss"):
+        it.step(labelled(torch.float64), never_stop)
 
 
 def test_filler_has_no_score():
