@@ -25,7 +25,12 @@ class AdvantageInputs:
 
 
 class Advantage(Protocol):
-    """Scores -> advantages [N], constant over the tokens of a sequence."""
+    """Scores -> advantages [N], constant over the tokens of a sequence.
+
+    Optional attribute of the class, False where missing:
+        centred_in_group: A > 0 just where a sample's score is above its group's mean; A = 0 throughout where all are
+            equal. Then the sign of A is a label, which a `GroupLoss` reads.
+    """
 
     minimum_group_size: ClassVar[int]
 
@@ -72,6 +77,23 @@ class Loss(Protocol):
         """Return the loss of every token."""
 
 
+class GroupLoss(Protocol):
+    """The other kind of loss: of an update, in one call that sees every sequence of every group, over all ranks.
+
+    The learner back-propagates its derivatives by the sequences' scores, which are s_k = mean over loss tokens of
+    (logprob - old_logprob); the aggregation weighs KL and entropy only. A group whose advantages are all 0 must have
+    derivative 0 (it is left out where learner.skip_zero_advantage allows; its scores read 0), and still counts in P.
+    """
+
+    whole_groups: ClassVar[bool]  # True, which is what tells it from a `Loss`
+
+    def __call__(self, scores: Tensor, advantages: Tensor, group: Tensor) -> Tensor:
+        """scores [N] float64 with gradient, advantages [N], group [N] int64 in 0..P-1 (all occur) -> scalar loss.
+
+        P counts ALL prompts of the update: the loss is divided by it already.
+        """
+
+
 class Aggregation(Protocol):
     """Weights [N] of each sequence's tokens, from the lengths of ALL sequences of the update."""
 
@@ -82,7 +104,7 @@ class Aggregation(Protocol):
 class OldPolicy(Protocol):
     """Whose log-probs are the denominator of the ratio."""
 
-    # The anchor is the policy at the start of the batch: with one update a batch no extra forward is spent.
+    # The anchor is the policy at the start of the batch: its first update needs no extra forward, later ones do.
     uses_current_weights: ClassVar[bool]
     exact_only_at_lag_zero: ClassVar[bool]  # refused when tokens may be older than the weights
 

@@ -116,6 +116,16 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
             problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
             fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
             yield _fault(key, value, problem, f"{fresh} with this loss", fix)
+    if getattr(built.get("algorithm.loss"), "whole_groups", False):
+        problem = f"{pieces.loss[TARGET]} takes the advantage's sign as right or wrong within a prompt"
+        if not getattr(built.get("algorithm.advantage"), "centred_in_group", False):
+            expected, fix = "an advantage with centred_in_group = True", "algorithm/advantage=mean_centred"
+            yield _fault("algorithm.advantage", pieces.advantage[TARGET], problem, expected, fix)
+        if getattr(built.get("algorithm.kl"), "in_reward", False):
+            problem += "; a KL in the reward gives both signs to answers that are all wrong"
+            yield _fault(
+                "algorithm.kl", pieces.kl[TARGET], problem, fix="algorithm/kl=none, or reference (in the loss)"
+            )
     groups = config.prompts_per_step
     if updates > 0 and groups % updates:
         divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)

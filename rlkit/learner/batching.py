@@ -84,6 +84,7 @@ class MicroBatch:
     advantages: Tensor  # [n]
     weights: Tensor  # [n] of every token in the update's loss
     counts: list[int]  # [B] loss tokens of every sequence
+    indices: list[int]  # [B] which of the step's sequences they are
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
@@ -200,6 +201,7 @@ def collate(
         advantages=torch.from_numpy(np.repeat([s.advantage for s in chosen], counts)),
         weights=torch.from_numpy(np.repeat([weights[i] for i in indices], counts)),
         counts=counts,
+        indices=list(indices),
         counted=counted,
     )
 

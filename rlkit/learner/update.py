@@ -3,20 +3,25 @@
 The loss of an update is   sum_i w_i sum_t (L_it + KL_it - c_H H_it)   over all its sequences i on all ranks, with
 weights w from the aggregation. Nothing else normalises, so micro-batching, bucketing, accumulation and rank count leave
 the gradient as it is. DDP averages gradients over ranks; the loss is multiplied by their number to undo that.
+
+A `GroupLoss` F(s_1 .. s_N) needs all scores s at once: they are found first, without gradient, and gathered over ranks;
+then c_k = dF/ds_k / |o_k| is constant, and the update back-propagates   sum_k c_k sum_t logprob_kt,   whose gradient is
+that of F, token by token and so cut as any other.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlkit.algorithms.base import Aggregation, Loss, LossInputs, OldPolicy, group_sum
+from rlkit.algorithms.base import Aggregation, GroupLoss, Loss, LossInputs, OldPolicy, group_sum
 from rlkit.algorithms.kl import KL
+from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import (
@@ -34,7 +39,7 @@ from rlkit.learner.policy import Policy
 class Objective:
     """The pieces of an algorithm that act inside the learner."""
 
-    loss: Loss
+    loss: Loss | GroupLoss
     aggregation: Aggregation
     kl: KL
     old_policy: OldPolicy
@@ -124,7 +129,10 @@ class Learner:
         optimizer = make_optimizer(self.policy, self.config)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
-        proportional = getattr(self.objective.loss, "proportional_to_advantage", False)
+        loss = self.objective.loss
+        self.group_loss = cast(GroupLoss, loss) if getattr(loss, "whole_groups", False) else None
+        self.token_loss = PolicyGradientLoss() if self.group_loss else cast(Loss, loss)
+        proportional = self.group_loss is not None or getattr(loss, "proportional_to_advantage", False)
         self.skips_zero_advantage = self.config.skip_zero_advantage and alone and proportional
 
     def step(self, sequences: Sequence[TrainingSequence], check_stop: Callable[[], None]) -> dict[str, float]:
@@ -136,11 +144,12 @@ class Learner:
         updates = split_updates([s.group for s in sequences], self.config.updates_per_step)
         parts = self.anchored([self.microbatches(sequences, indices) for indices in updates])
         meter, norms = Meter(), []
-        for number, part in enumerate(parts):
+        for number, (part, indices) in enumerate(zip(parts, updates, strict=True)):
             rate = learning_rate(self.optimizer_steps, self.config, self.total_steps * self.config.updates_per_step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             first = number == 0
+            part = self.with_slopes(part, sequences, indices, meter)
             self.accumulate(part, meter, check_stop if first else never_stop, first=first)
             norms.append(self._apply())
         return meter.reduce(self.accelerator) | {
@@ -168,7 +177,9 @@ class Learner:
         weights = self.weights(sequences, indices)
         if self.skips_zero_advantage:
             shortest = min(indices, key=lambda i: sequences[i].total_tokens)
-            indices = [i for i in indices if sequences[i].advantage != 0.0] or [shortest]
+            alive = [i for i in indices if sequences[i].advantage != 0.0]
+            groups = {sequences[i].group for i in alive}
+            indices = ([i for i in indices if sequences[i].group in groups] if self.group_loss else alive) or [shortest]
         lengths = [sequences[i].total_tokens for i in indices]
         ranks = self.accelerator.num_processes
         keys = [sequences[i].prompt_token_ids for i in indices] if self.share_prompts else None
@@ -183,12 +194,44 @@ class Learner:
     def anchored(self, parts: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """The updates' micro-batches with the anchor's log-probs, unless those equal the current ones."""
         anchor = self.objective.old_policy
-        if anchor.uses_current_weights and len(parts) == 1:
-            return parts
+        done = parts[:1] if anchor.uses_current_weights else []
+        parts = parts[len(done) :]
         everything = [micro for part in parts for micro in part]
         behavior = [one for micro in everything for one in micro.behavior_logprobs.split(micro.counts)]
         old = iter(anchor(behavior, lambda: [one for micro in everything for one in self._rescore(micro)]))
-        return [[replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in part] for part in parts]
+        later = [[replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in part] for part in parts]
+        return done + later
+
+    def with_slopes(
+        self, part: list[MicroBatch], sequences: Sequence[TrainingSequence], indices: Sequence[int], meter: Meter
+    ) -> list[MicroBatch]:
+        """An update's micro-batches as they are; for a `GroupLoss` with -c_k / w_k in the place of advantages.
+
+        The token loss -A logprob, weighed by w_k, is then c_k logprob, whatever the aggregation. Collective.
+        """
+        if self.group_loss is None:
+            return part
+        scores = torch.zeros(len(sequences), dtype=torch.float64)
+        for micro in part:
+            if micro.old_logprobs is None:
+                continue  # the current ones: s = 0
+            old = micro.old_logprobs.double().split(micro.counts)
+            drift = [a.double() - b for a, b in zip(self._rescore(micro), old, strict=True)]
+            if micro.counted:
+                scores[micro.indices] = torch.stack([d.mean() for d in drift])
+            values = torch.cat(drift) if micro.counted else torch.zeros(0)
+            meter.add("policy/kl_old", values.expm1() - values)
+        scores = self.accelerator.reduce(scores.to(self.accelerator.device), "sum").cpu()[indices].requires_grad_()
+        group = torch.tensor([sequences[i].group for i in indices]).unique(return_inverse=True)[1]
+        with calling(self.group_loss, "algorithm.loss"):
+            advantages = torch.tensor([sequences[i].advantage for i in indices], dtype=torch.float64)
+            loss = self.group_loss(scores, advantages, group)
+            slopes = torch.zeros(len(sequences), dtype=torch.float64)
+            slopes[indices] = torch.autograd.grad(loss, scores)[0]
+        meter.add("policy/loss", loss.detach().reshape(1))
+        meter.maximum("policy/sequence_slope/max", slopes.abs() * (group.max() + 1))
+        negated = [-slopes[m.indices] / torch.tensor(m.counts) for m in part]
+        return [replace(m, advantages=c[m.sequence] / m.weights) for m, c in zip(part, negated, strict=True)]
 
     @torch.no_grad()
     def _rescore(self, micro: MicroBatch) -> list[Tensor]:
@@ -230,14 +273,16 @@ class Learner:
             logprobs=logprobs, old_logprobs=old, behavior_logprobs=behavior, advantages=micro.advantages.to(logprobs),
             sequence=micro.sequence, sequences=len(micro.counts),
         )  # fmt: skip
-        with calling(self.objective.loss, "algorithm.loss"):
-            out = self.objective.loss(inputs)
+        with calling(self.token_loss, "algorithm.loss"):
+            out = self.token_loss(inputs)
         if out.per_token.shape != logprobs.shape:
-            found, name = tuple(out.per_token.shape), type(self.objective.loss).__name__
+            found, name = tuple(out.per_token.shape), type(self.token_loss).__name__
             problem, expected = "the loss must give one number a token", f"{name}: shape {tuple(logprobs.shape)}"
             raise TrainingError(problem, key="algorithm.loss", value=found, expected=expected)
         objective = out.per_token
-        observed = dict(out.metrics) | {"policy/loss": objective.detach(), "policy/entropy": entropy.detach()}
+        observed = dict(out.metrics) | {"policy/entropy": entropy.detach()}
+        if self.group_loss is None:
+            observed["policy/loss"] = objective.detach()
         if entropy_coefficient:
             objective = objective - entropy_coefficient * entropy
         if self.reference is not None and not self.objective.kl.in_reward:

@@ -156,6 +156,22 @@ def test_a_loss_that_needs_fresh_samples_says_so_itself(plugin: Plugin, smoke: S
             verify(smoke(loss, "learner.updates_per_step=2"))
 
 
+def test_a_loss_over_groups_needs_an_advantage_whose_sign_is_a_label(
+    plugin: Plugin, smoke: Smoke, refused: Refused
+) -> None:
+    module = plugin("class Whole:\n    whole_groups = True\nclass Centred:\n    centred_in_group = True\n")
+    own = f"algorithm.loss={{_target_: {module}.Whole}}"
+    for loss in ("algorithm=real", "algorithm=real_bce", "algorithm=real_product", own):
+        verify(smoke(loss, "algorithm/kl=reference", "algorithm.entropy_coefficient=0.01"))
+        verify(smoke(loss, "algorithm/group_filter=mixed_scores", "learner.updates_per_step=2"))
+        verify(smoke(loss, f"algorithm.advantage={{_target_: {module}.Centred}}"))
+        for advantage in ("batch_normalized", "batch_normalized_group_baseline"):
+            with refused("algorithm.advantage", "sign as right or wrong", "algorithm/advantage=mean_centred"):
+                verify(smoke(loss, f"algorithm/advantage={advantage}"))
+        with refused("algorithm.kl", "both signs", "algorithm/kl=none"):
+            verify(smoke(loss, "algorithm/kl=in_reward"))
+
+
 def test_a_plain_function_can_be_a_reward(plugin: Plugin, smoke: Smoke, refused: Refused) -> None:
     module = plugin("def short(sample, limit: int = 3):\n    return 1.0\n")
     reward = f"{{_target_: {module}.short, weight: 0.5, limit: 4}}"

@@ -235,6 +235,19 @@ def test_dynamic_sampling_replaces_dead_groups_and_resumes(tmp_path):
     assert rows == [row for row in metrics(tmp_path / "whole") if "reward/mean" in row]
 
 
+@pytest.mark.parametrize("loss", ["real", "real_bce", "real_product"])
+def test_losses_over_whole_groups_train_with_several_updates_a_step(tmp_path, loss):
+    """REAL, arXiv 2602.05630: every group has both labels; in the second update scores have left 0."""
+    arguments = [f"algorithm={loss}", "algorithm/group_filter=mixed_scores", "algorithm.max_filter_draws=50"]
+    arguments += ["old_policy=recompute", "learner.updates_per_step=2", "steps=2"]
+    assert main(["train", *settings(tmp_path, "run", *arguments)]) == 0
+    rows = [row for row in metrics(tmp_path / "run") if "reward/mean" in row]
+    bound = 1 / 0.5 / (4 if loss == "real_bce" else 1)
+    assert all(0 < row["policy/sequence_slope/max"] <= bound for row in rows)
+    assert all(row["policy/loss"] > 0 and row["policy/grad_norm"] > 0 and row["policy/kl_old"] > 0 for row in rows)
+    assert not [name for row in rows for name in row if "clip_frac" in name]
+
+
 def test_a_run_that_left_no_checkpoint_leaves_nothing_to_the_next(tmp_path):
     process = start(settings(tmp_path, "run", "steps=50", "checkpoint.every_steps=50"))
     run = tmp_path / "run"

@@ -5,21 +5,24 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from test_learner_gradients import learner, sequences
+from test_learner_gradients import labelled, learner, sequences
 
 from rlkit.algorithms.aggregation import SequenceMeanTokenMean
 from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.losses.clipped import ClippedLoss
+from rlkit.algorithms.losses.real import Real
 from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.learner.update import Meter, Objective, never_stop
 
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]
-objective = Objective(loss=ClippedLoss(), aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
+loss, make = {"tokens": (ClippedLoss(), sequences), "groups": (Real(), labelled)}[sys.argv[3]]
+objective = Objective(loss=loss, aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
 it = learner(dtype, objective)
 assert it.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
 it.config.max_tokens_per_microbatch = 40
-data = sequences(dtype)
+data = make(dtype)
 [micro] = it.anchored([it.microbatches(data, range(len(data)))])
+micro = it.with_slopes(micro, data, range(len(data)), Meter())
 it.accumulate(micro, Meter(), never_stop, first=True)
 if it.accelerator.is_main_process:
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])

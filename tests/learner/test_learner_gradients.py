@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
 from rlkit.algorithms.losses.clipped import ClippedLoss
 from rlkit.algorithms.losses.gspo import SequenceClippedLoss
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
+from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
+from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
 from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
+from rlkit.errors import TrainingError
 from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.learner.policy import Policy
@@ -39,6 +43,14 @@ MODEL = ModelConfig(
         "tie_word_embeddings": True,
     },
     alphabet="0123456789+=",
+)
+
+
+# Llama's norms compute in float32, where sums in another order round differently; GPT-2's do not.
+GPT2 = dataclasses.replace(
+    MODEL,
+    architecture={"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 )
 
 
@@ -74,10 +86,13 @@ def learner(
     return Learner(policy, reference, objective, config or LearnerConfig(), Accelerator(cpu=True), 1)
 
 
-def gradient(it: Learner, data: list[TrainingSequence], parts: list[list[int]]) -> torch.Tensor:
+def gradient(
+    it: Learner, data: list[TrainingSequence], parts: list[list[int]], meter: Meter | None = None
+) -> torch.Tensor:
     weights = it.weights(data, range(len(data)))
     [micro] = it.anchored([[collate(data, part, weights) for part in parts]])
-    it.accumulate(micro, Meter(), never_stop, first=True)
+    meter = meter or Meter()
+    it.accumulate(it.with_slopes(micro, data, range(len(data)), meter), meter, never_stop, first=True)
     flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
     it.optimizer.zero_grad(set_to_none=True)
     return flat.clone()
@@ -116,10 +131,7 @@ def test_gradient_is_the_same_with_and_without_shared_prompts(dtype, bound, kl):
     objective = Objective(
         loss=ClippedLoss(), aggregation=TokenMean(), kl=kl, old_policy=RolloutAnchor(), entropy_coefficient=0.01
     )
-    # Llama's norms compute in float32, where sums in another order round differently; GPT-2's do not.
-    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    it = learner(dtype, objective, source=dataclasses.replace(MODEL, architecture=gpt2))
+    it = learner(dtype, objective, source=GPT2)
     data = sequences(dtype)
     # Four prompts of three samples, in no order; completions of one token, and masked ones, are among them.
     data = [dataclasses.replace(s, prompt_token_ids=data[i % 4].prompt_token_ids) for i, s in enumerate(data)]
@@ -148,6 +160,146 @@ def test_shared_prompts_keep_the_budget(rows, budget):
     plan = plan_microbatches(lengths, budget, prompts=prompts)
     assert sorted(i for part in plan for i in part) == list(range(len(rows)))
     assert all(padded(part) <= budget or len(part) == 1 for part in plan)
+
+
+def labelled(dtype: torch.dtype) -> list[TrainingSequence]:
+    """Four groups, interleaved: two of both labels, one without a right answer, one without a wrong one."""
+    rewards = {0: [1, 0, 0, 0], 1: [0, 0], 2: [1, 1, 0], 3: [1, 1, 1]}
+    owner = [0, 2, 1, 0, 3, 3, 2, 0, 1, 2, 0, 3]
+    left = {group: list(values) for group, values in rewards.items()}
+    return [
+        dataclasses.replace(one, group=10 + g, advantage=left[g].pop() - sum(rewards[g]) / len(rewards[g]))
+        for one, g in zip(sequences(dtype), owner, strict=True)
+    ]
+
+
+def whole_group_gradient(it: Learner, data: list[TrainingSequence]) -> tuple[torch.Tensor, float]:
+    """Autograd of the definition: all sequences in one graph, the loss of their scores, KL and entropy by weight."""
+    weights = it.weights(data, range(len(data)))
+    micro = collate(data, range(len(data)), weights)
+    logprobs, entropy = it._forward(it.policy, micro, entropy_grad=True)
+    with torch.no_grad():
+        reference, _ = it._forward(it.reference, micro) if it.reference else (logprobs, entropy)
+    drift = (logprobs.double() - micro.behavior_logprobs.double()).split(micro.counts)
+    advantages = torch.tensor([s.advantage for s in data], dtype=torch.float64)
+    group = torch.tensor([s.group - 10 for s in data])
+    loss = it.objective.loss(torch.stack([d.mean() for d in drift]), advantages, group)
+    penalty = it.objective.kl(logprobs, reference).per_token if it.reference else 0
+    terms = penalty - it.objective.entropy_coefficient * entropy
+    (loss + (micro.weights * terms).sum()).backward()
+    flat = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
+    it.optimizer.zero_grad(set_to_none=True)
+    return flat.clone(), loss.item()
+
+
+@pytest.mark.parametrize("loss", [Real(), RealBce(), RealProduct()])
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMeanTokenMean(), ConstantLength(16)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("terms", [{"kl": NoKL()}, {"kl": KLPenalty(0.1), "entropy_coefficient": 0.01}])
+def test_gradient_of_a_loss_over_groups_is_that_of_one_graph_for_every_split(loss, aggregation, dtype, bound, terms):
+    it = learner(dtype, Objective(loss=loss, aggregation=aggregation, old_policy=RolloutAnchor(), **terms))
+    data = labelled(dtype)
+    want, value = whole_group_gradient(it, data)
+    assert want.norm() > 0
+    rng = np.random.default_rng(1)
+    lengths = [s.total_tokens for s in data]
+    splits = [plan_microbatches(lengths, n) for n in (1, 17, 40, 10**6)]
+    splits += [[p.tolist() for p in np.array_split(rng.permutation(len(data)), 5)]]
+    for split in splits:
+        meter = Meter()
+        assert (gradient(it, data, split, meter) - want).norm() / want.norm() <= bound
+        assert meter.reduce(it.accelerator)["policy/loss"] == pytest.approx(value, rel=1e-6)
+        assert "policy/clip_frac/low" not in meter.sums
+
+
+@pytest.mark.parametrize("loss", [Real(), RealBce(), RealProduct()])
+@pytest.mark.parametrize("share", [False, True])
+def test_gradient_of_a_loss_over_groups_is_that_of_one_graph_for_every_packing(loss, share):
+    pieces = {"kl": NoKL(), "aggregation": TokenMean(), "old_policy": RolloutAnchor()}
+    it = learner(torch.float64, Objective(loss=loss, **pieces), source=GPT2)
+    data = labelled(torch.float64)
+    prompts = {s.group: s.prompt_token_ids for s in data}
+    data = [dataclasses.replace(s, prompt_token_ids=prompts[s.group]) for s in data]
+    want, _ = whole_group_gradient(it, data)
+    it.share_prompts, shared = share, 0
+    for it.config.max_tokens_per_microbatch in (1000, 45, 20, 1):
+        [micro] = it.anchored([it.microbatches(data, range(12))])
+        shared += sum(m.prompts is not None for m in micro)
+        it.accumulate(it.with_slopes(micro, data, range(12), Meter()), Meter(), never_stop, first=True)
+        got = torch.cat([p.grad.flatten() for p in it.policy.parameters()])
+        it.optimizer.zero_grad(set_to_none=True)
+        assert (got - want).norm() / want.norm() <= 1e-10
+    assert (shared > 0) == share
+
+
+@pytest.mark.parametrize("loss", [Real(), RealBce(), RealProduct()])
+@pytest.mark.parametrize("dead", [{11, 13}, {10, 11, 12, 13}])
+def test_groups_of_one_label_are_not_computed_and_change_nothing(loss, dead):
+    data = [dataclasses.replace(s, advantage=0.0) if s.group in dead else s for s in labelled(torch.float64)]
+    found = []
+    for skip in (True, False):
+        objective = Objective(loss=loss, aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
+        it = learner(torch.float64, objective, LearnerConfig(skip_zero_advantage=skip))
+        [micro] = it.anchored([it.microbatches(data, range(12))])
+        micro = it.with_slopes(micro, data, range(12), Meter())
+        it.accumulate(micro, Meter(), never_stop, first=True)
+        assert sum(len(m.counts) for m in micro) == (max(1, sum(s.group not in dead for s in data)) if skip else 12)
+        found.append(torch.cat([p.grad.flatten() for p in it.policy.parameters()]))
+    assert (found[0] - found[1]).norm() <= 1e-12 * found[1].norm()
+    assert (found[1].norm() == 0) == (len(dead) == 4)
+
+
+def test_a_loss_over_groups_that_gives_no_number_is_named():
+    class Vector:
+        whole_groups = True
+
+        def __call__(self, scores, advantages, group):
+            return scores * 2
+
+    it = learner(
+        torch.float64, Objective(loss=Vector(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
+    )
+    with pytest.raises(TrainingError, match="algorithm.loss"):
+        it.step(labelled(torch.float64), never_stop)
+
+
+def test_filler_has_no_score():
+    """On another rank the sequence counts: under the sum over ranks its score would be there twice."""
+    it = learner(torch.float64, Objective(loss=Real(), aggregation=TokenMean(), kl=NoKL(), old_policy=RolloutAnchor()))
+    data, meter = labelled(torch.float64), Meter()
+    filler = collate(data, range(12), it.weights(data, range(12)), counted=False)
+    [micro] = it.anchored([[filler]])
+    it.accumulate(it.with_slopes(micro, data, range(12), meter), meter, never_stop, first=True)
+    metrics = meter.reduce(it.accelerator)
+    assert metrics["policy/loss"] == pytest.approx((math.log(2 * 4) + math.log(3 * 2)) / 4)  # s = 0 throughout
+    assert "policy/kl_old" not in metrics and all(float(p.grad.abs().max()) == 0 for p in it.policy.parameters())
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_scores_start_at_zero_and_move_with_the_updates_of_a_batch(updates):
+    """Recomputed anchor: s = 0 in the first update, where REAL's loss is log(1 + right) + log(1 + wrong)."""
+    objective = Objective(loss=Real(), aggregation=TokenMean(), kl=NoKL(), old_policy=RecomputeAnchor())
+    config = LearnerConfig(updates_per_step=updates, learning_rate=1e-2, warmup_steps=0, skip_zero_advantage=False)
+    it = learner(torch.float64, objective, config)
+    data = labelled(torch.float64)
+    values = []
+    original = it.with_slopes
+
+    def watched(part, *rest):
+        out = original(part, *rest)
+        values.append([m.old_logprobs is None for m in part])
+        return out
+
+    it.with_slopes = watched
+    metrics = it.step(data, never_stop)
+    assert [all(v) for v in values] == [True, False][:updates]
+    assert ("policy/kl_old" in metrics) == (updates == 2)
+    if updates == 1:  # groups of 1 + 3 and 2 + 1 among four
+        assert metrics["policy/loss"] == pytest.approx((math.log(2 * 4) + math.log(3 * 2)) / 4)
+        assert metrics["policy/sequence_slope/max"] == pytest.approx(2 / 2)
+    else:  # groups are in order of appearance: 0 and 2, then 1 and 3, which have one label each
+        assert metrics["policy/kl_old"] > 0
+    assert not [name for name in metrics if "clip" in name]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200), st.integers(1, 4))

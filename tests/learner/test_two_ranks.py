@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 
 
-def gradient(ranks: int, dtype: str, file: Path):
+def gradient(ranks: int, dtype: str, loss: str, file: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(HERE / "gradient_job.py"), dtype, str(file)]
+    command += [f"--nproc-per-node={ranks}", str(HERE / "gradient_job.py"), dtype, str(file), loss]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE), os.getcwd()]),
         "OMP_NUM_THREADS": "1",
@@ -27,9 +27,10 @@ def gradient(ranks: int, dtype: str, file: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["tokens", "groups"])
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
-def test_two_ranks_give_the_gradient_of_one(tmp_path, dtype, bound):
-    one = gradient(1, dtype, tmp_path / "one")
-    two = gradient(2, dtype, tmp_path / "two")
+def test_two_ranks_give_the_gradient_of_one(tmp_path, dtype, bound, loss):
+    one = gradient(1, dtype, loss, tmp_path / "one")
+    two = gradient(2, dtype, loss, tmp_path / "two")
     assert one.norm() > 0
     assert (one - two).norm() / one.norm() <= bound

@@ -20,6 +20,7 @@ class GroupNormalizedAdvantage(Checked):
     """A_i = (R_i - mean) / (std + epsilon) within the group; needs groups of 2 or more."""
 
     minimum_group_size: ClassVar[int] = 2
+    centred_in_group: ClassVar[bool] = True
     epsilon: float = number(1e-6, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:

@@ -18,6 +18,7 @@ class LeaveOneOutAdvantage:
     """A_i = R_i - mean of the others; needs groups of 2 or more (in a group of 1, A = 0)."""
 
     minimum_group_size: ClassVar[int] = 2
+    centred_in_group: ClassVar[bool] = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
