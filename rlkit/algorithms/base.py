@@ -25,7 +25,9 @@ class AdvantageInputs:
 
 
 class Advantage(Protocol):
-    """Scores -> advantages [N], constant over the tokens of a sequence."""
+    """Scores -> advantages [N], constant over the tokens of a sequence. Optional: `observe(inputs)`, before it in every
+    step, gives metrics and may change `state` (floats, kept in checkpoints); what config.verify reads of an advantage.
+    """
 
     minimum_group_size: ClassVar[int]
 
