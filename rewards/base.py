@@ -24,7 +24,7 @@ class Sample:
 
     prompt: its text as rendered; completion: decoded, special tokens removed; reference: the gold answer, if there is
     one; metadata: JSON-able values of the data set row; finish_reason: "stop" or "length"; completion_tokens: length
-    of the completion in tokens.
+    of the completion in tokens; key: its place in the run, "<prompt's ordinal>/<sample>", if it has one.
     """
 
     prompt: str
@@ -33,6 +33,7 @@ class Sample:
     metadata: Mapping[str, Any]
     finish_reason: str
     completion_tokens: int
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

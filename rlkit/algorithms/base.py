@@ -27,7 +27,10 @@ class AdvantageInputs:
 class Advantage(Protocol):
     """Scores -> advantages [N], constant over the tokens of a sequence.
 
-    Optional attribute of the class, False where missing:
+    Optional: `observe(inputs)`, called before it in every step, gives metrics and may change `state` (floats, kept in
+    checkpoints). Optional attributes of the class, False where missing:
+        needs_binary_scores: the score must be one reward's verdict, 0 or 1.
+        refuses_penalties: no KL in the reward.
         centred_in_group: A > 0 just where a sample's score is above its group's mean; A = 0 throughout where all are
             equal. Then the sign of A is a label, which a `GroupLoss` reads.
     """

@@ -96,8 +96,16 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
 
 def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigError]:
     pieces, updates = config.algorithm, config.learner.updates_per_step
-    size = getattr(built.get("algorithm.advantage"), "minimum_group_size", 1)
     compares = f"{pieces.advantage[TARGET]} compares the samples of a prompt"
+    advantage, rewards = built.get("algorithm.advantage"), config.reward.rewards
+    size = getattr(advantage, "minimum_group_size", 1)
+    for name in {*getattr(advantage, "rewards", ()), getattr(advantage, "estimate", None)} - {None, *rewards}:
+        yield _fault("algorithm.advantage", name, f"no such reward.{nearest(name, rewards)}", ", ".join(rewards))
+    if getattr(built.get("algorithm.kl"), "in_reward", False) and not getattr(advantage, "takes_penalties", True):
+        yield _fault("algorithm.kl", pieces.kl[TARGET], "the advantage needs plain scores", fix="algorithm/kl=none")
+    weights = [weight for reward in rewards.values() if (weight := reward.get("weight", 1.0)) != 0]
+    if getattr(advantage, "needs_binary_scores", False) and weights != [1.0]:
+        yield _fault("reward.rewards.*.weight", weights, "the advantage corrects verdicts", "1 for one reward, else 0")
     if config.samples_per_prompt < size:
         yield _fault("samples_per_prompt", config.samples_per_prompt, compares, f"{size} or more")
     budget, samples = built.get("budget"), config.samples_per_prompt

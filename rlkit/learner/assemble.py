@@ -47,7 +47,9 @@ def assemble(
     penalty, measured = penalties(sequences) if penalties else (torch.zeros_like(inputs.scores), {})
     key = "algorithm.advantage"
     with calling(advantage, key, "mend it, or choose a shipped one: algorithm/advantage=group_normalized"):
-        advantages = advantage(replace(inputs, scores=inputs.scores - penalty))
+        judged = replace(inputs, scores=inputs.scores - penalty)
+        measured |= getattr(advantage, "observe", lambda _: {})(judged)
+        advantages = advantage(judged)
     shape = advantages.shape if isinstance(advantages, torch.Tensor) else None
     if shape != inputs.scores.shape or not torch.isfinite(advantages).all():
         got = type(advantages).__name__ if shape is None else f"shape {tuple(shape)}"

@@ -17,7 +17,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Checkpoint:
     watermark: Watermark | None
     optimizer: Mapping[str, Tensor]
     rng: tuple[Mapping[str, Tensor], list[Any]]
+    advantage: Mapping[str, float] = field(default_factory=dict)  # the state of one that has any
 
     def restore(self, learner: Learner) -> None:
         """Optimiser, counter and generators, into a learner whose weights are this checkpoint's already.
@@ -92,7 +93,7 @@ def save(
 ) -> None:
     """Write <folder>/step_N atomically and remove all but the newest `keep`.
 
-    `progress` has the step, the seconds so far and the buffer's watermark (None for a warm start).
+    `progress` has the step, the seconds so far, the buffer's watermark (None for a warm start), the advantage's state.
     """
     step = progress["step"]
     final = folder / f"step_{step}"

@@ -65,13 +65,14 @@ class Trainer:
         self.worker = RolloutWorker(self.buffer, self.engine, self.pool, sampling, "embedded-0", capacity, timeout)
         self.step = 0
         self.saved_step: int | None = None
-        self.updates_of_step = 0  # optimiser steps at the last published step
+        self.updates_of_step, self.advantage_of_step = 0, dict[str, float]()  # states at the last published step
         self.started = time.perf_counter()  # less the seconds of earlier parts of the run
 
     def resume(self, previous: checkpoints.Checkpoint) -> None:
         """Go on from a checkpoint's counters."""
         self.step = self.saved_step = previous.step
         self.updates_of_step = previous.optimizer_steps
+        getattr(self.advantage, "state", {}).update(previous.advantage)
         self.started -= previous.seconds
 
     async def run(self) -> None:
@@ -125,6 +126,7 @@ class Trainer:
         await self.engine.update_weights(version, None)
         self.step += 1
         self.updates_of_step = self.learner.optimizer_steps
+        self.advantage_of_step = dict(getattr(self.advantage, "state", {}))
         published = time.perf_counter()
         if config.telemetry.save_rollouts:
             advantages = {(s.group, s.index): s.advantage for s in sequences}
@@ -223,6 +225,7 @@ class Trainer:
         started = time.perf_counter()
         watermark = self.buffer.watermark()
         progress = {"step": self.step, "seconds": started - self.started, "watermark": asdict(watermark)}
+        progress["advantage"] = self.advantage_of_step
         place, keep = self.folder / "checkpoints", self.config.checkpoint.keep
         checkpoints.save(place, self.learner, self.session.tokenizer, progress, keep=keep)
         self.buffer.commit(watermark)

@@ -130,17 +130,17 @@ class RolloutWorker:
                 held.pop(lease.lease_id, None)
 
 
-def _sample(prompt: Prompt, completion: str, finish_reason: str, tokens: int) -> Sample:
-    return Sample(prompt.text, completion, prompt.reference, prompt.metadata, finish_reason, tokens)
-
-
 async def score_rollouts(pool: VerifierPool, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:
     """Verdicts of aligned prompts and rollouts, in their order."""
-    pairs = zip(prompts, rollouts, strict=True)
-    scores = await pool.score([_sample(p, r.text, r.finish_reason, len(r.token_ids)) for p, r in pairs])
+    samples = [
+        Sample(p.text, r.text, p.reference, p.metadata, r.finish_reason, len(r.token_ids), f"{r.ordinal}/{r.index}")
+        for p, r in zip(prompts, rollouts, strict=True)
+    ]
+    scores = await pool.score(samples)
     return [Verdict(score=s.score, parts=dict(s.parts), answer=s.answer, reason=s.reason) for s in scores]
 
 
 async def score_references(pool: VerifierPool, prompts: Sequence[Prompt]) -> list[Score]:
     """Scores of the reference answers as completions, to try rewards on before anything is sampled."""
-    return list(await pool.score([_sample(p, p.reference or "", "stop", 1) for p in prompts]))
+    samples = [Sample(p.text, p.reference or "", p.reference, p.metadata, "stop", 1) for p in prompts]
+    return list(await pool.score(samples))
