@@ -24,7 +24,7 @@ from sqlalchemy import insert
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rlkit.budget.knapsack import KnapsackBudget, allocate
-from rlkit.buffer.codec import encode
+from rlkit.buffer.payloads import encode
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.buffer.tables import groups
 

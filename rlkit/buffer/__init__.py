@@ -1,1 +1,1 @@
-"""The versioned buffer between rollout workers and learner: protocol.py, docs/buffer.md."""
+"""The versioned buffer between rollout workers and learner: sql.py, docs/buffer.md."""

@@ -43,9 +43,7 @@ class Database:
         self._pid = os.getpid()
         arguments = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
         self._engine = create_engine(f"sqlite:///{self.path}", connect_args=arguments)
-        self._writer = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         event.listen(self._engine, "connect", _configure)
-        event.listen(self._engine, "begin", _begin)
         try:
             self._create(prompts_per_step, max_staleness, now)
         except BaseException:  # raised again: whatever it is, no connection stays
@@ -54,27 +52,27 @@ class Database:
 
     def read(self) -> AbstractContextManager[Connection]:
         """A snapshot; waits for nobody."""
-        return self._transaction(self._engine)
+        return self._transaction("BEGIN")
 
     def write(self) -> AbstractContextManager[Connection]:
         """The one writer; committed on exit, undone on an exception."""
-        return self._transaction(self._writer)
+        return self._transaction("BEGIN IMMEDIATE")
 
     def close(self) -> None:
         """Close connections; idempotent."""
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, engine: Any) -> Iterator[Connection]:
+    def _transaction(self, begin: str) -> Iterator[Connection]:
         if self._pid != os.getpid():
             fix = "open it again in this process: SQLite connections do not survive a fork"
             raise self._error("this buffer was opened by the parent process", fix)
         try:
-            with engine.begin() as connection:
+            with self._engine.begin() as connection:
+                connection.exec_driver_sql(begin)
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
-            fix = f"look for a full disk or a process that holds it for over {BUSY_TIMEOUT_S:g} s; if the file is "
-            fix += "damaged, move it aside and resume from the checkpoint"
+            fix = f"look for a full disk, or a process that held it for {BUSY_TIMEOUT_S:g} s; move a damaged file aside"
             raise self._error(f"the database failed: {getattr(error, 'orig', None) or error}", fix) from error
 
     def _error(self, problem: str, fix: str) -> BufferError:
@@ -144,7 +142,3 @@ def _configure(connection: sqlite3.Connection, _record: Any) -> None:
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

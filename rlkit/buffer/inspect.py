@@ -1,7 +1,6 @@
 """What a run's buffer holds, as text, during the run or after it: reads a snapshot and writes nothing."""
 
 import os
-import sqlite3
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -33,34 +32,29 @@ def view(run_dir: Path, now: float) -> Group:
     # SQLite keeps a file beside an open database; one that was closed (no -wal) can be read without.
     fixed = not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
     closed = not path.with_name(path.name + "-wal").exists()
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro" + ("&immutable=1" if fixed and closed else "")
-    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True))
+    uri = f"file:{quote(str(path.absolute()))}?uri=true&mode=ro" + ("&immutable=1" if fixed and closed else "")
+    engine = create_engine(f"sqlite:///{uri}")
     try:
         with engine.connect() as connection:
             connection.exec_driver_sql("BEGIN")  # one snapshot for all that follows
-            head, tables = _head(connection), _tables(connection, now)
+            return Group(Text(str(path)), *_contents(connection, now))
     except DatabaseError as error:
         problem = f"the buffer cannot be read: {error.orig}" + (" (its folder is read-only)" if fixed else "")
         mend = f"copy {path.name} and {path.name}-wal to a folder you can write to" if fixed else None
         raise BufferError(problem, key="buffer", value=str(path), fix=mend) from error
     finally:
         engine.dispose()
-    return Group(Text(f"{path}\n{head}"), *tables)
 
 
-def _head(connection: Connection) -> str:
-    place = position(connection)
+def _contents(connection: Connection, now: float) -> list[Text | Table]:
+    place, stats = position(connection), stats_of(connection)
     committed = "never" if place.committed_step is None else f"at step {place.committed_step}"
     dead = connection.execute(select(func.count()).select_from(versions).where(~versions.c.live)).scalar_one()
-    return (
+    head = (
         f"step {place.step}, version {place.version} ({dead} dead versions), committed {committed}\n"
         f"next ordinal {place.next_ordinal}, {capacity(place)} more admitted (max_staleness {place.max_staleness})\n"
         f"{place.expired_leases} expired leases, {place.fenced_writes} fenced writes"
     )
-
-
-def _tables(connection: Connection, now: float) -> list[Table]:
-    stats = stats_of(connection)
     lag = groups.c.trained_step - versions.c.step  # steps from a group's oldest token to training
     lags = select(lag, func.count()).join(versions, versions.c.version == groups.c.oldest_version)
     lags = lags.where(groups.c.state == GroupState.TRAINED).group_by(lag).order_by(lag)
@@ -70,7 +64,7 @@ def _tables(connection: Connection, now: float) -> list[Table]:
     seconds = func.coalesce(groups.c.scored_at, now) - groups.c.requested_at
     slow = select(groups.c.ordinal, groups.c.prompt_id, groups.c.state, func.printf("%.1f s", seconds))
     slow = slow.where(groups.c.state != GroupState.DROPPED).order_by(seconds.desc(), groups.c.ordinal).limit(SLOWEST)
-    tables = []
+    shown: list[Text | Table] = [Text(head)]
     for title, columns, rows in (
         ("groups", ("state", "groups"), stats.states.items()),
         ("dropped", ("reason", "groups"), stats.dropped_reasons.items()),
@@ -81,8 +75,8 @@ def _tables(connection: Connection, now: float) -> list[Table]:
         table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, min_width=len(title))
         for row in rows:
             table.add_row(*(Text(str(value)) for value in row))
-        tables += [table] if table.row_count else []
-    return tables
+        shown += [table] if table.row_count else []
+    return shown
 
 
 def main(run_dir: Path) -> None:

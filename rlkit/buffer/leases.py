@@ -1,16 +1,19 @@
-"""Leases of slices, as functions on an open write transaction."""
+"""The workers' side of the buffer: leases of slices, and what is handed in under them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from rlkit.buffer.codec import decode
-from rlkit.buffer.payloads import SegmentFiles
-from rlkit.buffer.protocol import Lease, require
-from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, slices, versions
-from rlkit.types import GroupState, Prompt
+from rlkit.buffer.database import Database
+from rlkit.buffer.payloads import SegmentFiles, check_rollout, decode, encode
+from rlkit.buffer.protocol import FencedError, Lease, at_least, require
+from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, position, slices, versions
+from rlkit.types import GroupState, Prompt, Rollout, Verdict
 
 _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)
 """A group is leased while any slice is, requested while any waits, scored once all are."""
@@ -21,6 +24,9 @@ _UPDATE_SLICE = update(slices).where(_SLICE)
 _UPDATE_GROUP = update(groups).where(groups.c.ordinal == bindparam("at_ordinal"))
 _HELD = select(slices).where(slices.c.lease_id.in_(bindparam("ids", expanding=True)))
 _LIVE = select(versions.c.version).where(versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True)))
+_WAITING = slices.c.state == GroupState.REQUESTED
+_EXPIRED = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= bindparam("now"))
+_TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_WAITING)
 _SLICE_STATES = (
     select(slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
     .where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True)))
@@ -28,154 +34,163 @@ _SLICE_STATES = (
 )
 
 
-def at(row: Any) -> dict[str, int]:
+class Leases:
+    """Verbs of the workers; SqlBuffer adds the learner's."""
+
+    _db: Database
+    _payloads: SegmentFiles
+    _clock: Callable[[], float]
+
+    def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
+        """Lease slices of the lowest ordinals, at most `max_samples` samples in all; [] if none.
+
+        A slice is never larger than `slice_samples`, and one larger than `max_samples` is split. Expired leases are
+        reclaimed first.
+        """
+        at_least("max_samples", max_samples, 1)
+        _positive(timeout_s)
+        with self._db.read() as connection:
+            waiting = select(slices.c.ordinal).where(_WAITING | _EXPIRED).limit(1)
+            if connection.execute(waiting, {"now": self._clock()}).first() is None:
+                return []  # an idle worker's poll does not wait for the writers
+        with self._db.write() as connection:
+            now = self._clock()  # not before the lock is held: waiting for it takes time
+            expired = connection.execute(select(slices.c.ordinal, slices.c.start).where(_EXPIRED), {"now": now}).all()
+            _give_back(connection, expired)
+            first, left = position(connection).next_lease, max_samples
+            leases: list[Lease] = []
+            for row in connection.execute(_TO_LEASE.order_by(slices.c.ordinal, slices.c.start).limit(left)).all():
+                stop = min(row.stop, row.start + left)
+                if stop < row.stop:
+                    if leases:
+                        break
+                    rest = {"ordinal": row.ordinal, "start": stop, "stop": row.stop, "epoch": row.epoch}
+                    connection.execute(_UPDATE_SLICE, [_at(row) | {"stop": stop}])
+                    connection.execute(insert(slices).values(**rest, state=GroupState.REQUESTED))
+                left -= stop - row.start
+                same = leases and leases[-1].ordinal == row.ordinal
+                lease = Lease(
+                    lease_id=first + len(leases), epoch=row.epoch + 1, worker_id=worker_id, ordinal=row.ordinal,
+                    start=row.start, stop=stop, prompt=leases[-1].prompt if same else decode(row.prompt, Prompt),
+                    min_version=row.min_version, deadline=now + timeout_s,
+                )  # fmt: skip
+                leases.append(lease)
+            fields = {"state": GroupState.LEASED, "worker_id": worker_id, "deadline": now + timeout_s}
+            _update_slices(connection, [_at(x) | fields | {"lease_id": x.lease_id, "epoch": x.epoch} for x in leases])
+            counts = {"next_lease": first + len(leases), "expired_leases": meta.c.expired_leases + len(expired)}
+            connection.execute(update(meta).values(counts))
+        return leases
+
+    def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
+        """Extend the deadlines; a lost lease raises FencedError, the others are extended."""
+        _positive(timeout_s)
+        with self._holding(leases) as (connection, held):
+            deadline = self._clock() + timeout_s
+            if held:
+                connection.execute(_UPDATE_SLICE, [_at(row) | {"deadline": deadline} for row in held.values()])
+        return [replace(x, deadline=deadline) for x in leases]
+
+    def submit_many(self, work: Sequence[tuple[Lease, Sequence[Rollout]]]) -> None:
+        """Store the rollouts of slices (GENERATED); lost leases raise FencedError after the rest is stored."""
+        encoded = []
+        for lease, rollouts in work:
+            ordered = sorted(rollouts, key=lambda x: x.index)
+            _check_covers(lease, "rollouts", [(x.ordinal, x.index) for x in ordered])
+            for x in ordered:
+                check_rollout(x)
+            spanned = {span.version for x in ordered for span in x.version_spans}
+            encoded.append((lease, encode(ordered, "rollouts"), spanned or {lease.min_version}))
+        with self._holding([lease for lease, _ in work], GroupState.LEASED, "submitted") as (connection, held):
+            named = sorted(set[int]().union(*(spanned for _, _, spanned in encoded)))
+            live = set(connection.execute(_LIVE, {"spanned": named}).scalars())
+            updates = []
+            for lease, record, spanned in encoded:
+                if lease.lease_id not in held:
+                    continue
+                bad = sorted(v for v in spanned if v not in live or v < lease.min_version)
+                problem = f"{lease} was sampled under wrong weights"
+                expected = f"surviving versions from {lease.min_version} on"
+                fix = "publish a version before engines serve it; update them to lease.min_version before they sample"
+                require(not bad, problem, key="versions", value=bad, expected=expected, fix=fix)
+                fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
+                # under the write lock, before the row that refers to it: see SegmentFiles.keep_only
+                updates.append(_at(lease) | fields | self._payloads.append(record)._asdict())
+            _update_slices(connection, updates)
+
+    def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
+        """Store the verdicts of slices, in order of sample index; a group is SCORED once all its slices are.
+
+        Lost leases raise FencedError after the rest is stored.
+        """
+        problem, fix = "a verdict's score must be a finite number or None", "let the verifier answer score=None"
+        for lease, verdicts in work:
+            _check_covers(lease, "verdicts", [(lease.ordinal, lease.start + i) for i in range(len(verdicts))])
+            for x in verdicts:
+                require(x.score is None or math.isfinite(x.score), problem, key="score", value=x.score, fix=fix)
+        fields = {"state": GroupState.SCORED}
+        rows = {lease.lease_id: _at(lease) | fields | {"verdicts": encode(v, "verdicts")} for lease, v in work}
+        with self._holding([lease for lease, _ in work], GroupState.GENERATED, "scored") as (connection, held):
+            _update_slices(connection, [rows[lease_id] for lease_id in held], self._clock())
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        """Give leases back: unfinished slices are REQUESTED again, lost leases passed over."""
+        with self._db.write() as connection:
+            _give_back(connection, [row for row in _held(connection, leases).values() if row.state in IN_WORK])
+
+    @contextmanager
+    def _holding(
+        self, leases: Sequence[Lease], state: GroupState | None = None, verb: str = ""
+    ) -> Iterator[tuple[Connection, dict[int, Any]]]:
+        """A write, and the slices (by lease_id) of those leases that are the newest of theirs.
+
+        The other leases raise FencedError after it: what is written for the held ones is kept, the count too.
+        BufferError for a lease named twice, or a held slice that is not in `state`.
+        """
+        ids = [x.lease_id for x in leases]
+        require(len(set(ids)) == len(ids), "named twice", key="leases", value=ids, expected="distinct leases")
+        with self._db.write() as connection:
+            held = _held(connection, leases)
+            lost = [x for x in leases if x.lease_id not in held]
+            for x in leases if state else ():
+                found = held[x.lease_id].state if x.lease_id in held else state
+                require(found == state, f"{x} cannot be {verb} now", key="state", value=found, expected=str(state))
+            yield connection, held
+            if lost:
+                connection.execute(update(meta).values(fenced_writes=meta.c.fenced_writes + len(lost)))
+        if lost:
+            raise FencedError(lost)
+
+
+def _positive(timeout_s: float) -> None:
+    right = 0 < timeout_s < math.inf
+    require(right, "timeout_s is out of range", key="timeout_s", value=timeout_s, expected="> 0 seconds")
+
+
+def _at(row: Any) -> dict[str, int]:
     """Parameters of _UPDATE_SLICE that address a row or lease."""
     return {"at_ordinal": row.ordinal, "at_start": row.start}
 
 
-def check_covers(lease: Lease, what: str, places: Sequence[tuple[int, int]]) -> None:
+def _check_covers(lease: Lease, what: str, places: Sequence[tuple[int, int]]) -> None:
     """BufferError unless `places` (ordinal, index) are exactly the lease's samples in order."""
     expected = [(lease.ordinal, index) for index in range(lease.start, lease.stop)]
     problem, key = f"the {what} are not those of the lease", f"(ordinal, index) of {what}"
     require(places == expected, problem, key=key, value=places, expected=str(expected))
 
 
-def _expired(now: float) -> Any:
-    return slices.c.state.in_(IN_WORK) & (slices.c.deadline <= now)
-
-
-def anything_to_lease(connection: Connection, now: float) -> bool:
-    """Whether a slice waits, or would once expired leases are reclaimed."""
-    query = select(slices.c.ordinal).where((slices.c.state == GroupState.REQUESTED) | _expired(now))
-    return connection.execute(query.limit(1)).first() is not None
-
-
-def reclaim_expired(connection: Connection, now: float) -> None:
-    """Take back every lease past its deadline, counted."""
-    rows = connection.execute(select(slices.c.ordinal, slices.c.start).where(_expired(now))).all()
-    give_back(connection, rows)
-    if rows:
-        connection.execute(update(meta).values(expired_leases=meta.c.expired_leases + len(rows)))
-
-
-def give_back(connection: Connection, rows: Sequence[Any]) -> None:
-    """Slices return to REQUESTED; their rollouts, if any, are no longer referred to."""
-    fields = {"state": GroupState.REQUESTED, **UNLEASED}
-    _update_slices(connection, [at(row) | fields for row in rows])
-
-
-def lease_slices(connection: Connection, worker_id: str, max_samples: int, deadline: float) -> list[Lease]:
-    """Lease the lowest waiting slices, `max_samples` samples at most."""
-    rows = connection.execute(
-        select(slices, groups.c.prompt, groups.c.min_version)
-        .join(groups)
-        .where(slices.c.state == GroupState.REQUESTED)
-        .order_by(slices.c.ordinal, slices.c.start)
-        .limit(max_samples)
-    ).all()
-    next_id = connection.execute(select(meta.c.next_lease)).scalar_one()
-    prompts: dict[int, Prompt] = {}
-    leases: list[Lease] = []
-    left = max_samples
-    for row in rows:
-        stop = row.stop
-        if stop - row.start > left:
-            if leases:
-                break
-            stop = row.start + left
-            rest = {"ordinal": row.ordinal, "start": stop, "stop": row.stop, "epoch": row.epoch}
-            connection.execute(_UPDATE_SLICE, [at(row) | {"stop": stop}])
-            connection.execute(insert(slices).values(**rest, state=GroupState.REQUESTED))
-        left -= stop - row.start
-        if row.ordinal not in prompts:
-            prompts[row.ordinal] = decode(row.prompt, Prompt)
-        place = {"ordinal": row.ordinal, "start": row.start, "stop": stop, "min_version": row.min_version}
-        ids = {"lease_id": next_id + len(leases), "epoch": row.epoch + 1, "worker_id": worker_id}
-        leases.append(Lease(**place, **ids, prompt=prompts[row.ordinal], deadline=deadline))
-        if left == 0:
-            break
-    if leases:
-        fields = {"state": GroupState.LEASED, "worker_id": worker_id, "deadline": deadline}
-        connection.execute(update(meta).values(next_lease=next_id + len(leases)))
-        _update_slices(connection, [at(x) | fields | {"lease_id": x.lease_id, "epoch": x.epoch} for x in leases])
-    return leases
-
-
-def held(connection: Connection, leases: Sequence[Lease]) -> tuple[dict[int, Any], list[Lease]]:
-    """(slice rows by lease_id of leases that are the newest of their slice, the lost leases)."""
+def _held(connection: Connection, leases: Sequence[Lease]) -> dict[int, Any]:
+    """Slice rows, by lease_id, of those leases that are the newest of their slice."""
     # ids are never reused; epoch and place guard against a lease of another database
     place = attrgetter("lease_id", "epoch", "ordinal", "start", "stop")
-    found = {place(row): row for row in connection.execute(_HELD, {"ids": [x.lease_id for x in leases]})}
-    rows = {x.lease_id: found[place(x)] for x in leases if place(x) in found}
-    return rows, [x for x in leases if place(x) not in found]
+    ours = {place(x) for x in leases}
+    rows = connection.execute(_HELD, {"ids": [x.lease_id for x in leases]})
+    return {row.lease_id: row for row in rows if place(row) in ours}
 
 
-def check_state(leases: Sequence[Lease], rows: dict[int, Any], state: GroupState, verb: str) -> None:
-    """BufferError for a lease named twice, or a held slice that is not in `state`."""
-    ids = [x.lease_id for x in leases]
-    require(len(set(ids)) == len(ids), "named twice", key="leases", value=ids, expected="distinct leases")
-    for x in leases:
-        found = rows[x.lease_id].state if x.lease_id in rows else state
-        require(found == state, f"{x} cannot be {verb} now", key="state", value=str(found), expected=str(state))
-
-
-def renew(connection: Connection, leases: Sequence[Lease], deadline: float) -> list[Lease]:
-    """Extend held leases; returns the lost ones."""
-    rows, lost = held(connection, leases)
-    if rows:
-        connection.execute(_UPDATE_SLICE, [at(row) | {"deadline": deadline} for row in rows.values()])
-    return lost
-
-
-def submit(
-    connection: Connection, work: Sequence[tuple[Lease, bytes, set[int]]], payloads: SegmentFiles
-) -> list[Lease]:
-    """Store (lease, encoded rollouts, their versions); returns the lost leases.
-
-    A record is written under the write lock, before the row that refers to it: see keep_only.
-    """
-    leases = [lease for lease, _, _ in work]
-    rows, lost = held(connection, leases)
-    check_state(leases, rows, GroupState.LEASED, "submitted")
-    kept = [x for x in work if x[0].lease_id in rows]
-    named = sorted(set[int]().union(*(spanned for _, _, spanned in kept)))
-    live = set(connection.execute(_LIVE, {"spanned": named}).scalars())
-    for lease, _, spanned in kept:
-        bad = sorted(v for v in spanned if v not in live or v < lease.min_version)
-        problem, expected = (
-            f"{lease} was sampled under wrong weights",
-            f"surviving versions from {lease.min_version} on",
-        )
-        fix = "publish a version before engines serve it; update the engine to lease.min_version before it samples"
-        require(not bad, problem, key="versions", value=bad, expected=expected, fix=fix)
-    updates = []
-    for lease, record, spanned in kept:
-        fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
-        updates.append(at(lease) | fields | payloads.append(record)._asdict())
-    _update_slices(connection, updates)
-    return lost
-
-
-def score(connection: Connection, work: Sequence[tuple[Lease, bytes]], now: float) -> list[Lease]:
-    """Store (lease, encoded verdicts); returns the lost leases."""
-    leases = [lease for lease, _ in work]
-    rows, lost = held(connection, leases)
-    check_state(leases, rows, GroupState.GENERATED, "scored")
-    fields = {"state": GroupState.SCORED}
-    _update_slices(connection, [at(x) | fields | {"verdicts": v} for x, v in work if x.lease_id in rows], now)
-    return lost
-
-
-def release(connection: Connection, leases: Sequence[Lease]) -> None:
-    """Give back what is held and unfinished."""
-    rows, _ = held(connection, leases)
-    give_back(connection, [row for row in rows.values() if row.state in IN_WORK])
-
-
-def void(connection: Connection, ordinals: Sequence[int]) -> None:
-    """End the unfinished slices of groups that are dropped; scored ones stay: a rollback may bring the group back."""
-    unfinished = slices.c.ordinal.in_(ordinals) & (slices.c.state != GroupState.SCORED)
-    connection.execute(update(slices).where(unfinished).values(state=GroupState.DROPPED, **UNLEASED))
+def _give_back(connection: Connection, rows: Sequence[Any]) -> None:
+    """Slices return to REQUESTED; their rollouts, if any, are no longer referred to."""
+    fields = {"state": GroupState.REQUESTED, **UNLEASED}
+    _update_slices(connection, [_at(row) | fields for row in rows])
 
 
 def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], scored_at: float | None = None) -> None:
@@ -183,9 +198,8 @@ def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], score
     if not rows:
         return
     connection.execute(_UPDATE_SLICE, rows)
-    wanted = sorted({row["at_ordinal"] for row in rows})
     states: dict[int, dict[str, Any]] = {}
-    for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": wanted}):
+    for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": {x["at_ordinal"] for x in rows}}):
         states.setdefault(ordinal, {})[state] = oldest
     updates = []
     for ordinal, found in states.items():

@@ -1,10 +1,13 @@
-"""Payload store: long records outside the database, each with its length and checksum.
+"""Payloads: records as bytes, and the segment files outside the database that hold the long ones.
 
-A record is a 12-byte header (magic "rlk1", length, crc32; little-endian) and the body. Every process appends to
-segment files of its own, so records never interleave; the database keeps where a record lies. `append` returns once
-the operating system has the bytes, and the caller commits the row that refers to them afterwards. A crash of the
-process therefore loses no record a row refers to; a power loss can, and so can a bad disk: reading verifies, and such
-a record is never used.
+Values are msgpack, arrays as raw numbers: integers take 4 bytes where that holds them, else 8, and an array of one
+repeated value is stored as that value; a 16k-token single-turn rollout takes about 130 kB. What comes back is equal bit
+for bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
+
+A record in a segment is a 12-byte header (magic "rlk1", length, crc32; little-endian) and the body. Every process
+appends to segment files of its own; the database keeps where a record lies. `append` returns once the operating system
+has the bytes, and the row that refers to them is committed afterwards: only a power loss or a bad disk loses a record
+that a row refers to, and reading finds that.
 """
 
 import os
@@ -12,14 +15,73 @@ import struct
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
-from rlkit.errors import BufferError
+import msgspec
+import numpy as np
 
+from rlkit.buffer.protocol import require
+from rlkit.errors import BufferError
+from rlkit.types import Rollout
+
+T = TypeVar("T")
+_ARRAYS = {"token_ids": np.int64, "behavior_logprobs": np.float32, "loss_mask": np.bool_, "segments": np.int64}
 _HEADER = struct.Struct("<4sII")
 _MAGIC = b"rlk1"
 _SUFFIX = ".segment"
+
+
+def encode(value: Any, what: str) -> bytes:
+    """A Prompt, or a list of Rollout or Verdict, as bytes; BufferError naming `what` if msgpack cannot carry it."""
+    try:
+        return msgspec.msgpack.encode(value, enc_hook=_pack)
+    except (TypeError, OverflowError, UnicodeEncodeError) as error:
+        expected = "JSON values: None, bool, 64-bit int, float, str of whole characters, lists and dicts of them"
+        raise BufferError(f"cannot be stored: {error}", key=what, expected=expected) from error
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Inverse of `encode`, for kind Prompt, list[Rollout] or list[Verdict]."""
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=_unpack)
+
+
+def check_rollout(x: Rollout) -> None:
+    """BufferError unless arrays are of one length and their types, and the spans cover the tokens."""
+    who, tokens = f"sample {x.index} of group {x.ordinal}", len(x.token_ids)
+    for name, dtype in _ARRAYS.items():
+        array = getattr(x, name)
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (tokens,):
+            found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else str(type(array))
+            problem, expected = f"{who}: {name} has the wrong type or length", f"{np.dtype(dtype)}({tokens},)"
+            raise BufferError(problem, key=name, value=found, expected=f"a numpy array, {expected}")
+    ends = [0, *(span.end for span in x.version_spans)]
+    joined = all(s.start == before and s.start < s.end for before, s in zip(ends, x.version_spans, strict=False))
+    problem, value = f"{who}: version spans do not cover its tokens", x.version_spans
+    expected = f"non-empty spans that cover [0, {tokens}) without gap or overlap"
+    require(joined and ends[-1] == tokens, problem, key="version_spans", value=value, expected=expected)
+
+
+def _pack(value: Any) -> Any:
+    """Arrays as (dtype, length, bytes); numpy scalars in metadata as numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"a {type(value).__name__}")
+    data, one = value.tobytes(), value[:1].tobytes()
+    if data == one * len(value):
+        return value.dtype.str, len(value), one
+    if value.dtype == np.int64 and ((narrow := value.astype(np.int32)) == value).all():
+        return narrow.dtype.str, len(value), narrow.tobytes()
+    return value.dtype.str, len(value), data
+
+
+def _unpack(annotation: Any, packed: Any) -> Any:
+    """Inverse of `_pack` for a field annotated NDArray[dtype]; a copy, as torch wants writable memory."""
+    stored, length, data = packed
+    dtype = annotation.__args__[1].__args__[0]
+    raw = np.frombuffer(data, dtype=stored).astype(dtype)
+    return raw if len(raw) == length else raw.repeat(length)
 
 
 class PayloadRef(NamedTuple):

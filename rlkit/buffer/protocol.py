@@ -1,18 +1,5 @@
-"""Terms and records of the versioned buffer. The verbs and their contracts are SqlBuffer's (sql.py).
-
-    ordinal      position of a group in the run's prompt order; never changes, never reused. Its prompt is a pure
-                 function of (seed, ordinal).
-    version      id of published weights. Strictly increasing over the life of the database, dead lineages included,
-                 so that an id never means two things. Version 0 is the start.
-    step         number of publishes in the surviving lineage: version 0 is step 0.
-    admission    ordinal k may be requested only while k < (step + S + 1) * P + refused, with S = max_staleness,
-                 P = prompts_per_step, refused = groups dropped so far. Groups are taken in ordinal order.
-    min_version  the version at admission; no token of the group may be older. So: lag of every trained token <= S.
-    fencing      every lease has an epoch; a slice accepts writes from its newest lease only.
-    commit       a checkpoint is the only commit point; what was trained after it is undone by `rollback`.
-
-The order a learner keeps: take P groups (drop some, take as many again) -> publish(version, those P) -> hand the
-weights to the engines. A worker can submit tokens of published, surviving versions only.
+"""Records of the versioned buffer. The verbs are SqlBuffer's (sql.py, leases.py); docs/buffer.md has the terms
+(ordinal, version, step, lag, watermark), the contract of learner and workers, and the proof of the staleness bound.
 """
 
 from collections.abc import Sequence
@@ -109,3 +96,9 @@ def require(holds: bool, problem: str, **fields: Any) -> None:
     """BufferError(problem, **fields) unless `holds`."""
     if not holds:
         raise BufferError(problem, **fields)
+
+
+def at_least(key: str, value: int, least: int) -> None:
+    """BufferError unless `value` is a whole number from `least` up."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, f"{key} is out of range", key=key, value=value, expected=f">= {least}")

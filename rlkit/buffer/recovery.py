@@ -1,22 +1,110 @@
-"""Commit and rollback: what a checkpoint covers (ordinals below its `next_ordinal`), and how a run goes on from one.
+"""Checkpoints: what one covers (ordinals below its `next_ordinal`), and how a run goes on from it.
 
 Rollback re-establishes the invariant behind the staleness bound (docs/buffer.md) for every group it keeps:
 
     ordinal - (drops below it) < (step of its oldest version + S + 1) * P
 """
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from rlkit.buffer.payloads import PayloadRef, SegmentFiles
+from rlkit.buffer.database import Database
+from rlkit.buffer.payloads import SegmentFiles
 from rlkit.buffer.protocol import RollbackReport, Watermark, require
-from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, position, slices, update_each, versions
+from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, of, position, slices, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
 
-def current_watermark(connection: Connection) -> Watermark:
+class Checkpoints:
+    """Verbs of the learner's checkpoints."""
+
+    _db: Database
+    _payloads: SegmentFiles
+    _clock: Callable[[], float]
+    _keep_payloads: bool
+
+    def watermark(self) -> Watermark:
+        """State to write into a checkpoint."""
+        with self._db.read() as connection:
+            return _watermark(connection)
+
+    def commit(self, watermark: Watermark) -> None:
+        """The checkpoint is on disk: prompts and rollouts of groups it covers may be removed."""
+        with self._db.write() as connection:
+            known, newest = _check(connection, watermark), _watermark(connection)
+            ours = known is not None and known.live and watermark.next_ordinal <= newest.next_ordinal
+            expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
+            _demand(ours, watermark, "this checkpoint is not of the surviving lineage", expected)
+            connection.execute(update(meta).values(committed_step=watermark.step))
+            if self._keep_payloads:
+                return
+            covered = groups.c.ordinal < watermark.next_ordinal
+            connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
+            connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
+            # under the write lock: no other process is between writing a record and referring to it
+            query = select(slices.c.segment).where(slices.c.segment.is_not(None)).distinct()
+            self._payloads.keep_only(set(connection.execute(query).scalars()))
+
+    def rollback(self, watermark: Watermark) -> RollbackReport:
+        """Resume from a checkpoint: undo what was trained, taken or dropped after it.
+
+        Such groups return to SCORED if all their tokens' versions survive, else they are requested again under the
+        same ordinal. Every lease is void. Requests beyond the admission bound are removed. Also right for an empty
+        database (the run folder lost its buffer) and for one that is behind the checkpoint (power loss); the ledger
+        then begins at the checkpoint. Without a checkpoint: Watermark(step=0, version=0, next_ordinal=0, refused=0).
+        """
+        with self._db.write() as connection:
+            now = self._clock()
+            dead = _move_versions(connection, watermark, now)
+            place, frontier = position(connection), watermark.next_ordinal
+            live = select(versions.c.version, versions.c.step).where(versions.c.live)
+            steps = {version: step for version, step in connection.execute(live)}
+
+            # what a database behind the checkpoint still holds of groups the checkpoint covers
+            connection.execute(delete(groups).where(groups.c.ordinal < frontier, groups.c.state.in_(UNENDED)))
+            later = select(groups.c.ordinal, groups.c.prompt).where(groups.c.ordinal >= frontier)
+            rows = connection.execute(later.order_by(groups.c.ordinal)).all()
+            # without gaps from the watermark up to the bound; the learner requests the rest again
+            end, most = frontier, bound(place, watermark.step, watermark.refused)
+            for row in rows:
+                if row.prompt is None or row.ordinal != end or end >= most:
+                    break
+                end += 1
+            connection.execute(delete(groups).where(groups.c.ordinal >= end))
+
+            parts: dict[int, list[Any]] = {ordinal: [] for ordinal in range(frontier, end)}
+            for part in connection.execute(select(slices).where(slices.c.ordinal >= frontier)):
+                parts[part.ordinal].append(part)
+            restored: list[int] = []
+            corrupt: list[int] = []
+            for ordinal, group in parts.items():
+                if all(
+                    x.state == GroupState.SCORED
+                    and x.newest_version in steps  # then so are its older ones: the newest dies first
+                    and ordinal < bound(place, steps[x.oldest_version], watermark.refused)
+                    for x in group
+                ):
+                    (restored if all(_readable(self._payloads, x) for x in group) else corrupt).append(ordinal)
+            again = tuple(sorted(parts.keys() - set(restored)))
+            undone: dict[str, Any] = {"trained_step": None, "drop_reason": None, "outcomes": None}
+            connection.execute(of(groups, restored).values(state=GroupState.SCORED, **undone))
+            undone |= {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
+            connection.execute(of(groups, again).values(state=GroupState.REQUESTED, **undone))
+            connection.execute(of(slices, again).values(state=GroupState.REQUESTED, **UNLEASED))
+            moved = asdict(watermark) | {"next_ordinal": end}
+            moved["next_version"] = max(place.next_version, watermark.version + 1)
+            connection.execute(update(meta).values(moved))
+        removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
+        return RollbackReport(
+            restored=tuple(restored), requested_again=again, dead_versions=dead, corrupt=tuple(corrupt), removed=removed
+        )
+
+
+def _watermark(connection: Connection) -> Watermark:
     """Watermark of the surviving lineage as it stands."""
     now = position(connection)
     lowest = connection.execute(select(func.min(groups.c.ordinal)).where(groups.c.state.in_(UNENDED))).scalar_one()
@@ -25,79 +113,10 @@ def current_watermark(connection: Connection) -> Watermark:
     return Watermark(step=now.step, version=now.version, next_ordinal=frontier, refused=refused)
 
 
-def commit(connection: Connection, watermark: Watermark, payloads: SegmentFiles, keep_payloads: bool) -> None:
-    """Forget prompts and rollouts of covered groups and delete segments nothing else refers to."""
-    known, newest = _check(connection, watermark), current_watermark(connection)
-    ours = known is not None and known.live and watermark.next_ordinal <= newest.next_ordinal
-    expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
-    _demand(ours, watermark, "this checkpoint is not of the surviving lineage", expected)
-    connection.execute(update(meta).values(committed_step=watermark.step))
-    if keep_payloads:
-        return
-    covered = groups.c.ordinal < watermark.next_ordinal
-    connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
-    connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
-    # under the write lock: no other process is between writing a record and referring to it
-    query = select(slices.c.segment).where(slices.c.segment.is_not(None)).distinct()
-    payloads.keep_only(set(connection.execute(query).scalars()))
-
-
-def rollback(connection: Connection, watermark: Watermark, payloads: SegmentFiles, now: float) -> RollbackReport:
-    """See SqlBuffer.rollback."""
-    dead = _move_versions(connection, watermark, _check(connection, watermark), now)
-    place = position(connection)
-    live = select(versions.c.version, versions.c.step).where(versions.c.live)
-    steps = {version: step for version, step in connection.execute(live)}
-
-    # what a database behind the checkpoint still holds of groups the checkpoint covers
-    below = groups.c.ordinal < watermark.next_ordinal
-    connection.execute(delete(groups).where(below, groups.c.state.in_(UNENDED)))
-    later = select(groups.c.ordinal, groups.c.prompt.is_(None).label("forgotten"))
-    later = later.where(groups.c.ordinal >= watermark.next_ordinal).order_by(groups.c.ordinal)
-    rows = connection.execute(later).all()
-    # without gaps from the watermark up to the bound; the learner requests the rest again
-    end = watermark.next_ordinal
-    for row in rows:
-        if row.forgotten or row.ordinal != end or end >= bound(place, watermark.step, watermark.refused):
-            break
-        end += 1
-    removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
-    connection.execute(delete(groups).where(groups.c.ordinal >= end))
-
-    by_ordinal: dict[int, list[Any]] = {ordinal: [] for ordinal in range(watermark.next_ordinal, end)}
-    for row in connection.execute(select(slices).where(slices.c.ordinal >= watermark.next_ordinal)):
-        by_ordinal[row.ordinal].append(row)
-    restored: list[int] = []
-    again: list[int] = []
-    corrupt: list[int] = []
-    for ordinal, parts in by_ordinal.items():
-        survives = all(
-            x.state == GroupState.SCORED
-            and x.newest_version in steps  # then so are its older ones: the newest dies first
-            and ordinal < bound(place, steps[x.oldest_version], watermark.refused)
-            for x in parts
-        )
-        readable = survives and all(_readable(payloads, x) for x in parts)
-        (restored if readable else again).append(ordinal)
-        corrupt += [ordinal] if survives and not readable else []
-    undone: dict[str, Any] = {"trained_step": None, "drop_reason": None, "outcomes": None}
-    update_each(connection, groups, restored, state=GroupState.SCORED, **undone)
-    undone |= {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
-    update_each(connection, groups, again, state=GroupState.REQUESTED, **undone)
-    update_each(connection, slices, again, state=GroupState.REQUESTED, **UNLEASED)
-    moved = {"step": watermark.step, "version": watermark.version, "refused": watermark.refused, "next_ordinal": end}
-    moved["next_version"] = max(place.next_version, watermark.version + 1)
-    connection.execute(update(meta).values(moved))
-    return RollbackReport(
-        restored=tuple(restored), requested_again=tuple(again), dead_versions=tuple(dead),
-        corrupt=tuple(corrupt), removed=removed,
-    )  # fmt: skip
-
-
-def _move_versions(connection: Connection, watermark: Watermark, known: Any, now: float) -> list[int]:
-    """Make `watermark.version` (its row: `known`) the newest live version; returns the versions that die."""
+def _move_versions(connection: Connection, watermark: Watermark, now: float) -> tuple[int, ...]:
+    """Make `watermark.version` the newest live version; returns the versions that die."""
+    known, place = _check(connection, watermark), position(connection)
     newest = connection.execute(select(func.max(versions.c.version))).scalar_one()
-    place = position(connection)
     if known is None and watermark.version > newest and watermark.step > place.step:  # a buffer behind it, or empty
         made = {"version": watermark.version, "step": watermark.step, "published_at": now}
         connection.execute(insert(versions).values(made))
@@ -111,14 +130,14 @@ def _move_versions(connection: Connection, watermark: Watermark, known: Any, now
     problem = "this checkpoint is of an abandoned lineage, written before an earlier rollback"
     _demand(ordinal is None, watermark, problem, f"group {ordinal} not trained on after it")
     newer = versions.c.live & (versions.c.version > watermark.version)
-    dying = list(connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars())
+    dying = connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars().all()
     connection.execute(update(versions).where(newer).values(live=False))
-    return dying
+    return tuple(dying)
 
 
 def _readable(payloads: SegmentFiles, row: Any) -> bool:
     try:
-        payloads.read(PayloadRef(row.segment, row.offset, row.length))
+        payloads.read(row)
     except BufferError:
         return False  # reported as corrupt by the caller
     return True

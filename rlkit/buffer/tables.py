@@ -102,16 +102,14 @@ def stats_of(connection: sa.Connection) -> BufferStats:
     now = position(connection)
     by_state = sa.select(groups.c.state, sa.func.count()).group_by(groups.c.state)
     by_reason = sa.select(groups.c.drop_reason, sa.func.count()).where(groups.c.state == GroupState.DROPPED)
-    counters = ("step", "version", "next_ordinal", "expired_leases", "fenced_writes")
     return BufferStats(
         states={str(state): 0 for state in GroupState} | {state: n for state, n in connection.execute(by_state)},
         dropped_reasons={reason: n for reason, n in connection.execute(by_reason.group_by(groups.c.drop_reason))},
-        **{name: getattr(now, name) for name in counters},
-    )
+        step=now.step, version=now.version, next_ordinal=now.next_ordinal,
+        expired_leases=now.expired_leases, fenced_writes=now.fenced_writes,
+    )  # fmt: skip
 
 
-def update_each(connection: sa.Connection, table: sa.Table, ordinals: Any, **fields: Any) -> None:
-    """Set `fields` of every row of these groups."""
-    if ordinals:
-        where = table.c.ordinal == sa.bindparam("at")
-        connection.execute(sa.update(table).where(where), [{"at": x} | fields for x in ordinals])
+def of(table: sa.Table, ordinals: Any) -> sa.Update:
+    """An update of the rows of these groups."""
+    return sa.update(table).where(table.c.ordinal.in_(ordinals))

@@ -2,11 +2,11 @@
 
 An argument is a run folder or a folder with runs below it (a sweep). Runs named seed_<n> are runs of the variant that
 their parent folder is called after; any other run is a variant of its own. The first variant, or the one named by
---baseline, is what the others are compared with.
+--baseline, is what the others are compared with. Seeds are the unit of resampling: with three of them an interval is
+wide and its coverage poor; it says how far the seeds lie apart, not more.
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ import numpy as np
 from matplotlib.figure import Figure as Drawing
 from rich.console import CONSOLE_HTML_FORMAT, Console
 from rich.table import Table
+from rich.text import Text
+from scipy.stats import bootstrap
 
 from rlkit.config.keys import leaves
 from rlkit.errors import RlkitError, nearest
-from rlkit.experiments.statistics import Figure, improvement_probability, over_seeds, paired_difference
-from rlkit.telemetry.figures import CYCLE, STYLE, new_figure
+from rlkit.telemetry.figures import CYCLE, STYLE
 from rlkit.telemetry.record import EvalCurve, RunRecord, load_run
 from rlkit.types import FloatArray
 
@@ -36,23 +37,19 @@ class Variant:
     name: str
     runs: Mapping[int, RunRecord]
 
-    def curve(self, seed: int, metric: str) -> EvalCurve:
-        """The held-out figure of a run; RlkitError if it was not logged."""
-        curves = {f"{c.set}/{c.label}": c for c in self.runs[seed].evaluations}
-        if metric not in curves:
-            expected = f"one of {', '.join(curves) or 'none: no evaluation was logged'}"
-            problem = f"{self.runs[seed].run_dir} has no such held-out figure.{nearest(metric, curves)}"
-            raise RlkitError(problem, key="--metric", value=metric, expected=expected)
-        return curves[metric]
-
-    def last(self, metric: str) -> dict[int, float]:
-        """The figure after training, by seed. RlkitError for a run that was not evaluated after any step."""
+    def curves(self, metric: str) -> dict[int, EvalCurve]:
+        """The held-out figure of every run, by seed; RlkitError if one did not log it, or not after training."""
         found = {}
         for seed, run in self.runs.items():
-            if (after := self.curve(seed, metric).after) is None:
+            logged = {f"{c.set}/{c.label}": c for c in run.evaluations}
+            if metric not in logged:
+                expected = f"one of {', '.join(logged) or 'none: no evaluation was logged'}"
+                problem = f"{run.run_dir} has no such held-out figure.{nearest(metric, logged)}"
+                raise RlkitError(problem, key="--metric", value=metric, expected=expected)
+            if logged[metric].after is None:
                 fix = "let it train, or leave it out"
                 raise RlkitError("not evaluated after training", key="run", value=str(run.run_dir), fix=fix)
-            found[seed] = after.value
+            found[seed] = logged[metric]
         return found
 
     @cached_property
@@ -67,13 +64,47 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Figure:
+    """An estimate with its standard error over seeds and its bootstrap interval; NaN where one seed says nothing."""
+
+    value: float
+    error: float
+    low: float
+    high: float
+    seeds: int
+
+
+def over_seeds(values: Mapping[int, float]) -> Figure:
+    """Mean over seeds; error is sd / sqrt(n) with the unbiased sd, the interval a percentile bootstrap of 95 %."""
+    x = np.array(list(values.values()))
+    if len(x) < 2:
+        return Figure(float(x.mean()), np.nan, np.nan, np.nan, len(x))
+    low, high = bootstrap((x,), np.mean, n_resamples=10_000, method="percentile", rng=0).confidence_interval
+    return Figure(float(x.mean()), float(x.std(ddof=1) / len(x) ** 0.5), float(low), float(high), len(x))
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Figure | None:
+    """Mean over common seeds of value - baseline (same prompts and random numbers); None without a common seed."""
+    common = values.keys() & baseline.keys()
+    return over_seeds({seed: values[seed] - baseline[seed] for seed in sorted(common)}) if common else None
+
+
+def improvement_probability(values: Mapping[int, float], baseline: Mapping[int, float]) -> float:
+    """P(a run beats a run of the baseline) over all pairs of seeds, a tie counts half (Agarwal et al. 2021,
+    arXiv 2108.13264, section 4.3: the Mann-Whitney U statistic over n m).
+    """
+    pairs = np.subtract.outer(list(values.values()), list(baseline.values()))
+    return float(np.mean(0.5 + 0.5 * np.sign(pairs)))
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """A row of the table; `difference` and `improvement` are None for the baseline itself."""
 
     variant: Variant
     after: Figure
     difference: Figure | None
-    improvement: Figure | None
+    improvement: float | None
 
 
 def find_variants(folders: Iterable[Path]) -> list[Variant]:
@@ -95,16 +126,15 @@ def find_variants(folders: Iterable[Path]) -> list[Variant]:
 
 def compare(variants: Sequence[Variant], metric: str, baseline: str) -> list[Comparison]:
     """One row a variant, best first."""
-    last = {variant.name: variant.last(metric) for variant in variants}
+    last = {v.name: {seed: c.points[-1].value for seed, c in v.curves(metric).items()} for v in variants}
     if baseline not in last:
         expected = f"one of {', '.join(last)}"
         raise RlkitError("no such variant", key="--baseline", value=baseline, expected=expected)
     rows, base = [], last[baseline]
     for variant in variants:
-        values, other = last[variant.name], variant.name != baseline
-        difference = paired_difference(values, base) if other else None
-        improvement = improvement_probability(values, base) if other else None
-        rows.append(Comparison(variant, over_seeds(values), difference, improvement))
+        values = last[variant.name]
+        both = paired_difference(values, base), improvement_probability(values, base)
+        rows.append(Comparison(variant, over_seeds(values), *(both if variant.name != baseline else (None, None))))
     return sorted(rows, key=lambda row: -row.after.value)
 
 
@@ -132,23 +162,21 @@ INTERVAL = "95 % interval"
 HEADINGS = ("variant", "seeds", "after", INTERVAL, "difference", INTERVAL, "P(better)", "tokens", "seconds")
 
 
-def table(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """The cells under HEADINGS."""
-    cells: list[tuple[str, ...]] = []
-    for row in rows:
-        tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent], axis=0)
-        better = "-" if row.improvement is None else f"{row.improvement.value:.2f}"
-        estimates = (*_shown(row.after), *_shown(row.difference, "+"), better)
-        cells.append((row.variant.name, str(row.after.seeds), *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}"))
-    return cells
+def _cells(row: Comparison) -> tuple[str, ...]:
+    """What stands under HEADINGS."""
+    tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent], axis=0)
+    better = "-" if row.improvement is None else f"{row.improvement:.2f}"
+    estimates = (*_shown(row.after), *_shown(row.difference, "+"), better)
+    return row.variant.name, str(row.after.seeds), *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}"
 
 
 def draw(variants: Sequence[Variant], metric: str) -> Drawing:
     """The figure against steps, sampled tokens and seconds: mean over seeds, band of one standard error."""
     with mpl.rc_context(STYLE):
-        drawing, axes = new_figure(3, (13.0, 4.4))
+        drawing = Drawing(figsize=(13.0, 4.4), layout="constrained")
+        axes = drawing.subplots(1, 3)
         for i, variant in enumerate(variants):
-            points = [{p.step: p.value for p in variant.curve(seed, metric).points} for seed in variant.runs]
+            points = [{p.step: p.value for p in curve.points} for curve in variant.curves(metric).values()]
             steps = sorted(set(points[0]).intersection(*points))  # where every seed was evaluated
             values = np.array([[of_seed[step] for step in steps] for of_seed in points])
             mean = values.mean(axis=0)
@@ -182,22 +210,19 @@ def main(argv: Sequence[str]) -> int:
     shown = Table(title=f"{metric}: mean +- standard error over seeds; differences paired by seed with {baseline}")
     for heading in HEADINGS:
         shown.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in table(compared):
-        shown.add_row(*row)
+    for row in compared:
+        shown.add_row(*_cells(row))
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
     runs = [(f"{variant.name} seed {seed}", run) for variant in variants for seed, run in variant.runs.items()]
     planned = [(name, run.last_step, run.config.get("steps", 0)) for name, run in runs]
     notes = [f"{name} stands at step {last} of {steps}" for name, last, steps in planned if last < steps]
     notes += [f"{key}: {'; '.join(values)}" for key, values in differing_keys(variants).items()]
-    kept = Console(record=True, file=io.StringIO(), width=160)
-    for target in (Console(width=None if sys.stdout.isatty() else 160), kept):
-        target.print(shown)
-        for note in notes:
-            target.print(note, markup=False, highlight=False)
-    kept.save_text(str(out / "compare.txt"), clear=False)
+    console = Console(record=True, width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(shown, Text("\n".join(notes)))
+    console.save_text(str(out / "compare.txt"), clear=False)
     picture = '<img src="compare.png" alt="curves" style="max-width: 100%"></body>'
-    kept.save_html(str(out / "compare.html"), code_format=CONSOLE_HTML_FORMAT.replace("</body>", picture))
+    console.save_html(str(out / "compare.html"), code_format=CONSOLE_HTML_FORMAT.replace("</body>", picture))
     drawing = draw([row.variant for row in compared], metric)
     drawing.savefig(out / "compare.png", dpi=150, metadata={"Software": None})
     print(f"written: {out / 'compare.txt'}, compare.png, compare.html")

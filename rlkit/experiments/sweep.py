@@ -3,33 +3,32 @@
 Overrides with a comma are swept, as in Hydra: `algorithm=grpo,rloo seed=0,1,2` makes six runs in
 <output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and sample with
 the same keyed random numbers; a warm start is trained once and shared through its cache. Started again, a sweep goes
-on: finished runs are left alone, others resume from their checkpoints.
+on: finished runs are left alone, others resume from their checkpoints, and what is swept may have grown.
 """
 
 import asyncio
 import ctypes
-import hashlib
 import itertools
-import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import filelock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from rlkit.config.compose import load
+from rlkit.config.keys import leaves
 from rlkit.config.verify import verify
 from rlkit.errors import ConfigError
-from rlkit.telemetry.jsonl import replace_file
+from rlkit.experiments.compare import FREE
 from rlkit.telemetry.record import read_mapping
 
-MANIFEST = "sweep.json"
 END_DEADLINE_S = 90.0  # a run that was told to end writes a checkpoint first; it is killed after this
 
 
@@ -42,16 +41,19 @@ class Run:
     log: Path  # what it printed
     overrides: tuple[str, ...]
     steps: int
-    recipe: str  # hash of the resolved configuration
+    recipe: Mapping[str, Any] = field(hash=False)  # resolved
 
     @property
     def finished(self) -> bool:
-        """Whether its summary says that every planned step was trained."""
-        try:
-            steps: int = json.loads((self.folder / "summary.json").read_text())["steps"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return False  # the run makes it anew
-        return steps >= self.steps
+        """Whether its summary says that every planned step was trained; ConfigError if it was by another recipe."""
+        done = int(read_mapping(self.folder / "summary.json").get("steps", -1)) >= self.steps
+        before, now = leaves(read_mapping(self.folder / "config.yaml")), leaves(self.recipe)
+        changed = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
+        if done and (wrong := sorted(key for key in changed if key.split(".")[0] not in (*FREE, "steps"))):
+            problem = f"{self.folder} is of another sweep, with {wrong[0]} = {before.get(wrong[0])!r}"
+            fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
+            raise ConfigError(problem, key=wrong[0], value=now.get(wrong[0]), fix=fix)
+        return done
 
 
 def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tuple[Path, list[Run]]:
@@ -63,7 +65,7 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
         raise ConfigError("a sweep has one folder", key=key, value="swept", expected="one value")
     runs: dict[Path, Run] = {}
     for combination in itertools.product(*choices):
-        config, resolved = load(recipe, combination, config_dir=config_dir)
+        config, _ = load(recipe, combination, config_dir=config_dir)
         verify(config)
         if config.resume == "never":
             fix = "leave it out; set another name for a new sweep"
@@ -76,9 +78,10 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
             raise ConfigError("two runs of the sweep have the same folder", key="name", value=str(folder))
         parent = str(folder.parent).replace("\\", "\\\\").replace("'", "\\'")
         given = (*combination, f"output_dir='{parent}'", f"name={folder.name}")
-        digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
-        log = folder.with_suffix(".log")
-        runs[folder] = Run(f"{variant} seed {config.seed}", folder, log, given, config.steps, digest)
+        _, resolved = load(recipe, given, config_dir=config_dir)
+        runs[folder] = Run(
+            f"{variant} seed {config.seed}", folder, folder.with_suffix(".log"), given, config.steps, resolved
+        )
     return root, list(runs.values())
 
 
@@ -101,62 +104,56 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
     root.mkdir(parents=True, exist_ok=True)
     if (root / "metrics.jsonl").exists():
         raise ConfigError("this folder holds a run", key="name", value=str(root), fix="set another name for the sweep")
+    command = [sys.executable, "-m", "rlkit", "train", f"recipe={recipe}"]
+    command += ["--config-dir", str(config_dir)] if config_dir else []
     try:
         with filelock.FileLock(root / ".lock", timeout=0):
-            recipes = {str(run.folder.relative_to(root)): run.recipe for run in runs}
-            before = read_mapping(root / MANIFEST) or recipes
-            if changed := [run for run in before.keys() | recipes if before.get(run) != recipes.get(run)]:
-                problem = f"this folder holds another sweep; {', '.join(sorted(changed))} would be other runs"
-                fix = "set another name, or repeat the settings it was begun with, the recipe's file among them"
-                raise ConfigError(problem, key="name", value=str(root), fix=fix)
-            replace_file(root / MANIFEST, json.dumps(recipes, indent=1).encode())
             waiting = [run for run in runs if not run.finished]
             print(f"sweep {root}: {len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
-            failed, received = asyncio.run(_run_all(waiting, recipe, config_dir, jobs))
+            received = asyncio.run(_run_all(waiting, command, jobs))
     except filelock.Timeout as error:
         fix = "wait for it, or set another name"
         raise ConfigError("another process runs this sweep", key="name", value=str(root), fix=fix) from error
     if received:
         print(f"stopped by {signal.Signals(received).name}; the same command goes on")
         return 128 + received
-    for run, status in failed.items():
+    failed = [run for run in waiting if not run.finished]
+    for run in failed:
         tail = run.log.read_text(errors="replace")[-2000:] if run.log.exists() else ""
-        print(f"{run.title} ended with status {status}, see {run.log}:\n{tail}", file=sys.stderr)
+        print(f"{run.title} failed, see {run.log}:\n{tail}", file=sys.stderr)
     print(f"compare: rlkit compare {root}")
     return 1 if failed else 0
 
 
-async def _run_all(runs: list[Run], recipe: str, config_dir: Path | None, jobs: int) -> tuple[dict[Run, int], int]:
-    """Train every run; returns the failed ones with their exit status, and the signal that ended it all or 0."""
-    loop = asyncio.get_running_loop()
-    free, failed, stop = asyncio.Semaphore(jobs), dict[Run, int](), loop.create_future()
+async def _run_all(runs: list[Run], command: list[str], jobs: int) -> int:
+    """Train every run; returns the signal that ended it all, or 0."""
+    free, received, whole = asyncio.Semaphore(jobs), list[int](), asyncio.current_task()
+    assert whole is not None
 
     def interrupted(number: int) -> None:
-        if not stop.done():
-            stop.set_result(number)
+        received.append(number)
+        whole.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupted, number)
+        asyncio.get_running_loop().add_signal_handler(number, interrupted, number)
 
     async def one(run: Run) -> None:
         async with free:
-            if stop.done():
-                return
             print(f"{run.title}: started", flush=True)
-            status = await _train(run, recipe, config_dir, jobs, stop)
-        if stop.done():
-            return
-        if not run.finished:
-            failed[run] = status
-        print(f"{run.title}: {'finished' if run.finished else 'failed'}", flush=True)
+            status = await _train(run, [*command, *run.overrides], jobs)
+        print(f"{run.title}: {'finished' if run.finished else f'failed with status {status}'}", flush=True)
 
-    await asyncio.gather(*map(one, runs))
-    return failed, stop.result() if stop.done() else 0
+    try:
+        async with asyncio.TaskGroup() as group:
+            for run in runs:
+                group.create_task(one(run))
+    except asyncio.CancelledError:
+        return received[0]
+    return 0
 
 
-async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop: asyncio.Future[int]) -> int:
-    command = [sys.executable, "-m", "rlkit", "train", f"recipe={recipe}", *run.overrides]
-    command += ["--config-dir", str(config_dir)] if config_dir else []
+async def _train(run: Run, command: list[str], jobs: int) -> int:
+    """Run one to its end, for its exit status; when cancelled, tell it to end and wait until it has."""
     threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -172,17 +169,16 @@ async def _train(run: Run, recipe: str, config_dir: Path | None, jobs: int, stop
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=asyncio.subprocess.STDOUT,
             env=threads | os.environ, start_new_session=True, preexec_fn=_end_with_parent,
         )  # fmt: skip
-        ended = asyncio.create_task(process.wait())
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        process.terminate()
         try:
-            await asyncio.wait([ended, stop], return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
-                process.send_signal(signal.SIGTERM)
-                await asyncio.wait([ended], timeout=END_DEADLINE_S)
-        finally:
-            if not ended.done():
-                process.kill()
-            status = await ended
-    return status
+            await asyncio.wait_for(process.wait(), END_DEADLINE_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        raise
 
 
 def _end_with_parent() -> None:

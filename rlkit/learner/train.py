@@ -24,8 +24,7 @@ from rlkit.learner.sft import start_model
 from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.ranks import GenerateOrder, carry_out
 from rlkit.telemetry.environment import write_environment
-from rlkit.telemetry.jsonl import replace_file
-from rlkit.telemetry.record import read_mapping
+from rlkit.telemetry.record import read_mapping, replace_file
 from rlkit.telemetry.report import print_summary, write_report, write_summary
 from rlkit.telemetry.rollouts import rollout_steps
 from rlkit.telemetry.sinks import Telemetry

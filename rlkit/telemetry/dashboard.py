@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.names import TelemetryError, check_name, sections
-from rlkit.telemetry.record import RunRecord, load_run
+from rlkit.telemetry.record import RunRecord, load_run, replace_file
 from rlkit.telemetry.sinks import CLOCK, optional
 
 

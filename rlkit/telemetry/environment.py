@@ -20,32 +20,30 @@ PACKAGES = [
 ]  # fmt: skip
 GIT_DEADLINE_S = 10.0
 
-# Keys of secrets; eos_token and the like are none.
-_WORDS = "api_?key|secret|password|passwd|credentials?|(?:hf|access|auth|api|bearer)_?token|(?<!_)token"
-_SECRET = re.compile(rf"(?im)^(\s*(?:[\w.=+-]*[_.=+-])?(?:{_WORDS})(?:=|\s*:[ \t]*))\S.*$")
-_SECRET_KEY = re.compile(rf"(?i)(?:.*[_.-])?(?:{_WORDS}|private_?key|authorization)")
+# Keys of secrets, after any prefix; eos_token and the like are none.
+_SECRET = re.compile(
+    r"(?i)(?:.*[_.+=-])?(?:api_?key|secret|password|passwd|credentials?|private_?key|authorization"
+    r"|(?:hf|access|auth|api|bearer)_?token|(?<!_)token)(?=$|=)"
+)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact_argument(argument: str, cwd: Path) -> str:
     """A command-line word without logins, secrets (api_key=***) and absolute paths (relative to `cwd`, or .../x)."""
-    key, equals, value = _URL_LOGIN.sub("***@", _SECRET.sub(r"\1***", argument)).rpartition("=")
+    if "=" in argument and (secret := _SECRET.match(argument)):
+        return f"{secret[0]}=***"
+    key, equals, value = _URL_LOGIN.sub("***@", argument).rpartition("=")
     if value.startswith(("/", "~")):
         path = Path(value)
         value = str(path.relative_to(cwd)) if path.is_relative_to(cwd) else f".../{path.name}"
     return f"{key}{equals}{value}"
 
 
-def redact_text(text: str) -> str:
-    """YAML text without logins in URLs and without the values of secret keys."""
-    return _SECRET.sub(r"\1'***'", _URL_LOGIN.sub("***@", text))
-
-
 def redact(value: Any, key: str = "") -> Any:
     """Plain containers without logins in URLs, and with *** for whatever a secret key holds."""
     if isinstance(value, Mapping):
         return {name: redact(item, str(name)) for name, item in value.items()}
-    if value and _SECRET_KEY.fullmatch(key):
+    if value and _SECRET.fullmatch(key):
         return "***"
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]

@@ -1,22 +1,17 @@
 """What a run's metrics say in words: problems first, each with what to do about it. The words are in report.yaml."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import fmean, variance
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-
-from rlkit.telemetry.names import read_resource
+from rlkit.telemetry.names import REPORT
 from rlkit.telemetry.record import EvalCurve, RunRecord
 
 WINDOW = 20  # steps at either end of a run that a finding speaks of
-_TEXT = yaml.safe_load(read_resource("report.yaml"))
 Found = Iterator[tuple[str, dict[str, Any]]]  # name of a finding in report.yaml, and the values its text shows
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing to know. level: "problem" (act on it), "note" (know it) or "good"."""
 
     level: str
@@ -28,8 +23,10 @@ def findings(run: RunRecord) -> list[Finding]:
     """All findings, problems first, then good news, then notes."""
     found = [*_progress(run), *_limits(run), *_trends(run)]
     found += [finding for curve in run.averages for finding in _evaluation(run, curve)]
-    texts = [(*_TEXT["findings"][name], values) for name, values in found]
-    said = [Finding(level, text.format(**values), remedy) for level, text, remedy, values in texts]
+    said = []
+    for name, values in found:
+        level, text, remedy = REPORT["findings"][name]
+        said.append(Finding(level, text.format(**values), remedy))
     return sorted(said, key=lambda finding: ("problem", "good", "note").index(finding.level))
 
 
@@ -64,7 +61,7 @@ def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
 
 def _limits(run: RunRecord) -> Found:
     said = False
-    for name, limit in _TEXT["limits"].items():
+    for name, limit in REPORT["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
         # "dead" only repeats what "all correct" or "all wrong" have said already
         if values and (mean := fmean(values)) > limit and not (name == "group/dead_frac" and said):

@@ -5,10 +5,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import yaml
 from jinja2 import Template
@@ -23,8 +22,7 @@ class TelemetryError(RlkitError):
     """A metric, a run folder or a rollout file is not what telemetry can keep or read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(NamedTuple):
     """One row of the glossary. `pattern` is the name with placeholders; the rest is text for people."""
 
     pattern: str
@@ -46,6 +44,7 @@ def read_resource(name: str) -> str:
     return (resources.files("rlkit.telemetry") / name).read_text("utf-8")
 
 
+REPORT = yaml.safe_load(read_resource("report.yaml"))  # its texts, styles and limits
 _GLOSSARY = yaml.safe_load(read_resource("metrics.yaml"))
 GROUPS: dict[str, str] = _GLOSSARY["groups"]
 METRICS = tuple(Metric(pattern, *texts) for pattern, texts in _GLOSSARY["metrics"].items())

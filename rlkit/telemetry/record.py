@@ -1,16 +1,39 @@
-"""A run folder read back: metrics, recipe, environment, evaluations before and after."""
+"""A run folder read back: metrics, recipe, environment, evaluations before and after.
+
+metrics.jsonl has one flat JSON object a line, `{"step": int, "time": unix seconds, "seconds": run time, **metrics}`.
+Several lines may carry the same step; of a metric logged twice for a step the later line counts. A torn last line
+(the machine died) is left out when reading and removed when the run goes on; one anywhere else is an error.
+"""
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import yaml
 
-from rlkit.telemetry.jsonl import Row, read_metrics
-from rlkit.telemetry.names import EVAL_NAME, TelemetryError, is_warm_start
+from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, is_warm_start
+
+logger = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """One line. `seconds` is run time since the start, summed over resumes."""
+
+    step: int
+    time: float
+    seconds: float
+    metrics: Metrics
+
+    def line(self) -> bytes:
+        """The row as a line of the file."""
+        record = {"step": self.step, "time": self.time, "seconds": self.seconds, **self.metrics}
+        return msgspec.json.encode(record) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +76,10 @@ class EvalCurve:
 
     def figures(self) -> dict[str, float | None]:
         """`avg@4_before`, `avg@4_before_se`, `avg@4_after`, `avg@4_after_se` and `avg@4_after_step`."""
-        out: dict[str, float | None] = {f"{self.label}_after_step": None if self.after is None else self.after.step}
+        out: dict[str, float | None] = {f"{self.label}_after_step": self.after.step if self.after else None}
         for when, point in (("before", self.before), ("after", self.after)):
-            out[f"{self.label}_{when}"] = None if point is None else point.value
-            out[f"{self.label}_{when}_se"] = None if point is None else point.error
+            value, error = (point.value, point.error) if point else (None, None)
+            out |= {f"{self.label}_{when}": value, f"{self.label}_{when}_se": error}
         return out
 
 
@@ -105,6 +128,40 @@ class RunRecord:
                 if points:
                     curves[order] = EvalCurve(match[1], match[2], points)
         return [curve for _, curve in sorted(curves.items())]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in one rename: a crash leaves it as it was or whole. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
+    """All rows of a run in the order written; empty when there is no metrics.jsonl yet.
+
+    Raises TelemetryError: a line other than a torn last one is broken.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record: dict[str, Any] = msgspec.json.decode(line, type=dict[str, int | float | None])
+            rows.append(Row(int(record.pop("step")), float(record.pop("time")), float(record.pop("seconds")), record))
+        except (msgspec.MsgspecError, KeyError, TypeError) as error:
+            if number < len(lines):
+                problem = f"line {number} is not a JSON object of numbers with step, time and seconds"
+                fix = "remove that line; only a last line may be torn"
+                raise TelemetryError(problem, key="metrics file", value=path.name, fix=fix) from error
+            logger.warning("%s: last line is torn and is left out", path.name)
+    return rows
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

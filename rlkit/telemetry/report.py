@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlkit.telemetry.environment import redact_text
+from rlkit.telemetry.environment import redact
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
-from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.names import TelemetryError, read_resource
-from rlkit.telemetry.record import RunRecord, load_run, read_mapping, with_error
+from rlkit.telemetry.record import RunRecord, load_run, read_mapping, replace_file, with_error
 from rlkit.telemetry.rollouts import COLOURS, examples, facts, judged_rollouts, rollout_steps, visible
 from rlkit.telemetry.sinks import duration
 
@@ -64,11 +63,8 @@ def write_report(run_dir: Path) -> Path:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
     page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
-    recipe, place = run_dir / "config.yaml", read_mapping(run_dir / "environment.json")
-    documents = {
-        "config.yaml": redact_text(recipe.read_text("utf-8")) if run.config else "",
-        "environment.json": yaml.safe_dump(place, sort_keys=False) if place else "",
-    }
+    held = {"config.yaml": redact(run.config), "environment.json": read_mapping(run_dir / "environment.json")}
+    documents = {name: yaml.safe_dump(content, sort_keys=False) if content else "" for name, content in held.items()}
     html = page.from_string(read_resource("templates/report.html.j2")).render(
         run=run, findings=findings(run), drawn=draw_all(run), stages=stages, no_samples=no_samples, documents=documents
     )

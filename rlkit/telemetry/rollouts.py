@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from rlkit.telemetry.jsonl import replace_file
 from rlkit.telemetry.names import TelemetryError
-from rlkit.telemetry.record import read_mapping
+from rlkit.telemetry.record import read_mapping, replace_file
 from rlkit.types import Group
 
 # `parts` is JSON text, reward name -> score; `score` is null where there is none, `advantage` where not trained on.
@@ -53,16 +52,15 @@ def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float]
 
 def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a learner step's rows (of `rows_of`) to <run_dir>/rollouts/step_<step>.parquet, whole or not at all."""
-    columns = {name: [row[name] for row in rows] for name in SCHEMA.names if name not in ("step", "tokens")}
-    columns |= {"step": [step] * len(rows), "tokens": [len(tokens) for tokens in columns["token_ids"]]}
-    columns["parts"] = [json.dumps(dict(parts)) for parts in columns["parts"]]
-    for field in SCHEMA:
-        if field.type == pa.string():  # a lone surrogate, which UTF-8 cannot hold, becomes "?"
-            texts = columns[field.name]
-            columns[field.name] = [text and text.encode("utf-8", "replace").decode() for text in texts]
+    whole = []
+    for row in rows:
+        # a lone surrogate, which UTF-8 cannot hold, becomes "?"
+        texts = {key: x.encode("utf-8", "replace").decode() for key, x in row.items() if isinstance(x, str)}
+        own = {"step": step, "tokens": len(row["token_ids"]), "parts": json.dumps(dict(row["parts"]))}
+        whole.append({**row, **texts, **own})
     buffer = io.BytesIO()
     # a dictionary of token arrays would take longer and no less space
-    pq.write_table(pa.table(columns, SCHEMA), buffer, compression="zstd", use_dictionary=TEXT_COLUMNS)
+    pq.write_table(pa.Table.from_pylist(whole, SCHEMA), buffer, compression="zstd", use_dictionary=TEXT_COLUMNS)
     replace_file(path, buffer.getvalue())
 
 
@@ -72,8 +70,10 @@ def rollout_steps(run_dir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of one step, or of all steps, in the order written; `parts` as a dict.
+def read_rollouts(
+    run_dir: Path, step: int | None = None, columns: Sequence[str] = SCHEMA.names
+) -> list[dict[str, Any]]:
+    """Rows of a step (default: the newest kept) in the order written; `parts` as a dict.
 
     Raises TelemetryError: the run kept no rollouts, or none of this step, or the file is broken.
     """
@@ -81,17 +81,15 @@ def read_rollouts(run_dir: Path, step: int | None = None, columns: Sequence[str]
     if not steps:
         fix = "train with telemetry.save_rollouts=true"
         raise TelemetryError("the run kept no rollouts", key="run", value=run_dir.name, fix=fix)
-    if step is not None and step not in steps:
+    if (step := steps[-1] if step is None else step) not in steps:
         expected = f"one of {steps[0]} ... {steps[-1]}"
         raise TelemetryError("no rollouts of this step", key="step", value=step, expected=expected)
-    rows: list[dict[str, Any]] = []
-    for one in steps if step is None else [step]:
-        path = run_dir / "rollouts" / f"step_{one}.parquet"
-        try:
-            rows += pq.read_table(path, columns=columns).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise TelemetryError(f"not a Parquet file: {error}", key="file", value=path.name) from error
-    return [row | {"parts": json.loads(row["parts"])} if "parts" in row else row for row in rows]
+    path = run_dir / "rollouts" / f"step_{step}.parquet"
+    try:
+        rows = pq.read_table(path, columns=list(columns)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise TelemetryError(f"not a Parquet file: {error}", key="file", value=path.name) from error
+    return [row | {"parts": json.loads(row["parts"])} for row in rows]
 
 
 def judged_rollouts(run_dir: Path, step: int | None, config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -130,22 +128,21 @@ def facts(row: Mapping[str, Any]) -> list[str]:
     return [*where, *advantage, *parts]
 
 
+def _seen(text: str, style: str = "") -> Text:
+    """Untrusted text: never markup, nothing unseen."""
+    return Text.assemble(*((piece, "reverse" if escaped else "") for piece, escaped in visible(text)), style=style)
+
+
 def _print(row: Mapping[str, Any], console: Console) -> None:
     """A judged row for reading: verdict, prompt, completion."""
-
-    def seen(value: str, style: str = "") -> Text:
-        """Untrusted text: never markup, nothing unseen."""
-        return Text.assemble(*((piece, "reverse" if escaped else "") for piece, escaped in visible(value)), style=style)
-
-    colour = COLOURS[row["verdict"]]
-    score = "" if row["score"] is None else f" {row['score']:g}"
+    colour, score = COLOURS[row["verdict"]], "" if row["score"] is None else f" {row['score']:g}"
     title = f"step {row['step']}  ordinal {row['ordinal']}  {row['verdict']}{score}"
     console.print(Rule(Text(title, style=f"bold {colour}"), style=colour))
-    console.print(seen("  ".join(facts(row)), "dim"))
+    console.print(_seen("  ".join(facts(row)), "dim"))
     styles = {"prompt": "", "completion": colour, "answer": "bold", "reference": "bold", "reason": "yellow"}
     for key, style in styles.items():
         if row[key] is not None:
-            console.print(Text.assemble((f"{key:>10}  ", "dim"), seen(row[key], style)))
+            console.print(Text.assemble((f"{key:>10}  ", "dim"), _seen(row[key], style)))
 
 
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -153,22 +150,16 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     parser = argparse.ArgumentParser(prog="rlkit rollouts", description="Read a run's completions.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="learner step; default: the newest kept")
-    parser.add_argument("--ordinal", type=int, help="one prompt group only")
-    parser.add_argument("--sort", choices=("score", "length"), help="worst (unscored last) or longest first")
     parser.add_argument("--limit", type=int, default=10, help="how many (default 10)")
     which = parser.add_mutually_exclusive_group()
     for flag, verdicts in (("right", ["right"]), ("wrong", ["wrong", "partial"]), ("unscored", ["unscored"])):
         which.add_argument(f"--{flag}", dest="verdicts", action="store_const", const=verdicts, default=COLOURS)
     options = parser.parse_args(argv)
     console = console or Console(highlight=False)
-    step = max(rollout_steps(options.run), default=None) if options.step is None else options.step
-    rows = judged_rollouts(options.run, step, read_mapping(options.run / "config.yaml"))
-    kept = [row for row in rows if options.ordinal in (None, row["ordinal"]) and row["verdict"] in options.verdicts]
-    if options.sort:
-        worst = options.sort == "score"
-        kept.sort(key=lambda x: (x["score"] is None, x["score"] or 0.0) if worst else -x["tokens"])
-    chosen = kept[: options.limit]
+    rows = judged_rollouts(options.run, options.step, read_mapping(options.run / "config.yaml"))
+    chosen = [row for row in rows if row["verdict"] in options.verdicts][: options.limit]
     for row in chosen:
         _print(row, console)
+    step = rollout_steps(options.run)[-1] if options.step is None else options.step
     console.print(Text(f"{len(chosen)} of {len(rows)} rollouts of step {step}", style="dim"))
     return 0

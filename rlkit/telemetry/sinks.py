@@ -2,35 +2,36 @@
 
 import importlib
 import logging
+import math
 import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.environment import redact
-from rlkit.telemetry.jsonl import JsonlSink
-from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, alias, check_name, is_warm_start, read_resource
-from rlkit.telemetry.record import load_run
+from rlkit.telemetry.names import EVAL_NAME, REPORT, Metrics, TelemetryError, alias, check_name, is_warm_start
+from rlkit.telemetry.record import Row, load_run, read_metrics, replace_file
 from rlkit.telemetry.rollouts import examples, judged_rollouts, rollout_steps
 
 logger = logging.getLogger(__name__)
 
-DEADLINES_S = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0}
 QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
+WANDB: dict[str, Any] = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0, "console": "off"}
+WANDB |= {"x_save_requirements": False, **dict.fromkeys(QUIET, True)}
 OFF = {"wandb": "off", "tensorboard": "false"}  # extra -> value of its key that goes without it
 CLOCK = "run/seconds"
 TABLE = ("step", "prompt_id", "prompt", "completion", "reference", "answer", "score", "verdict", "finish_reason")
 TABLE_ROWS = 4  # of each verdict
-FIELDS: dict[str, tuple[str, str]] = yaml.safe_load(read_resource("report.yaml"))["console"]
+FIELDS: dict[str, tuple[str, str]] = REPORT["console"]
 PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
@@ -42,6 +43,45 @@ class Sink(Protocol):
 
     def close(self, *, failed: bool = False) -> None:
         """Let go of everything; `failed` says that the run ended in an error. Twice is harmless."""
+
+
+class JsonlSink:
+    """Append rows to run_dir/metrics.jsonl, each flushed, so that a killed run leaves what it knew.
+
+    An existing file's run time goes on. Training rows of steps after `resume_step`, the checkpoint the run goes on
+    from, are removed; warm-start rows stay: their steps count something else. Raises TelemetryError: a broken file.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        rows = read_metrics(run_dir)
+        # what was lost counts as well
+        self.started = time.monotonic() - max((row.seconds for row in rows), default=0.0)
+        self._warned: set[str] = set()
+        last = math.inf if resume_step is None else resume_step
+        kept = [row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last]
+        replace_file(run_dir / "metrics.jsonl", b"".join(kept))  # a torn line goes too
+        self._file = (run_dir / "metrics.jsonl").open("ab")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write one line; a value that is not finite becomes null, and its name is warned once.
+
+        Raises TelemetryError: a value is not a number.
+        """
+        values: dict[str, float | None] = {}
+        for name, value in metrics.items():
+            if not isinstance(value, Real | None):
+                problem, fix = f"a metric is a number, not {type(value).__name__}", "log float(value) or value.item()"
+                raise TelemetryError(problem, key=name, value=value, fix=fix)
+            values[name] = None if value is None or not math.isfinite(value) else float(value)
+            if value is not None and values[name] is None and name not in self._warned:
+                self._warned.add(name)
+                logger.warning("%s is %s at step %d; written as null, said once", name, value, step)
+        row = Row(step, round(time.time(), 3), round(time.monotonic() - self.started, 3), values)
+        self._file.write(row.line())
+        self._file.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        self._file.close()
 
 
 def optional(module: str, extra: str) -> Any:
@@ -82,13 +122,11 @@ class WandbSink:
         if not identity.exists():
             identity.parent.mkdir(parents=True, exist_ok=True)
             identity.write_text(secrets.token_hex(4))
-        quiet: dict[str, Any] = {"console": "off", "x_save_requirements": False, **dict.fromkeys(QUIET, True)}
-        settings = self._wandb.Settings(**DEADLINES_S, **quiet)
         shown = redact(dict(config))  # it may leave the machine
         try:
             self._run: Any = self._wandb.init(
                 project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
-                resume="allow" if mode == "online" else None, config=shown, settings=settings,
+                resume="allow" if mode == "online" else None, config=shown, settings=self._wandb.Settings(**WANDB),
             )  # fmt: skip
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"
@@ -111,7 +149,7 @@ class WandbSink:
         self._run.log(row)
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish the run, within DEADLINES_S, and end wandb's service process."""
+        """Finish the run, within its finish_timeout, and end wandb's service process."""
         run, self._run = self._run, None
         if run is None:
             return

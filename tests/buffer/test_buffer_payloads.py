@@ -13,8 +13,7 @@ from buffer_work import START, Buffer, Clock, open_at, prompt, request, rollout,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.buffer.codec import decode, encode
-from rlkit.buffer.payloads import PayloadRef, SegmentFiles
+from rlkit.buffer.payloads import PayloadRef, SegmentFiles, decode, encode
 from rlkit.errors import BufferError
 from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 

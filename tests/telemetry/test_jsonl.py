@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.telemetry.jsonl import JsonlSink, read_metrics
 from rlkit.telemetry.names import TelemetryError, is_warm_start
-from rlkit.telemetry.record import load_run
+from rlkit.telemetry.record import load_run, read_metrics
+from rlkit.telemetry.sinks import JsonlSink
 
 
 def test_a_row_is_on_disk_before_the_next_one(tmp_path: Path) -> None:

@@ -17,12 +17,11 @@ from rich.console import Console
 
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry import sinks
-from rlkit.telemetry.jsonl import JsonlSink, read_metrics
 from rlkit.telemetry.names import Metrics, TelemetryError
-from rlkit.telemetry.record import load_run
+from rlkit.telemetry.record import load_run, read_metrics
 from rlkit.telemetry.report import write_summary
 from rlkit.telemetry.rollouts import judged_rollouts
-from rlkit.telemetry.sinks import ConsoleSink, Telemetry, WandbSink, duration
+from rlkit.telemetry.sinks import ConsoleSink, JsonlSink, Telemetry, WandbSink, duration
 
 ROOT = Path(__file__).parents[2]
 
