@@ -99,12 +99,14 @@ class Keeper:
             with theirs, self._exchange:  # held open here, their end would hide the child's death
                 zygote = self.zygote or self._start()
                 child = Child(ours, zygote, self._ask(zygote, (0, 0.0), int, theirs.fileno()))
-            if problem := child.ask(b"", str, _GRACE_S):
-                raise RewardError(f"a scoring child could not be confined: {problem}")
-        except BaseException as error:
-            ours.close()
-            if isinstance(error, (*GONE, *MALFORMED)):
+            try:
+                problem = child.ask(b"", str, _GRACE_S)
+            except (*GONE, *MALFORMED):
                 raise self._bury(zygote, "did not confine a scoring child") from None
+            if problem:
+                raise RewardError(f"a scoring child could not be confined: {problem}")
+        except BaseException:
+            ours.close()
             raise
         return child
 

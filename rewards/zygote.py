@@ -5,6 +5,7 @@ model text: a child does, which serves samples on a socket of its own until the 
 are JSON, one a line, decoded into typed records.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -65,7 +66,8 @@ class Zygote:
                 control.sendall(line(self._fork(socket.socket(fileno=message[1][0]))))
             else:
                 control.sendall(line(self._end(pid, patience_s)))
-        _kill(self._living | _children())
+        _kill(self._living)
+        _kill_strays(set())  # what the rewards started, too
 
     def _fork(self, peer: socket.socket) -> int:
         """Fork a child; it confines itself, says so (an empty text, or what failed), and scores."""
@@ -101,8 +103,7 @@ class Zygote:
         if not ended[0]:
             _kill({pid})
         self._living.remove(pid)
-        while strays := _children() - self._kept - self._living:  # mode `limits` lets it fork
-            _kill(strays)
+        _kill_strays(self._kept | self._living)  # mode `limits` lets it fork
         if not ended[0]:
             return "closed its result pipe"
         code = os.waitstatus_to_exitcode(ended[1])
@@ -121,9 +122,18 @@ def _children() -> set[int]:
 
 
 def _kill(children: set[int]) -> None:
+    """SIGKILL children, with the sessions that they lead, and reap them."""
     for pid in children:
+        with contextlib.suppress(ProcessLookupError):  # it does not lead one
+            os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _kill_strays(spared: set[int]) -> None:
+    """Kill all children but those spared, and what they leave behind."""
+    while others := _children() - spared:
+        _kill(others)
 
 
 def main() -> None:
@@ -147,7 +157,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+        status = 0
     except BaseException:  # its traceback goes to the file that the pool quotes
         traceback.print_exc()
+        status = 1
     sys.stderr.flush()
-    os._exit(0)  # a reward's own threads must not keep alive what the pool has let go
+    os._exit(status)  # a reward's own threads must not keep alive what the pool has let go
