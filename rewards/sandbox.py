@@ -47,6 +47,7 @@ _SOCKET_TYPE_MASK = 0xF
 _FILE_MB, _OPEN_FILES = 16, 64
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 2, 8
+_libc = ctypes.CDLL(None)
 _MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
 
 
@@ -65,7 +66,7 @@ def adopt_descendants() -> None:
 def _process_control(option: int, value: int, argument: Any = ctypes.c_ulong(0)) -> None:  # noqa: B008
     """prctl(2). Raises OSError; does nothing where there is no prctl."""
     zero = ctypes.c_ulong(0)
-    if sys.platform == "linux" and ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), argument, zero, zero):
+    if sys.platform == "linux" and _libc.prctl(option, ctypes.c_ulong(value), argument, zero, zero):
         raise OSError(f"prctl({option}) failed")
 
 
