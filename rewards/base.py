@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 
 class RewardError(Exception):
@@ -53,19 +53,6 @@ class Score:
     answer: str | None
     reason: str | None
     seconds: float
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """A callable object built from keyword settings. Raises `Unscorable`, or gives None, for what it cannot judge.
-
-    Optional members, used when present:
-      answer(sample) -> str | None     extracted answer, for majority voting
-      warm_up() -> None                pay imports and caches once, before the first sample
-      bounds: tuple[float, float]      values outside become None: a forged score stays bounded
-    """
-
-    def __call__(self, sample: Sample) -> float | None: ...
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

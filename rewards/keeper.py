@@ -13,15 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from rewards.base import RewardError
 from rewards.spec import Weight
 from rewards.zygote import Setup, decode, line
 
 # What an exchange raises: the other side is gone (or late: TimeoutError is an OSError), or it talks nonsense.
 GONE = (OSError, EOFError)
-MALFORMED = (ValueError, RecursionError, msgspec.DecodeError)
+MALFORMED = (ValueError, RecursionError)
 
 _START_S = 60.0  # to import the rewards and warm them up
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.05, 5.0  # doubled from death to death
@@ -31,9 +29,7 @@ _EXIT_S = 2.0  # how long a zygote may take to end its children and itself
 _KILL_S = 10.0
 _REPLY_LIMIT_BYTES = 1 << 20
 # What a zygote inherits of the environment: nothing that could be a secret.
-_KEPT_VARIABLES = (
-    "PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ VIRTUAL_ENV LD_LIBRARY_PATH PYTHONHASHSEED PYTHONUTF8 PYTHONHOME"
-)
+_KEPT = "PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ VIRTUAL_ENV LD_LIBRARY_PATH PYTHONHASHSEED PYTHONUTF8 PYTHONHOME"
 
 
 class ZygoteDied(RewardError):
@@ -53,14 +49,10 @@ class Peer:
         self.socket.settimeout(limit_s)
         self.socket.sendall(request)
         while b"\n" not in self._received:
-            if len(self._received) > _REPLY_LIMIT_BYTES:
-                raise ValueError("a line without an end")
-            if (left_s := deadline - time.monotonic()) <= 0:
-                raise TimeoutError
-            self.socket.settimeout(left_s)
+            self.socket.settimeout(max(deadline - time.monotonic(), 1e-6))
             received = self.socket.recv(1 << 16)
-            if not received:
-                raise EOFError("the socket was closed at the other end")
+            if not received or len(self._received) > _REPLY_LIMIT_BYTES:
+                raise ValueError("a line without an end") if received else EOFError
             self._received += received
         answer, _, self._received = self._received.partition(b"\n")
         return decode(answer, type=kind)
@@ -103,8 +95,7 @@ class Keeper:
     def fork(self) -> Child:
         """A fresh child, confined, of a fresh zygote if need be. Raises ZygoteDied: ask again; and RewardError."""
         ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(ours.close)
+        try:
             with theirs, self._exchange:  # held open here, their end would hide the child's death
                 zygote = self.zygote or self._start()
                 child = Child(ours, zygote, self._ask(zygote, (0, 0.0), int, theirs.fileno()))
@@ -114,7 +105,9 @@ class Keeper:
                 raise self._bury(zygote, "did not confine a scoring child") from None
             if problem:
                 raise RewardError(f"a scoring child could not be confined: {problem}")
-            on_failure.pop_all()
+        except BaseException:
+            ours.close()
+            raise
         return child
 
     def end(self, child: Child, patience_s: float = 0.0) -> str:
@@ -147,14 +140,10 @@ class Keeper:
             if self._closing.is_set():
                 ours.close()
                 raise RewardError("the verifier pool was closed; make a new one")
+            command, environment = [sys.executable, "-m", "rewards.zygote", str(os.getpid())], self._environment()
+            # A session of its own: Ctrl-C at the terminal is for the pool's process, which ends its zygote itself.
             process = subprocess.Popen(
-                [sys.executable, "-m", "rewards.zygote", str(os.getpid())],
-                stdin=theirs.fileno(),
-                stdout=stderr,
-                stderr=stderr,
-                env=_environment(self._setup.work_dir),
-                # Ctrl-C at the terminal is for the pool's process, which ends its zygote itself.
-                start_new_session=True,
+                command, stdin=theirs.fileno(), stdout=stderr, stderr=stderr, env=environment, start_new_session=True
             )
             zygote = self.zygote = Zygote(ours, process)
         try:
@@ -195,17 +184,12 @@ class Keeper:
                 self._deaths.append(death)
         return ZygoteDied(death)
 
-
-def _environment(work_dir: str) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES.split() if name in os.environ}
-    package_root = str(Path(__file__).resolve().parent.parent)
-    return kept | {
+    def _environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in _KEPT.split() if name in os.environ}
+        package_root = str(Path(__file__).resolve().parent.parent)
         # The zygote finds the modules its parent finds, and not one more.
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([*(path or os.getcwd() for path in sys.path), package_root])),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HOME": work_dir,
-        "TMPDIR": work_dir,
+        places = dict.fromkeys([*(path or os.getcwd() for path in sys.path), package_root])
+        python = {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         # A thread pool does not survive a fork, and each child is meant to use one core.
-        **dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1"),
-    }
+        threads = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
+        return kept | python | threads | dict.fromkeys(["HOME", "TMPDIR"], self._setup.work_dir)

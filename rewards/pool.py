@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import math
 import os
 import queue
@@ -28,7 +29,7 @@ _CLOSE_S = 20.0
 Scores = Future[list[Score]]
 
 
-class VerifierPool:
+class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
     """Scores samples with the rewards of a specification, in `workers` processes at a time.
 
     spec: names to `{"_target_": import path, "weight": float, **settings}`.
@@ -115,9 +116,6 @@ class VerifierPool:
             thread.join(_CLOSE_S)
         shutil.rmtree(self._folder, ignore_errors=True)
         atexit.unregister(self.close)
-
-    def __enter__(self) -> VerifierPool:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,4 +1,10 @@
-"""From a specification to a set of named, weighted rewards, and from their parts to one score."""
+"""From a specification to a set of named, weighted rewards, and from their parts to one score.
+
+A reward is a callable `reward(sample) -> float | None`: a function, or an object built from settings. It may have
+  answer(sample) -> str | None     the extracted answer, for majority voting
+  warm_up() -> None                pay imports and caches once, before the first sample
+  bounds: tuple[float, float]      values outside become None: a forged score stays bounded
+"""
 
 import functools
 import importlib
@@ -6,13 +12,16 @@ import inspect
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardError, Sample, Unscorable, nearest
 
 Function = Callable[[Sample], float | None]
+_MAX_TEXT_CHARS = 10_000
 _LARGEST = sys.float_info.max  # no part is beyond it, and JSON carries no infinity
 
 
@@ -50,14 +59,14 @@ class RewardSet:
             try:
                 part, reason = _checked(function(sample), weight)
                 if weight.answers and found.answer is None and (answer := function.answer(sample)) is not None:  # type: ignore[attr-defined]
-                    found.answer = str(answer)
+                    found.answer = _plain(str(answer))
             except Unscorable as error:
                 part, reason = None, f"{error} (reward {weight.name!r})"
             except BaseException as error:  # model text that is evaluated can raise SystemExit
                 part, reason = None, f"reward {weight.name!r} raised {_describe(error)}"
             found.parts[weight.name] = part
             if reason is not None:
-                found.reasons[weight.name] = reason
+                found.reasons[weight.name] = _plain(reason)
         return found
 
 
@@ -98,11 +107,14 @@ def _checked(value: Any, weight: Weight) -> tuple[float | None, str | None]:
     return number, None
 
 
+def _plain(text: str) -> str:
+    """Of a sane length, and without lone surrogates, which JSON cannot carry."""
+    return text[:_MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")
+
+
 def _describe(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:500]
-    except Exception as nested:  # a message that cannot be rendered must not cost the verdict
-        return f"{type(error).__name__}: (its message raised {type(nested).__name__})"
+    # Of a message that cannot be rendered it says so.
+    return traceback.format_exception_only(error)[-1].strip()[:500]
 
 
 def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -146,18 +158,35 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
     return RewardSet(tuple(weights), tuple(functions))
 
 
+def import_target(path: Any) -> Callable[..., Any]:
+    """The class or function at an import path, also one nested in a class. Raises RewardError."""
+    if not isinstance(path, str) or "." not in path:
+        raise RewardError(f"{path!r} is not an import path such as package.module.Name")
+    found, here = None, ""
+    for name in path.split("."):
+        parent, here = here, f"{here}.{name}".lstrip(".")
+        if found is None or isinstance(found, ModuleType):
+            try:
+                found = importlib.import_module(here)
+                continue
+            except (Exception, SystemExit) as error:  # importing runs other people's code
+                if not (isinstance(error, ModuleNotFoundError) and error.name == here):
+                    raise RewardError(f"importing {here} raised {_describe(error)}") from error
+        if found is None:
+            fix = "install it, or run where its file lies (the working directory is searched)"
+            raise RewardError(f"no module named {name!r}; {fix}")
+        if not hasattr(found, name):
+            members = [member for member in vars(found) if not member.startswith("_")]
+            raise RewardError(f"{parent} has no {name!r}; {nearest(name, members)}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise RewardError(f"{path} is a {type(found).__name__}, not a class or function")
+    return found
+
+
 def _construct(target: str, settings: dict[str, Any]) -> Function:
     """Other people's code raises what it likes, or would end the run silently: all becomes a RewardError."""
-    module_name, _, attribute = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        problem = f"importing {module_name!r} raised {_describe(error)}; is it on the Python path?"
-        raise RewardError(problem) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        near = nearest(attribute, [key for key, value in vars(module).items() if callable(value)])
-        raise RewardError(f"{module_name!r} has no callable {attribute!r}; {near}")
+    factory = import_target(target)
     plain = inspect.isfunction(factory)  # a function takes the sample first and its settings by keyword
     try:
         inspect.signature(factory).bind(*[None] * plain, **settings)

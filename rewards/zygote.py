@@ -5,6 +5,7 @@ model text: a child does, which serves samples on a socket of its own until the 
 are JSON, one a line, decoded into typed records.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -12,18 +13,13 @@ import socket
 import sys
 import time
 import traceback
-from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from rewards.base import RewardError, Sample
-from rewards.kernel import process_control
-from rewards.sandbox import Sandbox, die_with
-from rewards.spec import Measurement, build
-
-_MAX_TEXT_CHARS = 10_000
-_PR_SET_CHILD_SUBREAPER = 36
+from rewards.sandbox import Sandbox, adopt_descendants, die_with
+from rewards.spec import build
 
 decode = msgspec.json.decode
 
@@ -70,9 +66,8 @@ class Zygote:
                 control.sendall(line(self._fork(socket.socket(fileno=message[1][0]))))
             else:
                 control.sendall(line(self._end(pid, patience_s)))
-        for pid in list(self._living):
-            self._end(pid)
-        _kill_all(set())  # what the rewards started
+        _kill(self._living)
+        _kill_strays(set())  # what the rewards started, too
 
     def _fork(self, peer: socket.socket) -> int:
         """Fork a child; it confines itself, says so (an empty text, or what failed), and scores."""
@@ -82,9 +77,12 @@ class Zygote:
             return pid
         try:
             try:
-                os.setsid()
+                os.setsid()  # where the kernel groups tasks by session, it gets a share of its own of a busy machine
                 die_with(self._pid)
-                _drop_descriptors({peer.fileno(), self._sandbox.ruleset or 0})
+                for stream in (1, 2):
+                    os.dup2(0, stream)  # /dev/null
+                os.closerange(3, peer.fileno())
+                os.closerange(peer.fileno() + 1, os.sysconf("SC_OPEN_MAX"))  # the control socket, too
                 os.chdir(self._setup.work_dir)
                 self._sandbox.enter()
             except Exception as error:  # whatever it is, the pool must hear of it
@@ -93,44 +91,25 @@ class Zygote:
                 peer.sendall(line(""))
                 for request in peer.makefile("rb"):
                     index, sample = decode(request, type=tuple[int, Sample])
-                    peer.sendall(line((index, _plain(self._rewards.measure(sample)))))
+                    peer.sendall(line((index, self._rewards.measure(sample))))
         finally:  # none of the zygote's own exit handlers may run here
             os._exit(1)
 
     def _end(self, pid: int, patience_s: float = 0.0) -> str:
-        """Kill the child's session after `patience_s`, reap it, kill what it left behind; say how it ended."""
+        """Kill the child after `patience_s`, reap it, kill what it left behind; say how it ended."""
         deadline = time.monotonic() + patience_s
         while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
             time.sleep(0.001)
         if not ended[0]:
-            _kill(pid)
+            _kill({pid})
         self._living.remove(pid)
-        _kill_all(self._kept | self._living)  # mode `limits` lets it fork
+        _kill_strays(self._kept | self._living)  # mode `limits` lets it fork
         if not ended[0]:
             return "closed its result pipe"
         code = os.waitstatus_to_exitcode(ended[1])
         if code == -signal.SIGXCPU:
             return "used up its CPU time"
         return f"crashed (signal {-code})" if code < 0 else f"exited (status {code})"
-
-
-def _plain(found: Measurement) -> Measurement:
-    """With texts cut to a sane length, and without lone surrogates, which JSON cannot carry."""
-
-    def plain(text: str) -> str:
-        return text[:_MAX_TEXT_CHARS].encode("utf-8", "replace").decode("utf-8")
-
-    reasons = {name: plain(reason) for name, reason in found.reasons.items()}
-    return Measurement(found.parts, reasons, None if found.answer is None else plain(found.answer))
-
-
-def _drop_descriptors(keep: set[int]) -> None:
-    """Standard streams to /dev/null; all others but `keep` closed, the control socket too."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    for low, high in pairwise(sorted({0, 1, 2, *keep, os.sysconf("SC_OPEN_MAX")})):
-        os.closerange(low + 1, high)
 
 
 def _children() -> set[int]:
@@ -142,31 +121,30 @@ def _children() -> set[int]:
         return set()
 
 
-def _kill(pid: int) -> None:
-    """SIGKILL a child, with its whole session if it leads one, and reap it."""
-    if os.getpgid(pid) == pid:
-        os.killpg(pid, signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+def _kill(children: set[int]) -> None:
+    """SIGKILL children, with the sessions that they lead, and reap them."""
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):  # it does not lead one
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-def _kill_all(spared: set[int]) -> None:
+def _kill_strays(spared: set[int]) -> None:
     """Kill all children but those spared, and what they leave behind."""
     while others := _children() - spared:
-        for pid in others:
-            _kill(pid)
+        _kill(others)
 
 
 def main() -> None:
     """Warm up and obey, or tell the pool why the rewards cannot be had."""
     die_with(int(sys.argv[1]))
-    process_control(_PR_SET_CHILD_SUBREAPER, 1)  # descendants whose parent ends become its own, and can be killed
+    adopt_descendants()
     control = socket.socket(fileno=os.dup(0))
-    with open(os.devnull, "rb") as null, control.makefile("rb") as first:
-        os.dup2(null.fileno(), 0)
-        setup = decode(first.readline(), type=Setup)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     try:
-        zygote = Zygote(setup)
+        with control.makefile("rb") as first:
+            zygote = Zygote(decode(first.readline(), type=Setup))
     except RewardError as error:
         return control.sendall(line(str(error)))
     except (Exception, SystemExit):  # other people's code raises what it likes; the pool must hear of it
@@ -177,12 +155,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    status = 0
     try:
         main()
-    except BrokenPipeError:  # the pool is gone
-        pass
-    except BaseException:  # os._exit below would swallow it: its traceback goes to the file the pool quotes
+        status = 0
+    except BaseException:  # its traceback goes to the file that the pool quotes
         traceback.print_exc()
         status = 1
     sys.stderr.flush()

@@ -10,15 +10,7 @@ from collections.abc import Iterable, Iterator
 
 
 class RlkitError(Exception):
-    """Base of all errors that are the input's or the environment's, not the code's.
-
-    Example:
-        >>> print(RlkitError("one sample per prompt", key="samples_per_prompt", value=1,
-        ...                  expected="2 or more", fix="set samples_per_prompt=8"))
-        samples_per_prompt = 1: one sample per prompt
-          expected: 2 or more
-          to mend:  set samples_per_prompt=8
-    """
+    """Base of all errors that are the input's or the environment's, not the code's."""
 
     def __init__(
         self, problem: str, *, key: str | None = None, value: object = None,

@@ -3,22 +3,18 @@
 A target is a dataclass or any callable with named parameters; nothing has to be registered anywhere.
 """
 
-import importlib
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
-from types import ModuleType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 
+import rewards
 from rlkit.config.keys import describe
 from rlkit.errors import ConfigError, nearest
 
 TARGET = "_target_"
 EXAMPLE = "_target_: package.module.Name"
-SCALARS = (bool, int, float, str, NoneType, Any, object, Ellipsis)
-CONTAINERS = (list, tuple, set, frozenset, dict, Mapping, Sequence, Collection, Iterable)
 
 
 def build(component: Mapping[str, Any], *, key: str) -> Any:
@@ -68,30 +64,10 @@ def validate(component: Any, key: str) -> dict[str, Any]:
 
 def import_target(path: Any, key: str) -> Callable[..., Any]:
     """The class or function at an import path, also one nested in a class. Raises ConfigError."""
-    refused = partial(ConfigError, key=f"{key}.{TARGET}", value=path, expected="package.module.Name")
-    if not isinstance(path, str) or "." not in path:
-        raise refused("not an import path")
-    found: Any = None
-    here, fix = "", "install it, or run where its file lies (the working directory is searched)"
-    for name in path.split("."):
-        parent, here = here, f"{here}.{name}".lstrip(".")
-        if found is None or isinstance(found, ModuleType):
-            try:
-                found = importlib.import_module(here)
-                continue
-            # Importing runs other people's code, which may raise anything.
-            except (Exception, SystemExit) as error:
-                if not (isinstance(error, ModuleNotFoundError) and error.name == here):
-                    raise refused(f"importing {here} raised {type(error).__name__}: {error}") from error
-        if found is None:
-            raise refused(f"no module named {name!r}", fix=fix)
-        if not hasattr(found, name):
-            members = [member for member in vars(found) if not member.startswith("_")]
-            raise refused(f"{parent} has no {name!r}.{nearest(name, members)}", fix=fix)
-        found = getattr(found, name)
-    if not callable(found):
-        raise refused(f"this is a {type(found).__name__}, not a class or function")
-    return found  # type: ignore[no-any-return]
+    try:
+        return rewards.import_target(path)
+    except rewards.RewardError as error:
+        raise ConfigError(str(error), key=f"{key}.{TARGET}", value=path, expected=EXAMPLE) from error
 
 
 def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -106,16 +82,13 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def converted(value: Any, annotation: Any, key: str, path: str) -> Any:
     """A plain (YAML) value as the annotation asks; as it is where the annotation is more than plain types."""
+
+    def unknown(kind: type, given: Any) -> Any:
+        raise LookupError(kind)
+
     try:
-        return msgspec.convert(value, annotation) if _is_plain(annotation) else value
+        return msgspec.convert(value, annotation, dec_hook=unknown)
     except msgspec.ValidationError as error:
         raise ConfigError(f"wrong type for {path}", key=key, value=value, expected=describe(annotation)) from error
-    except TypeError:  # a union msgspec cannot tell apart
+    except (LookupError, TypeError):  # TypeError: a union msgspec cannot tell apart, too
         return value
-
-
-def _is_plain(annotation: Any) -> bool:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType, *CONTAINERS):
-        return all(map(_is_plain, args))
-    return origin is Literal or annotation in (*SCALARS, *CONTAINERS)

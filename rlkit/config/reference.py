@@ -11,7 +11,7 @@ from jinja2 import Template
 from omegaconf import MISSING
 
 from rlkit.config import keys
-from rlkit.config.library import Library
+from rlkit.config.compose import Library
 from rlkit.config.schema import Config
 
 

@@ -5,8 +5,11 @@ values; its number is its default id.
 """
 
 import codecs
+import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,11 @@ import pyarrow
 import pyarrow.parquet
 
 from rlkit.config.components import build
-from rlkit.config.hub import offline_unless_reachable
 from rlkit.errors import DataError, nearest
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
+HUB_ANSWER_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,23 @@ class HubDataset:
             table = table.select_columns(list(_checked(self.columns, table.column_names, self.name)))
         rows: list[Row] = table.to_list()
         return rows
+
+
+@cache
+def offline_unless_reachable() -> None:
+    """Ask the hub once a process; without an answer in 3 s (it retries 23 s a file) only the local cache is used."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_ANSWER_S)
+    # The kind of error depends on the HTTP library that the hub's client is built on.
+    except Exception as error:
+        import datasets
+
+        logging.getLogger(__name__).warning("%s: %s; using the local cache only", constants.ENDPOINT, error)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes started from here
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

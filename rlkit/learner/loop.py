@@ -17,8 +17,7 @@ from rlkit.budget.base import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.components import build
-from rlkit.data.order import PromptOrder
-from rlkit.data.prompts import PromptSet
+from rlkit.data.prompts import PromptOrder, PromptSet
 from rlkit.errors import TrainingError, calling
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints

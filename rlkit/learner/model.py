@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from rlkit.config.hub import offline_unless_reachable
 from rlkit.config.schema import ModelConfig
+from rlkit.data.sources import offline_unless_reachable
 from rlkit.errors import ConfigError, nearest
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}

@@ -22,8 +22,7 @@ from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
 from rlkit.config.keys import leaves
 from rlkit.config.schema import Config, ModelConfig, OptimizerConfig, SftConfig
-from rlkit.data.order import PromptOrder
-from rlkit.data.prompts import load_examples
+from rlkit.data.prompts import PromptOrder, load_examples
 from rlkit.errors import ConfigError, Interrupted, RlkitError
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.batching import TrainingSequence

@@ -94,7 +94,7 @@ def test_wrong_settings(module: str, settings: dict[str, Any], parts: tuple[str,
     ("target", "parts"),
     [
         ("nowhere_at_all.Piece", ("no module named 'nowhere_at_all'",)),
-        ("{module}.Pice", ("has no 'Pice'", "Did you mean 'Piece'?")),
+        ("{module}.Pice", ("has no 'Pice'", "did you mean 'Piece'?")),
         ("{module}.NUMBER", ("int, not a class or function",)),
         ("Piece", ("not an import path",)),
         (3, ("not an import path",)),

@@ -11,8 +11,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from rlkit.config.hub import offline_unless_reachable
-from rlkit.data.sources import HubDataset
+from rlkit.data.sources import HubDataset, offline_unless_reachable
 from rlkit.errors import ConfigError, DataError
 from rlkit.learner.model import ModelConfig, load_tokenizer
 

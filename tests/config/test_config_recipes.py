@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlkit.config.compose import load
-from rlkit.config.library import SHIPPED, Library
+from rlkit.config.compose import SHIPPED, Library, load
 from rlkit.config.reference import markdown
 from rlkit.config.verify import verify
 from rlkit.learner.check import batch_table

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit.data.order import PromptOrder
+from rlkit.data.prompts import PromptOrder
 
 counts = st.integers(1, 60)
 seeds = st.integers(0, 2**63)
