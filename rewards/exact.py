@@ -23,6 +23,7 @@ class ExactMatch:
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    binary: ClassVar[bool] = True
     extract: str = "delimiter"
     marker: str = ""
     numeric: bool = False

@@ -20,6 +20,7 @@ class Format:
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    binary: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     pattern: str = ""
     tags: Sequence[str] = ()

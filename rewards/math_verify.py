@@ -28,6 +28,7 @@ class MathVerify:
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    binary: ClassVar[bool] = True
     extract: str = "boxed"
     marker: str = ""
     strict: bool = True

@@ -3,7 +3,7 @@
 import mmap
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rewards.base import RewardError, Sample, Unscorable
 from rewards.spec import build
@@ -11,6 +11,8 @@ from rewards.spec import build
 
 class Judge:
     """A reward that others wrap, as right or wrong: a score of `correct_at` or more. Raises RewardError as `build`."""
+
+    binary: ClassVar[bool] = True
 
     def __init__(self, reward: Mapping[str, Any], correct_at: float, seed: int = 0, **rates: float) -> None:
         if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate <= 1}:

@@ -4,6 +4,7 @@ A reward is a callable `reward(sample) -> float | None`: a function, or an objec
   answer(sample) -> str | None     the extracted answer, for majority voting
   warm_up() -> None                pay imports and caches once, before the first sample
   bounds: tuple[float, float]      values outside become None: a forged score stays bounded
+  binary: bool                     the class says that it is 1 or 0, which some algorithms need
 """
 
 import functools

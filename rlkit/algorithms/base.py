@@ -29,8 +29,9 @@ class Advantage(Protocol):
 
     Optional: `observe(inputs)`, called before it in every step, gives metrics and may change `state` (floats, kept in
     checkpoints). Optional attributes of the class, False where missing:
-        needs_binary_scores: the score must be one reward's verdict, 0 or 1.
-        refuses_penalties: no KL in the reward.
+        needs_verdicts: scores are verifiers' alone, without likelihoods and penalties.
+        needs_binary_scores: and they are one reward's verdict, 0 or 1.
+        uses_uniform_groups: a group of one verdict has a gradient, so no filter may drop it.
         centred_in_group: A > 0 just where a sample's score is above its group's mean; A = 0 throughout where all are
             equal. Then the sign of A is a label, which a `GroupLoss` reads.
     """

@@ -15,6 +15,7 @@ ends, hence low >= 1.
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,7 @@ class KnapsackBudget(Checked):
     less than `minimum` of them the prompt has no history: the first epoch is uniform.
     """
 
+    needs_verdicts: ClassVar[bool] = True
     low: int = number(2, 1)
     high: int = number(128, 1, 4096)
     window: int = number(16, 1)

@@ -3,6 +3,7 @@
 They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from rewards import RewardError
 from rewards import build as build_rewards
+from rlkit.config.combinations import broken, pieces_of
 from rlkit.config.components import TARGET, build, validate
 from rlkit.config.keys import datasets, fields, sections, unwrap
 from rlkit.config.schema import Component, Config
@@ -46,6 +48,7 @@ def problems(config: Config) -> Iterator[ConfigError]:
                     yield error
     try:
         build_rewards(config.reward.rewards)
+        yield from (_fault(x.key, _value(config, x.key), x.reason, fix=x.fix) for x in broken(pieces_of(config, built)))
     except RewardError as error:
         yield _fault("reward.rewards", list(config.reward.rewards), str(error))
     named = {"name": [config.name], "data.eval": config.data.eval, "reward.rewards": config.reward.rewards}
@@ -55,6 +58,12 @@ def problems(config: Config) -> Iterator[ConfigError]:
     yield from _check_model_and_data(config)
     yield from _check_algorithm(config, built)
     yield from _check_lengths(config)
+
+
+def _value(config: Config, key: str) -> Any:
+    """The component's class at `key`, or what stands there."""
+    value = functools.reduce(getattr, key.split("."), config)
+    return value.get(TARGET, value) if isinstance(value, dict) else value
 
 
 def _fault(key: str, value: object, problem: str, expected: str | None = None, fix: str | None = None) -> ConfigError:
@@ -101,11 +110,6 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
     size = getattr(advantage, "minimum_group_size", 1)
     for name in {*getattr(advantage, "rewards", ()), getattr(advantage, "estimate", None)} - {None, *rewards}:
         yield _fault("algorithm.advantage", name, f"no such reward.{nearest(name, rewards)}", ", ".join(rewards))
-    if getattr(built.get("algorithm.kl"), "in_reward", False) and not getattr(advantage, "takes_penalties", True):
-        yield _fault("algorithm.kl", pieces.kl[TARGET], "the advantage needs plain scores", fix="algorithm/kl=none")
-    weights = [weight for reward in rewards.values() if (weight := reward.get("weight", 1.0)) != 0]
-    if getattr(advantage, "needs_binary_scores", False) and weights != [1.0]:
-        yield _fault("reward.rewards.*.weight", weights, "the advantage corrects verdicts", "1 for one reward, else 0")
     if config.samples_per_prompt < size:
         yield _fault("samples_per_prompt", config.samples_per_prompt, compares, f"{size} or more")
     budget, samples = built.get("budget"), config.samples_per_prompt
@@ -124,16 +128,6 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
             problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
             fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
             yield _fault(key, value, problem, f"{fresh} with this loss", fix)
-    if getattr(built.get("algorithm.loss"), "whole_groups", False):
-        problem = f"{pieces.loss[TARGET]} takes the advantage's sign as right or wrong within a prompt"
-        if not getattr(built.get("algorithm.advantage"), "centred_in_group", False):
-            expected, fix = "an advantage with centred_in_group = True", "algorithm/advantage=mean_centred"
-            yield _fault("algorithm.advantage", pieces.advantage[TARGET], problem, expected, fix)
-        if getattr(built.get("algorithm.kl"), "in_reward", False):
-            problem += "; a KL in the reward gives both signs to answers that are all wrong"
-            yield _fault(
-                "algorithm.kl", pieces.kl[TARGET], problem, fix="algorithm/kl=none, or reference (in the loss)"
-            )
     groups = config.prompts_per_step
     if updates > 0 and groups % updates:
         divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)

@@ -41,7 +41,8 @@ def test_recipe(recipe: str, rows: Path) -> None:
     ],
 )
 def test_option_fits_the_quickstart(choice: str) -> None:
-    verify(load("quickstart", [choice])[0])
+    of_noise = choice.endswith(("backward", "forward"))  # they need a verifier of right and wrong only
+    verify(load("quickstart_noise" if of_noise else "quickstart", [choice])[0])
 
 
 def test_every_option_is_reached(rows: Path) -> None:

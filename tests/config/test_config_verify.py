@@ -68,9 +68,15 @@ def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
         (["learner.betas=[0.9,1.0]"], ("learner.betas",)),
         (["name=../up"], ("name", "folder")),
         (["learner.learning_rate=nan"], ("learner.learning_rate",)),
-        (["algorithm=noise_forward", "reward.rewards.correct.weight=0.5"], ("[0.5]", "1 for one reward, else 0")),
-        (["algorithm=noise_backward", "algorithm/kl=in_reward"], ("algorithm.kl", "plain scores", "algorithm/kl=none")),
-        (["algorithm=bnpo", "algorithm/kl=in_reward"], ("algorithm.kl", "plain scores")),
+        (
+            ["algorithm=noise_forward", "reward.rewards.correct.weight=0.5"],
+            ("reward.rewards", "one reward of weight 1"),
+        ),
+        (
+            ["algorithm=noise_backward", "algorithm/kl=in_reward"],
+            ("algorithm.kl", "nothing taken off", "algorithm/kl=none"),
+        ),
+        (["algorithm=bnpo", "algorithm/kl=in_reward"], ("algorithm.kl", "nothing taken off")),
         (["algorithm=bnpo", "algorithm.advantage.rewards=[corect]"], ("algorithm.advantage", "'correct'")),
         (["algorithm=noise_forward", "algorithm.advantage.estimate=apeal"], ("algorithm.advantage", "apeal")),
         (["algorithm=noise_forward", "algorithm.advantage.false_negative_rate=0.9"], ("sum below 1",)),

@@ -28,7 +28,7 @@ class Bnpo(Checked):
     """
 
     minimum_group_size: ClassVar[int] = 2
-    takes_penalties: ClassVar[bool] = False
+    needs_verdicts: ClassVar[bool] = True
     rewards: Sequence[str] = ()
     low: float = number(0.0)
     high: float = number(1.0)

@@ -32,7 +32,7 @@ class NoiseCorrected(Checked):
     """
 
     minimum_group_size: ClassVar[int] = 1
-    takes_penalties: ClassVar[bool] = False
+    needs_verdicts: ClassVar[bool] = True
     needs_binary_scores: ClassVar[bool] = True
     false_positive_rate: float = number(0.0, 0, 1)
     false_negative_rate: float | None = number(None, 0, 1)
@@ -93,6 +93,7 @@ class Backward(NoiseCorrected):
 class Forward(NoiseCorrected):
     """scale names s: one, sensitivity (1 - rho1), or youden (1 - rho0 - rho1), with which alone rho0 counts."""
 
+    uses_uniform_groups: ClassVar[bool] = True
     scale: str = choice("one", "sensitivity", "youden")
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
