@@ -138,8 +138,6 @@ def check_spec(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             json.dumps(dict(entry), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise RewardError(f"reward {name!r}: {dict(entry)!r} must hold JSON values only: {error}") from error
-    if all(entry.get("weight", 1.0) == 0 for entry in spec.values()):
-        raise RewardError(f"every reward has weight 0 ({', '.join(spec)}), so each total is 0; give one another weight")
     return {name: {str(key): value for key, value in entry.items()} for name, entry in spec.items()}
 
 

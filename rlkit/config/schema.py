@@ -82,7 +82,9 @@ class RewardConfig:
     """Verifiers: named rewards with weights, scored in killable, sandboxed subprocesses."""
 
     rewards: dict[str, Component] = field(default_factory=dict)
-    """name -> {_target_, weight, settings}; the score is the weighted sum."""
+    """name -> {_target_, weight, settings}; the score is the weighted sum. One of weight 0 is only reported."""
+    likelihood: Component | None = None
+    """Likelihood of the reference, added to the score (rlkit.algorithms.likelihood); then `rewards` may be empty."""
     workers: int = number(2, 1, 1024)
     """Verifier processes."""
     batch_size: int = number(32, 1)

@@ -47,7 +47,8 @@ def problems(config: Config) -> Iterator[ConfigError]:
                 except ConfigError as error:
                     yield error
     try:
-        build_rewards(config.reward.rewards)
+        if config.reward.rewards or config.reward.likelihood is None:
+            build_rewards(config.reward.rewards)
         yield from (_fault(x.key, _value(config, x.key), x.reason, fix=x.fix) for x in broken(pieces_of(config, built)))
     except RewardError as error:
         yield _fault("reward.rewards", list(config.reward.rewards), str(error))
@@ -98,6 +99,12 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
     if (part := evaluation.part) is not None and part not in rewards:
         expected = f"one of {', '.join(rewards)}, or null for the weighted total"
         yield _fault("evaluation.part", part, f"no such reward.{nearest(part, rewards)}", expected)
+    weighted = [name for name, entry in rewards.items() if entry.get("weight", 1.0) != 0]
+    if rewards and not weighted and (config.reward.likelihood is None or part is None):
+        key, fix = "reward.rewards", f"give one another weight, or name one of {', '.join(rewards)} in evaluation.part"
+        yield _fault(key, list(rewards), "every reward has weight 0: their total is 0", fix=fix)
+    if config.reward.likelihood is not None and "likelihood" in rewards:
+        yield _fault("reward.rewards", "likelihood", "this name is that of reward.likelihood", fix="choose another")
     if evaluation.every_steps > 0 and not config.data.eval:
         fix = "add data.eval.NAME, or set evaluation.every_steps=0"
         yield _fault("evaluation.every_steps", evaluation.every_steps, "there is no held-out set", fix=fix)
@@ -123,11 +130,12 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
     if config.max_staleness > 0 and getattr(built.get("old_policy"), "exact_only_at_lag_zero", False):
         problem = f"{config.old_policy[TARGET]} is exact only for tokens of the current weights"
         yield _fault("max_staleness", config.max_staleness, problem, "0 with this old_policy", "old_policy=rollout")
+    strict = [c for c in ("algorithm.loss", "reward.likelihood") if getattr(built.get(c), "needs_fresh_samples", False)]
     for key, value, fresh in (("max_staleness", config.max_staleness, 0), ("learner.updates_per_step", updates, 1)):
-        if value > fresh and getattr(built.get("algorithm.loss"), "needs_fresh_samples", False):
-            problem = f"{pieces.loss[TARGET]} is right only for samples of the current weights"
+        if value > fresh and strict:
+            problem = f"{_value(config, strict[0])} is right only for samples of the current weights"
             fix = f"{key}={fresh}, or a loss with an importance ratio: algorithm/loss=clipped"
-            yield _fault(key, value, problem, f"{fresh} with this loss", fix)
+            yield _fault(key, value, problem, f"{fresh} with this {strict[0].split('.')[1]}", fix)
     groups = config.prompts_per_step
     if updates > 0 and groups % updates:
         divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)

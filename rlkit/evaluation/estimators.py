@@ -6,7 +6,7 @@ set, so a standard error is the standard deviation of the prompts' values (n - 1
 
 from collections import Counter
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import comb, exp, log, sqrt
 from statistics import fmean, stdev
 
 from rlkit.types import Verdict
@@ -62,3 +62,26 @@ def summarise(
                 values[f"pass@{k}"].append(pass_at_k(samples, sum(s >= correct_at for s in score), k))
             values[f"maj@{samples}"].append(majority_score(scored, score))
     return {name: estimate(v) for name, v in values.items()}
+
+
+def summarise_references(
+    logprobs: Sequence[Sequence[float]], tokens: Sequence[int], lengths: Sequence[Sequence[float]]
+) -> dict[str, tuple[float, float]]:
+    """Likelihood of the references of P prompts behind k sampled chains each, with standard errors.
+
+    logprobs [P, k]: log pi(a* | p, z) in nats; tokens [P] of the references; lengths [P, k] of the chains.
+    `logprob@n` is log mean_n pi(a* | p, z), a biased-low estimate of log pi(a* | p), at n = 1 and k; `token_logprob` is
+    all log-prob over all tokens; `perplexity` exp(-logprob@1): arXiv 2602.03979. Both errors are linearised.
+    """
+    k, means = len(logprobs[0]), [fmean(own) for own in logprobs]
+    mixed = [max(own) + log(fmean(exp(s - max(own)) for s in own)) for own in logprobs]
+    mean, error = estimate(means)
+    a_token = sum(means) / sum(tokens)
+    residuals = [(m - a_token * t) / fmean(tokens) for m, t in zip(means, tokens, strict=True)]
+    return {
+        f"logprob@{k}": estimate(mixed),
+        "logprob@1": (mean, error),
+        "token_logprob": (a_token, estimate(residuals)[1]),
+        "perplexity": (exp(-mean), exp(-mean) * error),
+        "chain_length": estimate([fmean(own) for own in lengths]),
+    }

@@ -13,6 +13,7 @@ from rlkit.config.schema import Config, EvaluationConfig
 from rlkit.errors import CheckpointError, ConfigError
 from rlkit.evaluation.estimators import summarise
 from rlkit.learner import checkpoint as checkpoints
+from rlkit.learner.likelihood import LikelihoodScorer
 from rlkit.learner.setup import Session, model_at, open_pool
 from rlkit.rollout.engine import Engine, sample
 from rlkit.rollout.worker import score_rollouts
@@ -23,13 +24,15 @@ async def evaluate(
     name: str,
     prompts: Sequence[Prompt],
     engine: Engine,
-    pool: VerifierPool,
+    pool: VerifierPool | None,
     sampling: SamplingParams,
     config: EvaluationConfig,
+    likelihood: LikelihoodScorer | None = None,
 ) -> dict[str, float]:
     """Draw `config.samples` completions of every prompt, score them and summarise.
 
-    Returns eval/<name>/<estimate>, eval/<name>/<estimate>_se, and lengths and shares of the set.
+    Returns eval/<name>/<estimate>, eval/<name>/<estimate>_se, and lengths and shares of the set; figures of verifiers
+    only if there are any, of the references' likelihood only with `likelihood`.
     Draws are keyed by (sampling.seed, position in the set, sample): two checkpoints see the same
     random numbers, so that their difference has less noise.
     """
@@ -42,10 +45,16 @@ async def evaluate(
         rollouts += done
         verdicts += await score_rollouts(pool, [prompts[r.ordinal] for r in done], done)
     by_prompt = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
+    found: dict[str, tuple[float, float]] = {}
+    if pool is not None:
+        found = summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part)
+        if not pool.extracts_answers:
+            del found[f"maj@{k}"]  # there is nothing to vote on, which is not a score of 0
     out = {}
-    for key, value in summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part).items():
-        if key.startswith("maj@") and not pool.extracts_answers:
-            continue  # there is nothing to vote on, which is not a score of 0
+    if likelihood is not None:
+        references, out["no_place_frac"] = likelihood.figures(prompts, rollouts, k)
+        found |= references
+    for key, value in found.items():
         out[key], out[f"{key}_se"] = value
     out["length/mean"] = float(np.mean([len(r.token_ids) for r in rollouts]))
     out["truncated_frac"] = float(np.mean([r.finish_reason == "length" for r in rollouts]))
@@ -68,13 +77,14 @@ def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -
         source = model_at(config.model, checkpoint)
     session = Session.open(config, resolved, source=source)
     _, held_out = session.prompt_sets()
-    engine = session.engine(session.model(source, config.seed).to(session.accelerator.device))
+    policy = session.policy(source, config.seed, config.rollout.temperature).to(session.accelerator.device)
+    engine, likelihood = session.engine(policy.model), LikelihoodScorer.of(session, policy)
     sampling = session.sampling(settings.temperature, settings.seed)
 
     async def all_sets() -> dict[str, float]:
         metrics: dict[str, float] = {}
         for name, prompts in held_out.items():
-            metrics |= await evaluate(name, prompts.prompts, engine, pool, sampling, settings)
+            metrics |= await evaluate(name, prompts.prompts, engine, pool, sampling, settings, likelihood)
         return metrics
 
     with open_pool(config.reward) as pool:

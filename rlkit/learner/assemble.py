@@ -23,6 +23,7 @@ def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
 def assemble(
     groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int], *,
     penalties: Penalties | None = None, mask_truncated: bool = False,
+    made: Mapping[tuple[int, int], TrainingSequence] | None = None,
 ) -> tuple[list[TrainingSequence], dict[str, float]]:  # fmt: skip
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
@@ -30,10 +31,11 @@ def assemble(
     `steps_of`: step of every version that sampled; a token's lag is `step` minus that. Unscored samples are left out of
     the batch and of every mean, and count in reward/unscored_frac. Groups must hold `advantage.minimum_group_size`
     usable samples or more. With `mask_truncated` completions cut at the limit count in the advantages and the metrics
-    only, in no denominator; of a group whose completions are all cut, one stays with advantage 0.
+    only, in no denominator; of a group whose completions are all cut, one stays with advantage 0. `made`: sequences by
+    (ordinal, index) that take the place of whole rollouts; then scores are no verdicts, and none of them is "correct".
     """
     usable = [(number, g, r, v) for number, g in enumerate(groups) for r, v in usable_samples(g)]
-    sequences = [TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
+    sequences = [made[r.ordinal, r.index] if made else TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
     parts: dict[str, list[float]] = {}
     for _, _, _, verdict in usable:
         for name, value in verdict.parts.items():
@@ -58,6 +60,8 @@ def assemble(
         raise TrainingError(problem, key=key, value=type(advantage).__name__, expected=expected)
     spans = [(s.end - s.start, step - steps_of[s.version]) for g in groups for r in g.rollouts for s in r.version_spans]
     metrics = _metrics(groups, inputs, advantages) | measured
+    if made:
+        metrics = {k: v for k, v in metrics.items() if not k.startswith("group/all_")}
     metrics["off_policy/lag/mean"] = sum(n * lag for n, lag in spans) / sum(n for n, _ in spans)
     metrics["off_policy/lag/max"] = float(max(lag for _, lag in spans))
     trained = [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)]

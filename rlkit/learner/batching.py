@@ -6,7 +6,7 @@ the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a pla
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -29,6 +29,8 @@ class TrainingSequence:
     group: int  # ordinal of its group, which stays whole when a step is split into updates
     index: int = 0  # which of the group's samples it is
     advantage: float = 0.0
+    answer_token_ids: IntArray = field(default_factory=lambda: np.empty(0, np.int64))  # teacher-forced behind token_ids
+    answer_share: float = 0.0  # weight of the answer's reward in the loss, relative to that of a token
 
     @classmethod
     def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> Self:
@@ -41,8 +43,13 @@ class TrainingSequence:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the forward pass: prompt and completion."""
-        return len(self.prompt_token_ids) + len(self.token_ids)
+        """Tokens of the forward pass: prompt, completion and reference answer."""
+        return len(self.prompt_token_ids) + len(self.following)
+
+    @property
+    def following(self) -> IntArray:
+        """Tokens behind the prompt: completion and reference answer."""
+        return np.concatenate([self.token_ids, self.answer_token_ids])
 
     @property
     def loss_tokens(self) -> int:
@@ -65,7 +72,7 @@ class SharedPrompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One forward pass over some sequences; n = their loss tokens, end to end.
+    """One forward pass over some sequences; n = their loss tokens, m = those of their answers, end to end.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
         input_ids [[7, 8, 1, 2], [9, 3, 0, 0]], targets [1, 2, 3], sequence [0, 0, 1], counts [2, 1],
@@ -85,6 +92,10 @@ class MicroBatch:
     weights: Tensor  # [n] of every token in the update's loss
     counts: list[int]  # [B] loss tokens of every sequence
     indices: list[int]  # [B] which of the step's sequences they are
+    answer_positions: Tensor  # [m] as head_positions
+    answer_targets: Tensor  # [m]
+    answer_sequence: Tensor  # [m]
+    answer_weights: Tensor  # [B] of every answer's reward in the update's loss
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
@@ -163,7 +174,7 @@ def collate(
     chosen = [sequences[i] for i in indices]
     counts = [s.loss_tokens for s in chosen]
     distinct = {s.prompt_token_ids.tobytes(): s.prompt_token_ids for s in chosen}
-    prompt_width, rest = max(map(len, distinct.values())), max(len(s.token_ids) for s in chosen) - 1
+    prompt_width, rest = max(map(len, distinct.values())), max(len(s.following) for s in chosen) - 1
     whole = len(chosen) * max(s.total_tokens for s in chosen)
     prompts = None
     if share_prompts and rest > 0 and len(distinct) * prompt_width + len(chosen) * rest < 0.9 * whole:
@@ -174,17 +185,17 @@ def collate(
         columns = torch.arange(prompt_width + rest)
         mask = ((columns < lengths) | (columns >= prompt_width)).long()
         prompts = SharedPrompts(input_ids=ids, owner=owner, mask=mask)
-        input_ids = pad_sequence([torch.from_numpy(s.token_ids[:-1]) for s in chosen], batch_first=True)
+        input_ids = pad_sequence([torch.from_numpy(s.following[:-1]) for s in chosen], batch_first=True)
         position_ids = lengths + torch.arange(rest)
     else:
-        joined = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
+        joined = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.following])) for s in chosen]
         input_ids = pad_sequence(joined, batch_first=True)
         position_ids = torch.arange(input_ids.shape[1]).expand(len(chosen), -1).contiguous()
     width = input_ids.shape[1]
 
-    def heads(row: int, one: TrainingSequence) -> NDArray[np.int64]:
-        """The hidden state one before a token predicts it."""
-        last, tokens = len(one.prompt_token_ids) - 1, np.flatnonzero(one.loss_mask)
+    def heads(row: int, one: TrainingSequence, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The hidden state one before a token predicts it; `tokens` count from the prompt's end."""
+        last = len(one.prompt_token_ids) - 1
         if prompts is None:
             return row * width + last + tokens
         of_prompt, behind = int(prompts.owner[row]) * prompt_width + last, prompts.input_ids.numel() + row * width
@@ -194,7 +205,7 @@ def collate(
         input_ids=input_ids,
         position_ids=position_ids,
         prompts=prompts,
-        head_positions=_joined(heads(row, s) for row, s in enumerate(chosen)),
+        head_positions=_joined(heads(row, s, np.flatnonzero(s.loss_mask)) for row, s in enumerate(chosen)),
         targets=_joined(s.token_ids[s.loss_mask] for s in chosen),
         sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
         behavior_logprobs=_joined(s.behavior_logprobs[s.loss_mask] for s in chosen),
@@ -202,6 +213,12 @@ def collate(
         weights=torch.from_numpy(np.repeat([weights[i] for i in indices], counts)),
         counts=counts,
         indices=list(indices),
+        answer_positions=_joined(
+            heads(row, s, len(s.token_ids) + np.arange(len(s.answer_token_ids))) for row, s in enumerate(chosen)
+        ),
+        answer_targets=_joined(s.answer_token_ids for s in chosen),
+        answer_sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(s.answer_token_ids) for s in chosen])),
+        answer_weights=torch.tensor([weights[i] * sequences[i].answer_share for i in indices], dtype=torch.float64),
         counted=counted,
     )
 

@@ -22,6 +22,7 @@ from rlkit.errors import TrainingError, calling
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
+from rlkit.learner.likelihood import LikelihoodScorer, Made
 from rlkit.learner.setup import Session
 from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.engine import Engine
@@ -45,7 +46,7 @@ class Trainer:
     prompts: PromptSet
     held_out: dict[str, PromptSet]
     buffer: SqlBuffer
-    pool: VerifierPool
+    pool: VerifierPool | None
     telemetry: Telemetry
 
     def __post_init__(self) -> None:
@@ -55,6 +56,8 @@ class Trainer:
         chosen = config.algorithm.group_filter
         self.group_filter: GroupFilter | None = build(chosen, key="algorithm.group_filter") if chosen else None
         self.budget: Budget = build(config.budget, key="budget")
+        policy = self.session.accelerator.unwrap_model(self.learner.policy)
+        self.likelihood = LikelihoodScorer.of(self.session, policy, self.learner.reference)
         ranks = self.session.accelerator.num_processes
         self.engine: Engine = self.session.engine(self.learner.model)
         if ranks > 1:
@@ -111,9 +114,15 @@ class Trainer:
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
         steps, mask = self.buffer.steps_of(sampled), config.algorithm.mask_truncated
+        made: Made = {}
+        measured: dict[str, float] = {}
+        if self.likelihood is not None:
+            groups, made, measured = self.likelihood.score(groups)
         sequences, metrics = assemble(
-            groups, self.advantage, self.step, steps, penalties=self.learner.reward_penalties, mask_truncated=mask
-        )
+            groups, self.advantage, self.step, steps, penalties=self.learner.reward_penalties, mask_truncated=mask,
+            made=made,
+        )  # fmt: skip
+        metrics |= measured
         ranks = self.session.accelerator.num_processes
         if ranks > 1:
             broadcast_object_list([sequences], from_process=0)
@@ -166,7 +175,7 @@ class Trainer:
                 clock["perf/sampled_tokens"] += report.tokens
                 clock["time/score"] += report.score_wait_seconds
             may_filter = len(drawn) < self.config.algorithm.max_filter_draws * wanted
-            for group in taken:
+            for group in map(self.likelihood.gate, taken) if self.likelihood else taken:
                 if reason := self._refusal(group, may_filter):
                     self.buffer.drop([group.ordinal], reason)
                     refused.append(reason)
@@ -216,7 +225,7 @@ class Trainer:
         sampling = self.session.sampling(config.temperature, config.seed)
         for name, prompts in self.held_out.items():
             started = time.perf_counter()
-            metrics = await evaluate(name, prompts.prompts, self.engine, self.pool, sampling, config)
+            metrics = await evaluate(name, prompts.prompts, self.engine, self.pool, sampling, config, self.likelihood)
             self.telemetry.log(self.step, metrics | {"time/eval": time.perf_counter() - started})
 
     def save(self) -> float:

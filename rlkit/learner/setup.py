@@ -91,7 +91,11 @@ class Session:
         config = self.config
         pieces = {k: build(getattr(config.algorithm, k), key=f"algorithm.{k}") for k in ("loss", "aggregation", "kl")}
         old_policy = build(config.old_policy, key="old_policy")
-        objective = Objective(**pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient)
+        scored = config.reward.likelihood
+        objective = Objective(
+            **pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient,
+            likelihood=None if scored is None else build(scored, key="reward.likelihood"),
+        )  # fmt: skip
         policy, reference = self.policy(source, config.seed, config.rollout.temperature), None
         if objective.kl.needs_reference:
             reference = self.policy(start, config.seed, config.rollout.temperature).requires_grad_(False)
@@ -113,10 +117,10 @@ class Session:
         )  # fmt: skip
 
     def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
-        """Training prompts and the held-out sets. A reward without `needs_reference = False` needs one."""
-        data, rewards = self.config.data, self.config.reward.rewards.items()
-        targets = (import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in rewards)
-        needed = any(getattr(target, "needs_reference", True) for target in targets)
+        """Training prompts and held-out sets. A reward without `needs_reference = False` or a likelihood needs one."""
+        data, reward = self.config.data, self.config.reward
+        targets = (import_target(spec["_target_"], f"reward.rewards.{name}") for name, spec in reward.rewards.items())
+        needed = bool(reward.likelihood) or any(getattr(target, "needs_reference", True) for target in targets)
         held_out = {k: load_prompts(d, self.tokenizer, f"data.eval.{k}", needed) for k, d in data.eval.items()}
         return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
 
@@ -194,14 +198,18 @@ def locked(
         lock.release()
 
 
-def open_pool(reward: RewardConfig) -> VerifierPool:
-    """Start the verifier processes. Raises RewardError."""
+def open_pool(reward: RewardConfig) -> contextlib.AbstractContextManager[VerifierPool | None]:
+    """Start the verifier processes, none without rewards. Raises RewardError."""
+    if not reward.rewards:
+        return contextlib.nullcontext()
     size, sandbox = reward.batch_size, reward.sandbox
     return VerifierPool(reward.rewards, reward.workers, reward.timeout_s, batch_size=size, sandbox=sandbox)
 
 
-async def preflight(pool: VerifierPool, prompts: tuple[Prompt, ...], count: int = 8) -> None:
+async def preflight(pool: VerifierPool | None, prompts: tuple[Prompt, ...], count: int = 8) -> None:
     """Score the reference answers of the first prompts; ConfigError for a NaN, or where none of them gets a score."""
+    if pool is None:
+        return
     scores = await score_references(pool, prompts[:count])
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "NaN from reward" in r]

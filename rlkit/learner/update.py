@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from rlkit.algorithms.base import Aggregation, GroupLoss, Loss, LossInputs, OldPolicy, group_sum
 from rlkit.algorithms.kl import KL
+from rlkit.algorithms.likelihood.base import LikelihoodReward
+from rlkit.algorithms.losses.importance_weighted import sequence_weights
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError, calling
@@ -44,6 +46,7 @@ class Objective:
     kl: KL
     old_policy: OldPolicy
     entropy_coefficient: float = 0.0
+    likelihood: LikelihoodReward | None = None
 
 
 def never_stop() -> None:
@@ -129,7 +132,8 @@ class Learner:
         optimizer = make_optimizer(self.policy, self.config)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
-        loss = self.objective.loss
+        likelihood, loss = self.objective.likelihood, self.objective.loss
+        alone = alone and (likelihood is None or not likelihood.answer_gradient)
         self.group_loss = cast(GroupLoss, loss) if getattr(loss, "whole_groups", False) else None
         self.token_loss = PolicyGradientLoss() if self.group_loss else cast(Loss, loss)
         proportional = self.group_loss is not None or getattr(loss, "proportional_to_advantage", False)
@@ -266,7 +270,8 @@ class Learner:
 
     def _loss(self, micro: MicroBatch, meter: Meter, *, first: bool) -> Tensor:
         entropy_coefficient = self.objective.entropy_coefficient
-        logprobs, entropy = self._forward(self.policy, micro, entropy_grad=entropy_coefficient != 0)
+        everything = self._forward(self.policy, micro, entropy_grad=entropy_coefficient != 0, answers=True)
+        (logprobs, answers), (entropy, _) = (x.tensor_split([len(micro.targets)]) for x in everything)
         behavior = micro.behavior_logprobs.to(logprobs)
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs.to(logprobs)
         inputs = LossInputs(
@@ -302,10 +307,26 @@ class Learner:
             meter.maximum("mismatch/logprob_absdiff/max", difference.abs()[:counted])
         for name, values in observed.items():
             meter.add(name, values[:counted])
-        return (objective * micro.weights.to(logprobs)).sum() * float(micro.counted)
+        total = (objective * micro.weights.to(logprobs)).sum() - self._answer_rewards(micro, inputs, answers)
+        return total * float(micro.counted)
 
-    def _forward(self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        inputs = micro.input_ids, micro.position_ids, micro.head_positions, micro.targets
+    def _answer_rewards(self, micro: MicroBatch, inputs: LossInputs, answers: Tensor) -> Tensor:
+        """sum_i w_i share_i R_i(theta) over answers with log-probs `answers` [m]; times pi(z) / mu(z) off-policy."""
+        likelihood, weights = self.objective.likelihood, micro.answer_weights.to(answers)
+        if likelihood is None or not len(answers):
+            return answers.sum()
+        if not getattr(self.objective.loss, "needs_fresh_samples", False):
+            weights = weights * sequence_weights(inputs, likelihood.max_importance_weight)
+        return (weights * likelihood.reward(answers, micro.answer_sequence, inputs.sequences)).sum()
+
+    def _forward(
+        self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False, answers: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the loss tokens [n], followed by those of the answers [n + m] with `answers`."""
+        positions, targets = [micro.head_positions], [micro.targets]
+        if answers:
+            positions, targets = [*positions, micro.answer_positions], [*targets, micro.answer_targets]
+        inputs = micro.input_ids, micro.position_ids, torch.cat(positions), torch.cat(targets)
         outputs: tuple[Tensor, Tensor] = policy(*inputs, micro.prompts, entropy_grad)
         return outputs
 

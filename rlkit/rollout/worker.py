@@ -37,7 +37,7 @@ class RolloutWorker:
 
     buffer: SqlBuffer
     engine: Engine
-    pool: VerifierPool
+    pool: VerifierPool | None
     sampling: SamplingParams
     worker_id: str
     capacity: int  # samples of a round
@@ -130,8 +130,12 @@ class RolloutWorker:
                 held.pop(lease.lease_id, None)
 
 
-async def score_rollouts(pool: VerifierPool, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Verdict]:
-    """Verdicts of aligned prompts and rollouts, in their order."""
+async def score_rollouts(
+    pool: VerifierPool | None, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+) -> list[Verdict]:
+    """Verdicts of aligned prompts and rollouts, in their order; a score of 0 where there are no verifiers."""
+    if pool is None:
+        return [Verdict(score=0.0) for _ in rollouts]
     samples = [
         Sample(p.text, r.text, p.reference, p.metadata, r.finish_reason, len(r.token_ids), f"{r.ordinal}/{r.index}")
         for p, r in zip(prompts, rollouts, strict=True)

@@ -81,7 +81,8 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     """Draw plots/*.png, and remove those without data now; panel -> (caption, SVG as a data URI), None without."""
     folder = run.run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    held_out = {f"{c.set} {c.label}": f"eval/{c.set}/{c.label}" for c in run.evaluations}
+    scores = [c for c in run.evaluations if not c.label.startswith("logprob")] or run.evaluations
+    held_out = {f"{c.set} {c.label}": f"eval/{c.set}/{c.label}" for c in scores}
     logged = {name for row in run.training for name in row.metrics}
     parts = {n.split("/")[1]: n for n in sorted(logged) if n.startswith("reward/") and n.count("/") == 2}
     plain = {"evaluations": ("Held-out figures", held_out), "named_rewards": ("Rewards by name", parts)} | LINES

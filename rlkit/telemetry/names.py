@@ -15,7 +15,7 @@ from jinja2 import Template
 from rlkit.errors import RlkitError, nearest
 
 Metrics: TypeAlias = Mapping[str, float | None]
-EVAL_NAME = re.compile(r"eval/([^/]+)/((avg|pass|maj)@(\d+))")
+EVAL_NAME = re.compile(r"eval/([^/]+)/((avg|pass|maj|logprob)@(\d+))")
 
 
 class TelemetryError(RlkitError):

@@ -58,7 +58,7 @@ def with_error(point: Point | None, sign: str = "") -> str:
 
 
 class EvalCurve:
-    """One statistic of one held-out set over the run; `label` is avg@k, pass@k or maj@k.
+    """One statistic of one held-out set over the run; `label` is avg@k, pass@k, maj@k or logprob@k.
 
     `before` is the evaluation before the first step, `after` the last one after any training, `change` after - before;
     each None where there is none. The error of `change` takes the two as independent: too large.
@@ -93,8 +93,8 @@ class RunRecord:
         training: the rows whose step is the learner's.
         last_step: the last step that trained (one that was only evaluated does not count); 0 for none.
         pauses: (first step after it, seconds) of every gap in which the run did not run.
-        evaluations: curves of all held-out sets: sets in the recipe's order, avg, pass, maj, k descending.
-        averages: the avg@k curve of every held-out set, with the largest k where there are several.
+        evaluations: curves of all held-out sets: sets in the recipe's order, avg, pass, maj, logprob, k descending.
+        averages: the avg@k curve of every held-out set, or else its logprob@k, of the largest k.
     """
 
     def __init__(self, run_dir: Path, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class RunRecord:
         gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairwise(rows)]
         self.pauses = [(step, gap) for step, gap in gaps if gap > 3.0]
         self.evaluations = self._curves()
-        curves = [curve for curve in self.evaluations if curve.label.startswith("avg")]
+        curves = [curve for curve in self.evaluations if curve.label.startswith(("avg", "logprob"))]
         self.averages = [next(of_one_set) for _, of_one_set in groupby(curves, key=lambda curve: curve.set)]
 
     def metric(self, name: str) -> tuple[list[int], list[float]]:
@@ -124,7 +124,7 @@ class RunRecord:
                 errors = dict(zip(*self.metric(name + "_se"), strict=True))
                 points = [Point(s, v, errors.get(s)) for s, v in zip(*self.metric(name), strict=True)]
                 place = listed.index(match[1]) if match[1] in listed else len(listed)
-                order = (place, match[1], ("avg", "pass", "maj").index(match[3]), -int(match[4]))
+                order = (place, match[1], ("avg", "pass", "maj", "logprob").index(match[3]), -int(match[4]))
                 if points:
                     curves[order] = EvalCurve(match[1], match[2], points)
         return [curve for _, curve in sorted(curves.items())]

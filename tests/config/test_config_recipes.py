@@ -42,7 +42,20 @@ def test_recipe(recipe: str, rows: Path) -> None:
 )
 def test_option_fits_the_quickstart(choice: str) -> None:
     of_noise = choice.endswith(("backward", "forward"))  # they need a verifier of right and wrong only
-    verify(load("quickstart_noise" if of_noise else "quickstart", [choice])[0])
+    partners = ["reward=jepo"] if choice in ("algorithm=jepo", "algorithm/advantage=jepo") else []
+    verify(load("quickstart_noise" if of_noise else "quickstart", [choice, *partners])[0])
+
+
+@pytest.mark.parametrize(
+    ("reward", "algorithm"),
+    [
+        *((r, "rloo") for r in ("logprob", "avg_logprob", "prob", "avg_prob", "nover")),
+        ("jepo", "jepo"),
+        ("rlpr", "grpo"),
+    ],
+)
+def test_likelihood_rewards_fit_the_quickstart(reward: str, algorithm: str) -> None:
+    verify(load("quickstart_likelihood", [f"reward={reward}", f"algorithm={algorithm}"])[0])
 
 
 def test_every_option_is_reached(rows: Path) -> None:

@@ -6,6 +6,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 from test_learner_gradients import labelled, learner, sequences
+from test_learner_likelihood import REWARDS, training_set
+from test_learner_likelihood import learner as likelihood_learner
 
 from rlkit.algorithms.aggregation import SequenceMeanTokenMean
 from rlkit.algorithms.kl import NoKL
@@ -15,12 +17,15 @@ from rlkit.algorithms.old_policy.rollout import RolloutAnchor
 from rlkit.learner.update import Meter, Objective, never_stop
 
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]
-loss, make = {"tokens": (ClippedLoss(), sequences), "groups": (Real(), labelled)}[sys.argv[3]]
-objective = Objective(loss=loss, aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
-it = learner(dtype, objective)
+if sys.argv[3] == "likelihood":
+    it = likelihood_learner(REWARDS[0])
+    data = training_set(REWARDS[0], it)
+else:
+    loss, make = {"tokens": (ClippedLoss(), sequences), "groups": (Real(), labelled)}[sys.argv[3]]
+    objective = Objective(loss=loss, aggregation=SequenceMeanTokenMean(), kl=NoKL(), old_policy=RolloutAnchor())
+    it, data = learner(dtype, objective), make(dtype)
 assert it.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
 it.config.max_tokens_per_microbatch = 40
-data = make(dtype)
 [micro] = it.anchored([it.microbatches(data, range(len(data)))])
 micro = it.with_slopes(micro, data, range(len(data)), Meter())
 it.accumulate(micro, Meter(), never_stop, first=True)

@@ -27,8 +27,11 @@ def gradient(ranks: int, dtype: str, loss: str, file: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["tokens", "groups"])
-@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "loss"),
+    [(*kind, loss) for kind in (("float64", 1e-10), ("float32", 1e-5)) for loss in ("tokens", "groups")]
+    + [("float64", 1e-8, "likelihood")],
+)
 def test_two_ranks_give_the_gradient_of_one(tmp_path, dtype, bound, loss):
     one = gradient(1, dtype, loss, tmp_path / "one")
     two = gradient(2, dtype, loss, tmp_path / "two")

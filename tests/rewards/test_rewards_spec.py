@@ -33,7 +33,6 @@ EQUALS = {"_target_": "user_rewards.equals"}
         ({"a": {**BEHAVE, "weight": math.nan}}, "must be a finite number"),
         ({"a": {**BEHAVE, "weight": "1"}}, "must be a finite number"),
         ({"a": {**BEHAVE, "weight": True}}, "must be a finite number"),
-        ({"a": {**BEHAVE, "weight": 0}}, "every reward has weight 0"),
         ({"a": {**EQUALS, "factor": math.nan}}, "JSON values only"),
         ({"a": {"_target_": "no_such_module.X"}}, "no_such_module"),
         ({"a": {"_target_": "user_rewards.Misbehav"}}, "did you mean 'Misbehave'"),
