@@ -76,12 +76,13 @@ def summarise_references(
     k, means = len(logprobs[0]), [fmean(own) for own in logprobs]
     mixed = [max(own) + log(fmean(exp(s - max(own)) for s in own)) for own in logprobs]
     mean, error = estimate(means)
+    perplexity = exp(min(-mean, 700.0))  # e^709 is the largest double
     a_token = sum(means) / sum(tokens)
     residuals = [(m - a_token * t) / fmean(tokens) for m, t in zip(means, tokens, strict=True)]
     return {
         f"logprob@{k}": estimate(mixed),
         "logprob@1": (mean, error),
         "token_logprob": (a_token, estimate(residuals)[1]),
-        "perplexity": (exp(-mean), exp(-mean) * error),
+        "perplexity": (perplexity, perplexity * error),
         "chain_length": estimate([fmean(own) for own in lengths]),
     }

@@ -20,7 +20,8 @@ LIBRARY = Library.open()
 
 def local_data(recipe: str, rows: Path) -> list[str]:
     """The recipe whose data are the user's gets some."""
-    return [f"data.train.path={rows}"] if recipe == "gsm8k_smoke" else []
+    keys = {"gsm8k_smoke": ["train"], "gsm8k_solutions": ["train", "eval.test"]}
+    return [f"data.{key}.path={rows}" for key in keys.get(recipe, [])]
 
 
 @pytest.mark.parametrize("recipe", LIBRARY.options(""))

@@ -53,6 +53,7 @@ def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
         (["reward=jepo", "algorithm=jepo", "algorithm/kl=in_reward"], ("reward.likelihood", "nothing else")),
         (["reward=jepo", "algorithm=jepo", "algorithm/loss=clipped", "max_staleness=1"], ("max_staleness", "Jepo")),
         (["reward=logprob", "algorithm/group_filter=mixed_scores"], ("algorithm.group_filter", "likelihoods")),
+        (["reward=logprob", "budget=knapsack", "budget.high=8"], ("budget", "likelihoods")),
         (["reward=rlpr", "reward.likelihood.answer_gradient=true"], ("reward.likelihood", "answer_gradient")),
         (["reward=logprob", "reward.likelihood.delimiter=''"], ("reward.likelihood", "delimiter")),
         (["reward=rlpr", "reward.rewards.format.weight=0"], ("evaluation.part", "format")),

@@ -315,7 +315,7 @@ def test_difference_to_the_answer_without_a_chain():
     group = group_of([rollout([4, 6]), rollout([5, 5, 6], 1), rollout([5], 2)])
     plain = scorer(AvgProb(**MARKS), it).score([group])[0][0].verdicts
     [logprobs] = log_table(it, [[4, 5, 2]], [1, 4, 6])
-    nothing = float(logprobs.exp().mean())
+    nothing = float(logprobs.detach().exp().mean())
     got = scorer(AvgProb(**MARKS, answer_gradient=False, subtract_no_chain=True), it).score([group])
     assert [v.score for v in got[0][0].verdicts] == pytest.approx([max(0.0, v.score - nothing) for v in plain])
     assert not any(len(s.answer_token_ids) for s in got[1].values())
@@ -403,6 +403,7 @@ def test_held_out_figures_equal_their_definitions():
     assert got["token_logprob"][0] == pytest.approx((-1.5 - 1.75 - 4) / 7)
     assert got["perplexity"][0] == pytest.approx(math.exp(14.5 / 6))
     assert got["chain_length"][0] == pytest.approx(8 / 3)
+    assert math.isfinite(summarise_references([[-2000.0]], [900], [[3.0]])["perplexity"][0])
     # The linearised error of a ratio is that of many resamples.
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 9, 400)
