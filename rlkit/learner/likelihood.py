@@ -116,11 +116,11 @@ class LikelihoodScorer:
         """Every sample's chain, its reference's log-probs (a uniform guess's where there is no place), and why none."""
         placed = [self.place(*pair) for pair in pairs]
         sequences, reasons = [sequence for sequence, _ in placed], [why for _, why in placed]
+        found = self.logprobs(sequences, policy)
         guess = -math.log(policy.model.get_output_embeddings().weight.shape[0])
-        found = [
-            one if why is None else torch.full((len(self.answer(prompt)),), guess, dtype=torch.float64)
-            for one, (prompt, _), why in zip(self.logprobs(sequences, policy), pairs, reasons, strict=True)
-        ]
+        for i, why in enumerate(reasons):
+            if why is not None:
+                found[i] = torch.full((len(self.answer(pairs[i][0])),), guess, dtype=torch.float64)
         return sequences, found, reasons
 
     def score(self, groups: Sequence[Group]) -> tuple[list[Group], Made, dict[str, float]]:

@@ -1,11 +1,11 @@
-"""JEPO's advantage: what a sample adds to its group's log-mean-exp (arXiv 2602.03979, section on JEPO).
+"""JEPO's advantage: what a sample adds to its group's log-mean-exp of log-likelihoods S (arXiv 2602.03979).
 
     A_i = [log sum_j exp(S_j) - log G] - [log sum_{j != i} exp(S_j) - log(G - 1)]
 
-of log-likelihoods S. Equal S give A = 0. It is > 0 for a sample above the others' mean likelihood and never below
-log((G - 1) / G): a useless chain costs little, a good one among useless ones is worth its distance to them.
+Equal S give A = 0; no A is below log((G - 1) / G), and a good chain among useless ones is worth its distance to them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,10 +25,9 @@ class GroupLikelihoodAdvantage:
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N] log-likelihoods, group [N] -> advantages [N]."""
         advantages = torch.zeros_like(inputs.scores)
-        for group in inputs.group.unique():
-            own = (inputs.group == group).nonzero().squeeze(1)
-            scores, size = inputs.scores[own], torch.tensor(float(len(own)), dtype=torch.float64)
-            if len(own) > 1:
-                others = scores.repeat(len(own), 1).fill_diagonal_(-torch.inf).logsumexp(1)
-                advantages[own] = scores.logsumexp(0) - size.log() - others + (size - 1).log()
+        for own in (inputs.group == number for number in inputs.group.unique()):
+            scores, size = inputs.scores[own], int(own.sum())
+            if size > 1:
+                others = scores.repeat(size, 1).fill_diagonal_(-torch.inf).logsumexp(1)
+                advantages[own] = scores.logsumexp(0) - others + math.log((size - 1) / size)
         return advantages

@@ -35,8 +35,8 @@ class Nover(LikelihoodReward):
     def __post_init__(self) -> None:
         LikelihoodReward.__post_init__(self)
         if self.answer_gradient or self.subtract_no_chain:
-            value, expected = (self.answer_gradient, self.subtract_no_chain), "both false: ranks have no gradient"
-            raise ConfigError("not for ranks", key="answer_gradient, subtract_no_chain", value=value, expected=expected)
+            expected = "this and subtract_no_chain false: ranks have no gradient"
+            raise ConfigError("not for ranks", key="answer_gradient", value=self.answer_gradient, expected=expected)
 
     def scores(self, answers: Answers) -> Tensor:
         """[N], in [0, sum of the weights] before the length's."""
@@ -45,11 +45,13 @@ class Nover(LikelihoodReward):
         perplexity = (-likelihood / (1 + length.log10()).clamp_min(1)).exp()
         scores = torch.zeros_like(perplexity)
         for number_of_group in answers.group.unique():
-            own = (found & (answers.group == number_of_group)).nonzero().squeeze(1)
-            ppl, tokens, n = perplexity[own], length[own], len(own)
+            own = found & (answers.group == number_of_group)
+            ppl, tokens, n = perplexity[own], length[own], int(own.sum())
             better = ppl[:, None] < ppl
-            reasoning = 1 - better.sum(0) / max(n, 1)
-            efficiency = (better & (tokens[:, None] < tokens)).sum(1) / max(n - 1, 1)
-            of_own = self.reasoning_weight * reasoning + self.efficiency_weight * efficiency + self.format_weight
-            scores[own] = of_own.to(scores)
+            reasoning, efficiency = (
+                1 - better.sum(0) / max(n, 1),
+                (better & (tokens[:, None] < tokens)).sum(1) / max(n - 1, 1),
+            )
+            total = self.format_weight + self.reasoning_weight * reasoning + self.efficiency_weight * efficiency
+            scores[own] = total.to(scores)
         return scores + self.length_reward * (length - self.length_target).clamp(max=0)
