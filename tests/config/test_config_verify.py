@@ -50,7 +50,7 @@ def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
         (["reward=logprob", "algorithm/advantage=jepo"], ("algorithm.advantage", "reward=jepo")),
         (["reward=jepo"], ("algorithm.advantage", "algorithm=jepo")),
         (["reward=jepo", "algorithm=jepo", "reward.likelihood.weight=2"], ("reward.likelihood", "nothing else")),
-        (["reward=jepo", "algorithm=jepo", "algorithm/kl=in_reward"], ("reward.likelihood", "nothing else")),
+        (["reward=jepo", "algorithm=jepo", "algorithm/kl=in_reward"], ("algorithm.kl", "nothing taken off")),
         (["reward=jepo", "algorithm=jepo", "algorithm/loss=clipped", "max_staleness=1"], ("max_staleness", "Jepo")),
         (["reward=logprob", "algorithm/group_filter=mixed_scores"], ("algorithm.group_filter", "likelihoods")),
         (["reward=logprob", "budget=knapsack", "budget.high=8"], ("budget", "likelihoods")),
