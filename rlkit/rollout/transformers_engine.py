@@ -71,9 +71,16 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows that stay where they are cost nothing, unless there are more than before."""
         assert self.room is not None
-        length = self.get_seq_length()
-        self.room = self.room[0][indices], self.room[1][indices]
+        rows, length = len(self.room[0]), self.get_seq_length()
+        if len(indices) > rows:
+            self.room = self.room[0][:, :, :length][indices], self.room[1][:, :, :length][indices]
+        else:
+            moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
+            for room in self.room:
+                room[moved, :, :length] = room[indices[moved], :, :length]
+            self.room = self.room[0][: len(indices)], self.room[1][: len(indices)]
         self.keys, self.values = (room[..., :length, :] for room in self.room)
 
 
@@ -208,9 +215,12 @@ class EmbeddedEngine:
         ]  # fmt: skip
         if over.all():
             return None, finished
-        keep = torch.from_numpy(np.flatnonzero(~over)).to(batch.tokens.device)
+        # The last open rows move into the places of finished ones; the others stay where they are.
+        places = np.arange(np.count_nonzero(~over))
+        places[over[: len(places)]] = len(places) + np.flatnonzero(~over[len(places) :])
+        keep = torch.from_numpy(places).to(batch.tokens.device)
         batch.cache.batch_select_indices(keep)
-        batch.requests = [batch.requests[row] for row in keep.tolist()]
+        batch.requests = [batch.requests[row] for row in places]
         for name in ("attention_mask", "uniforms", "tokens", "logprobs"):
             setattr(batch, name, getattr(batch, name)[keep])
         return batch, finished
