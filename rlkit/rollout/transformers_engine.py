@@ -135,7 +135,7 @@ class EmbeddedEngine:
                 await asyncio.wait([under_way])
             self.generating -= 1
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _prefill(self, requests: list[GenerationRequest], sampling: SamplingParams) -> _Batch:
         """Read every distinct prompt once; its samples then share what was computed."""
         device = self.model.device
@@ -173,7 +173,7 @@ class EmbeddedEngine:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _stretch(self, batch: _Batch, sampling: SamplingParams) -> tuple[_Batch | None, list[Rollout]]:
         """Generate up to `compact_every` tokens; return the open rows and the finished rollouts."""
         done = batch.tokens.shape[1]
