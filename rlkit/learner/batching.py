@@ -147,8 +147,9 @@ def plan_microbatches(
 
     order = by_length if prompts is None else min(by_length, by_prompt, key=lambda order: cut(order, max_tokens)[0])
     parts = -(-len(cut(order, max_tokens)[1]) // ranks) * ranks
-    even = bisect_left(range(max_tokens), True, lo=1, key=lambda budget: len(cut(order, budget)[1]) <= parts)
-    return cut(order, even)[1]
+    budgets = range(max_tokens, 0, -max(1, max_tokens // 64))[::-1]  # even to a 64th: cutting takes time
+    even = bisect_left(budgets[:-1], True, key=lambda budget: len(cut(order, budget)[1]) <= parts)
+    return cut(order, budgets[even])[1]
 
 
 def share_of_rank(plan: list[list[int]], rank: int, world: int) -> list[tuple[list[int], bool]]:
