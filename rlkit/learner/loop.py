@@ -175,7 +175,9 @@ class Trainer:
                 clock["perf/sampled_tokens"] += report.tokens
                 clock["time/score"] += report.score_wait_seconds
             may_filter = len(drawn) < self.config.algorithm.max_filter_draws * wanted
-            for group in map(self.likelihood.gate, taken) if self.likelihood else taken:
+            if self.likelihood is not None:
+                taken = [self.likelihood.gate(group) for group in taken]
+            for group in taken:
                 if reason := self._refusal(group, may_filter):
                     self.buffer.drop([group.ordinal], reason)
                     refused.append(reason)

@@ -55,3 +55,10 @@ def test_a_reference_that_fits_nowhere_is_refused_before_the_warm_start(tmp_path
     assert main(["train", *settings(tmp_path, "run", "rollout.max_completion_tokens=2")]) != 0
     assert "no reference fits" in "".join(capsys.readouterr())
     assert not (tmp_path / "cache").exists()
+
+
+def test_dropping_every_sample_ends_the_run(tmp_path, capsys):
+    more = ["reward=avg_prob", "reward.likelihood.missing=drop", 'reward.likelihood.delimiter="99999999"']
+    assert main(["train", *settings(tmp_path, "run", *more, "evaluation.at_start=false", "sft.steps=1")]) != 0
+    shown = "".join(capsys.readouterr())
+    assert "reward.max_unscored_frac" in shown and "does not end with the delimiter" in shown
