@@ -66,8 +66,9 @@ def assemble(
     metrics["off_policy/lag/max"] = float(max(lag for _, lag in spans))
     trained = [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)]
     if mask_truncated:
-        cut = {(r.ordinal, r.index) for _, _, r, _ in usable if r.finish_reason == "length"}
-        whole = [s for s in trained if (s.group, s.index) not in cut]
+        ends = zip(trained, (r for _, _, r, _ in usable), strict=True)
+        # What ends before the rollout does, at a delimiter, was not cut by the limit.
+        whole = [s for s, r in ends if r.finish_reason != "length" or len(s.token_ids) < len(r.token_ids)]
         left = {s.group: replace(s, advantage=0.0) for s in trained if s.group not in {x.group for x in whole}}
         trained = [*whole, *left.values()]
     return trained, metrics

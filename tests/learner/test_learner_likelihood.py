@@ -301,6 +301,18 @@ def test_what_has_no_place_is_floored_dropped_or_too_long():
     assert set(made) == {(0, 0)} and scored[0].verdicts[1].score is None
 
 
+def test_mask_truncated_keeps_chains_that_ended_and_nothing_of_the_others():
+    """The limit cut the answer, which is not trained on; what has no delimiter was cut as such."""
+    it = policy()
+    chains = [[4, 6, 5], [5, 6, 5], [5, 5, 5]]
+    cut = [dataclasses.replace(rollout(chain, i), finish_reason="length") for i, chain in enumerate(chains)]
+    alone = [dataclasses.replace(rollout([5, 5, 5], i, 1), finish_reason="length") for i in range(2)]
+    scored, made, _ = scorer(LogProb(**MARKS), it).score([group_of(cut), group_of(alone)])
+    kept, _ = assemble(scored, LeaveOneOutAdvantage(), 0, {0: 0}, made=made, mask_truncated=True)
+    assert [(s.group, s.index, len(s.answer_token_ids)) for s in kept] == [(0, 0, 3), (0, 1, 3), (1, 1, 0)]
+    assert [s.advantage != 0 for s in kept] == [True, True, False]
+
+
 def test_weights_add_to_the_verifiers_and_scale_the_gradient():
     it = policy()
     group = group_of([rollout([4, 6]), rollout([6], 1)], [0.5, None])
