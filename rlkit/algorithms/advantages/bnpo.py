@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_mean
-from rlkit.errors import TrainingError
+from rlkit.errors import ConfigError, TrainingError
 from rlkit.settings import Checked, number
 
 
@@ -34,6 +34,11 @@ class Bnpo(Checked):
     high: float = number(1.0)
     maximum_weight: float = number(1e6, 0)
 
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        if self.low >= self.high:
+            raise ConfigError("no room", key="low, high", value=(self.low, self.high), expected="low < high")
+
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores or parts [N], group [N] -> advantages [N]; sums to 0 in every group."""
         chosen = [inputs.parts[name] for name in self.rewards] or [inputs.scores]
@@ -41,7 +46,7 @@ class Bnpo(Checked):
 
     def _advantages(self, values: Tensor, inputs: AdvantageInputs) -> Tensor:
         outside = ~((values >= self.low) & (values <= self.high))
-        if self.low >= self.high or outside.any():
+        if outside.any():
             found, bounds = values[outside][:3].tolist(), f"algorithm.advantage.low to high: {self.low} to {self.high}"
             raise TrainingError("out of bounds", key="scores", value=found, expected=bounds)
         scores = (values - self.low) / (self.high - self.low)
