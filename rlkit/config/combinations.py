@@ -81,8 +81,9 @@ RULES = (
     Rule(
         "reward.likelihood",
         lambda p: p.are("likelihood", "log_scores")
-        and (p.verdicts > 0 or p.likelihood.weight != 1 or bool(p.likelihood.length_reward)),
-        "the scores must be log-likelihoods and nothing else", "weight 1, length_reward 0, verifiers of weight 0",
+        and (p.verdicts > 0 or p.likelihood.weight != 1 or p.are("likelihood", "length_reward", "subtract_no_chain")),
+        "the scores must be log-likelihoods and nothing else",
+        "weight 1, length_reward 0, subtract_no_chain false, verifiers of weight 0",
     ),
     Rule(
         "reward.rewards", lambda p: p.are("advantage", "needs_binary_scores") and not p.binary,

@@ -62,6 +62,16 @@ def test_every_rule_is_broken_by_some_combination_or_option():
     }
 
 
+@pytest.mark.parametrize("more", ["weight=0.5", "length_reward=1", "subtract_no_chain=true"])
+def test_jepo_takes_log_likelihoods_and_nothing_else(more):
+    clipped = ["reward.likelihood.answer_gradient=false"]  # which alone may go with a clipped difference
+    config, _ = load("quickstart_likelihood", ["reward=jepo", "algorithm=jepo", *clipped])
+    verify(config)
+    config, _ = load("quickstart_likelihood", ["reward=jepo", "algorithm=jepo", *clipped, f"reward.likelihood.{more}"])
+    with pytest.raises(ConfigError, match="log-likelihoods and nothing else"):
+        verify(config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("combination", COVERING, ids="-".join)
 def test_two_steps(combination, tmp_path_factory):
