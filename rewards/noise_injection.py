@@ -1,5 +1,6 @@
 """Verifier errors at known rates, and appeals against a rule's: the study of arXiv 2510.00915."""
 
+import math
 import mmap
 import random
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ class Judge:
     def __init__(self, reward: Mapping[str, Any], correct_at: float, seed: int = 0, **rates: float) -> None:
         if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate <= 1}:
             raise RewardError(f"{wrong} must be from 0 to 1")
+        if not math.isfinite(correct_at):  # TypeError for what is no number, which `build` reports
+            raise RewardError(f"correct_at={correct_at} must be a finite number")
         self._inner = build({"inner": {**reward, "weight": 1.0}})  # what it weighs in the total does not count here
         self._correct_at, self._seed, self._rates, self.bounds = correct_at, seed, list(rates.values()), (0.0, 1.0)
         self.answer = getattr(self._inner.functions[0], "answer", None)
@@ -63,6 +66,8 @@ class Appeals(Judge):
         max_calls: int | None = None, flip: bool = False, correct_at: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__(rule, correct_at, seed, fraction=fraction)
+        if max_calls is not None and not max_calls >= 0:
+            raise RewardError(f"max_calls={max_calls} must be null, or 0 and above")
         self._appeal, self._max_calls, self._flip = Judge(appeal, correct_at), max_calls, flip
         self._calls = mmap.mmap(-1, 8)  # shared with the processes forked of this one
         self.warm_up = lambda own=self.warm_up: (own(), self._appeal.warm_up())

@@ -93,6 +93,9 @@ def test_answers_to_vote_on_and_warm_up_are_the_rewards_own() -> None:
             VerifierPool({"correct": wrapper})
 
 
+APPEALS = {"_target_": "rewards.noise_injection.Appeals", "rule": EXACT, "appeal": EXACT}
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -104,6 +107,10 @@ def test_answers_to_vote_on_and_warm_up_are_the_rewards_own() -> None:
         (noisy(0, 0, rewrd=EXACT), "did you mean 'reward'"),
         ({"_target_": "rewards.noise_injection.Appeals", "rule": EXACT, "appeal": EXACT, "fraction": 2}, "fraction"),
         ({"_target_": "rewards.noise_injection.Appeals", "rule": EXACT}, "appeal"),
+        (noisy(0, 0, correct_at=None), "correct_at"),
+        (noisy(0, 0, correct_at="right"), "correct_at"),
+        ({**APPEALS, "max_calls": -1}, "max_calls"),
+        ({**APPEALS, "max_calls": "many"}, "max_calls"),
     ],
 )
 def test_wrong_settings_say_what_to_mend(spec: dict[str, Any], says: str) -> None:
