@@ -68,7 +68,7 @@ def assemble(
     if mask_truncated:
         ends = zip(trained, (r for _, _, r, _ in usable), strict=True)
         # What ends before the rollout does, at a delimiter, was not cut by the limit.
-        whole = [s for s, r in ends if r.finish_reason != "length" or len(s.token_ids) < len(r.token_ids)]
+        whole = [s for s, r in ends if r.finish_reason != "length" or s.loss_tokens < r.loss_mask.sum()]
         left = {s.group: replace(s, advantage=0.0) for s in trained if s.group not in {x.group for x in whole}}
         trained = [*whole, *left.values()]
     return trained, metrics

@@ -309,7 +309,8 @@ def test_mask_truncated_keeps_chains_that_ended_and_nothing_of_the_others():
     alone = [dataclasses.replace(rollout([5, 5, 5], i, 1), finish_reason="length") for i in range(2)]
     scored, made, _ = scorer(LogProb(**MARKS), it).score([group_of(cut), group_of(alone)])
     kept, _ = assemble(scored, LeaveOneOutAdvantage(), 0, {0: 0}, made=made, mask_truncated=True)
-    assert [(s.group, s.index, len(s.answer_token_ids)) for s in kept] == [(0, 0, 3), (0, 1, 3), (1, 1, 0)]
+    answers = [s.total_tokens - len(s.prompt_token_ids) - s.loss_tokens for s in kept]
+    assert [(s.group, s.index) for s in kept] == [(0, 0), (0, 1), (1, 1)] and answers == [3, 3, 0]
     assert [s.advantage != 0 for s in kept] == [True, True, False]
 
 
