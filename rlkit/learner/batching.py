@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlkit.types import BoolArray, FloatArray, IntArray, Prompt, Rollout
 
+SHARED_BELOW = 0.9  # of a micro-batch's tokens: sharing prompts costs a second pass of the layers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSequence:
@@ -130,18 +132,21 @@ def plan_microbatches(
         plan: list[list[int]] = []
         sizes: list[int] = []
         seen: set[Hashable] = set()
-        width = prompt_width = 0
+        width = prompt_width = whole = 0
         for i in order:
             prompt, tokens = shared[i]
-            width, prompt_width = max(width, rest[i]), max(prompt_width, tokens)
-            size = (len(plan[-1]) + 1) * width + len(seen | {prompt}) * prompt_width if plan else 0
+            width, prompt_width, whole = max(width, rest[i]), max(prompt_width, tokens), max(whole, lengths[i])
+            count = len(plan[-1]) + 1 if plan else 0
+            size = count * width + len(seen | {prompt}) * prompt_width
+            if size >= SHARED_BELOW * count * whole:  # then `collate` does not share them
+                size = count * whole
             if plan and size <= budget:
                 plan[-1].append(i)
                 seen.add(prompt)
                 sizes[-1] = size
             else:
                 plan.append([i])
-                seen, width, prompt_width = {prompt}, rest[i], tokens
+                seen, width, prompt_width, whole = {prompt}, rest[i], tokens, lengths[i]
                 sizes.append(lengths[i])
         return sum(sizes), plan
 
@@ -178,7 +183,7 @@ def collate(
     prompt_width, rest = max(map(len, distinct.values())), max(len(s.following) for s in chosen) - 1
     whole = len(chosen) * max(s.total_tokens for s in chosen)
     prompts = None
-    if share_prompts and rest > 0 and len(distinct) * prompt_width + len(chosen) * rest < 0.9 * whole:
+    if share_prompts and rest > 0 and len(distinct) * prompt_width + len(chosen) * rest < SHARED_BELOW * whole:
         place = {key: row for row, key in enumerate(distinct)}
         owner = torch.tensor([place[s.prompt_token_ids.tobytes()] for s in chosen])
         ids = pad_sequence([torch.from_numpy(p) for p in distinct.values()], batch_first=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
@@ -149,17 +149,26 @@ def test_gradient_is_the_same_with_and_without_shared_prompts(dtype, bound, kl):
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 30)), min_size=1, max_size=60), st.integers(1, 200))
+@example([(0, 30), (0, 30)], 61)  # shared 61 tokens, but they are not
 def test_shared_prompts_keep_the_budget(rows, budget):
-    prompts = [(key, 3 * key) for key, _ in rows]
-    lengths = [3 * key + rest for key, rest in rows]
-
-    def padded(part):
-        widths = {rows[i][0] * 3 for i in part}
-        return len({rows[i][0] for i in part}) * max(widths) + len(part) * max(rows[i][1] for i in part)
-
-    plan = plan_microbatches(lengths, budget, prompts=prompts)
+    """Whether a micro-batch shares its prompts or, where that saves little, does not."""
+    data = [
+        TrainingSequence(
+            prompt_token_ids=np.full(3 * key + 1, key),
+            token_ids=np.ones(rest, np.int64),
+            behavior_logprobs=np.zeros(rest, np.float32),
+            loss_mask=np.ones(rest, np.bool_),
+            group=key,
+        )
+        for key, rest in rows
+    ]
+    prompts = [(key, 3 * key + 1) for key, _ in rows]
+    plan = plan_microbatches([s.total_tokens for s in data], budget, prompts=prompts)
     assert sorted(i for part in plan for i in part) == list(range(len(rows)))
-    assert all(padded(part) <= budget or len(part) == 1 for part in plan)
+    for part in plan:
+        micro = collate(data, part, dict.fromkeys(part, 1.0), share_prompts=True)
+        padded = micro.input_ids.numel() + (micro.prompts.input_ids.numel() if micro.prompts else 0)
+        assert padded <= budget or len(part) == 1
 
 
 def labelled(dtype: torch.dtype) -> list[TrainingSequence]:
