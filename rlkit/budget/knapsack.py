@@ -127,6 +127,7 @@ class KnapsackBudget(Checked):
             for name, groups in history(self.window).items()
         }
         samples = [latest.get(name, []) for name in prompt_ids]
-        rates = [sum(s >= self.correct_at for s, _ in x) / len(x) if len(x) >= self.minimum else None for x in samples]
+        least = self.correct_at - 1e-9  # 0.7 + 0.2 + 0.1 is below 1 in floats
+        rates = [sum(s >= least for s, _ in x) / len(x) if len(x) >= self.minimum else None for x in samples]
         costs = [sum(tokens for _, tokens in x) / len(x) if x else 1.0 for x in samples]
         return allocate(rates, total, self.low, self.high, costs if self.cost_by_length else None)

@@ -46,7 +46,7 @@ def summarise(
 
     A score is the named part or the total. Unscored samples are left out; a prompt that lost samples
     counts with the rest in avg@k, but only whole prompts count in pass@j and maj@k, whose value
-    depends on the number of samples. "Correct" is a score of at least `correct_at`.
+    depends on the number of samples. "Correct" is a score of at least `correct_at`, up to rounding.
     """
     ks = sorted({2**j for j in range(samples.bit_length())} | {samples})
     names = (f"avg@{samples}", *(f"pass@{k}" for k in ks), f"maj@{samples}")
@@ -59,7 +59,7 @@ def summarise(
             values[f"avg@{samples}"].append(fmean(score))
         if score and len(score) == samples:
             for k in ks:
-                values[f"pass@{k}"].append(pass_at_k(samples, sum(s >= correct_at for s in score), k))
+                values[f"pass@{k}"].append(pass_at_k(samples, sum(s >= correct_at - 1e-9 for s in score), k))
             values[f"maj@{samples}"].append(majority_score(scored, score))
     return {name: estimate(v) for name, v in values.items()}
 

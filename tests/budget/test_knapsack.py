@@ -185,6 +185,7 @@ def test_the_rate_is_of_the_latest_group_or_the_latest_window():
     assert rate_seen(groups([1.0] * 4, [0.0] * 3)) == expected(None)  # 7 < 8
     assert rate_seen(groups([1.0] * 4, [0.0] * 3), minimum=7) == expected(4 / 7)
     assert rate_seen(groups([0.6] * 4 + [0.4] * 4), correct_at=0.5) == expected(0.5)
+    assert rate_seen(groups([0.7 + 0.2 + 0.1] * 4 + [0.2] * 4)) == expected(0.5)  # weighted sums round
     assert rate_seen(groups([])) == expected(None)
     assert set(asked) == {16}
 
