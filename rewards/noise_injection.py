@@ -61,6 +61,8 @@ class Appeals(Judge):
     processes, for held-out samples too, anew after a restart.
     """
 
+    records_appeals: ClassVar[bool] = True  # what an advantage that estimates from it needs
+
     def __init__(
         self, rule: Mapping[str, Any], appeal: Mapping[str, Any], fraction: float = 0.1, seed: int = 0,
         max_calls: int | None = None, flip: bool = False, correct_at: float = 1.0,

@@ -24,6 +24,7 @@ class Pieces:
     likelihood: Any
     verdicts: int  # how many of the verifiers' rewards count in the score
     binary: bool  # one does, with weight 1, and it is 0 or 1
+    appeals: bool = True  # the reward that an advantage estimates from, if it does, records appeals
 
     def are(self, piece: str, *attributes: str) -> bool:
         """Whether a piece is there and has one of these attributes true."""
@@ -90,6 +91,10 @@ RULES = (
         "this advantage corrects one reward's verdicts of 0 and 1",
         "one reward of weight 1 whose class says `binary = True`; NoiseInjection makes one of any",
     ),
+    Rule(
+        "algorithm.advantage", lambda p: not p.appeals, "what this advantage estimates from does not record appeals",
+        "a reward whose class says `records_appeals = True`: rewards.noise_injection.Appeals, flip=false",
+    ),
 )  # fmt: skip
 
 
@@ -100,7 +105,12 @@ def pieces_of(config: Config, built: Mapping[str, Any]) -> Pieces:
     binary = one and getattr(import_target(counted[0]["_target_"], "reward.rewards"), "binary", False)
     names = ("advantage", "loss", "kl", "group_filter")
     found = {name: built.get(f"algorithm.{name}") for name in names} | {"budget": built.get("budget")}
-    return Pieces(**found, likelihood=built.get("reward.likelihood"), verdicts=len(counted), binary=binary)
+    asked = config.reward.rewards.get(getattr(found["advantage"], "estimate", None) or "")
+    appeals = asked is None or not asked.get("flip")
+    if asked is not None:
+        appeals &= getattr(import_target(asked["_target_"], "reward.rewards"), "records_appeals", False)
+    found |= {"likelihood": built.get("reward.likelihood")}
+    return Pieces(**found, verdicts=len(counted), binary=binary, appeals=appeals)
 
 
 def broken(pieces: Pieces) -> Iterator[Rule]:

@@ -59,6 +59,7 @@ def test_every_rule_is_broken_by_some_combination_or_option():
         "it would see scores without the likelihoods",
         "this advantage learns from groups of one verdict too",
         "the scores must be log-likelihoods and nothing else",
+        "what this advantage estimates from does not record appeals",
     }
 
 
@@ -70,6 +71,22 @@ def test_jepo_takes_log_likelihoods_and_nothing_else(more):
     config, _ = load("quickstart_likelihood", ["reward=jepo", "algorithm=jepo", *clipped, f"reward.likelihood.{more}"])
     with pytest.raises(ConfigError, match="log-likelihoods and nothing else"):
         verify(config)
+
+
+def test_an_estimate_is_of_appeals():
+    """Of other verdicts, or of appeals already granted, it would come to 1 without a word."""
+    appeal = "rule: '${reward.rewards.correct}', appeal: '${reward.rewards.clean}'"
+    appeal = f"+reward.rewards.appeal={{_target_: rewards.noise_injection.Appeals, weight: 0, {appeal}}}"
+    for estimate, more, good in (("appeal", [], True), ("clean", [], False), ("appeal", ["flip=true"], False)):
+        flips = [f"+reward.rewards.appeal.{one}" for one in more]
+        config, _ = load(
+            "quickstart_noise", ["algorithm=noise_forward", f"algorithm.advantage.estimate={estimate}", appeal, *flips]
+        )
+        if good:
+            verify(config)
+            continue
+        with pytest.raises(ConfigError, match="does not record appeals"):
+            verify(config)
 
 
 @pytest.mark.slow
