@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from rlkit.algorithms.base import group_sum
-from rlkit.errors import TrainingError
 from rlkit.settings import Checked, number
 
 
@@ -79,11 +78,8 @@ class PromptMean:
 
 
 def _weights(lengths: Tensor, denominator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """lengths [N] -> w [N] float64: 1 / denominator(lengths, B), 0 for no tokens. TrainingError for bad lengths."""
+    """lengths [N] -> w [N] float64: 1 / denominator(lengths, B), 0 for no tokens."""
     counts = lengths.detach().to(torch.float64)
-    if counts.dim() != 1 or not bool((torch.isfinite(counts) & (counts >= 0)).all()):
-        expected = "one finite count >= 0 a sequence, shape [N]"
-        raise TrainingError("not lengths of sequences", key="lengths", value=lengths.tolist(), expected=expected)
     kept = counts > 0
     divisor = denominator(counts, kept.sum().to(torch.float64)).expand_as(counts)
     return torch.where(kept, 1.0 / divisor.masked_fill(~kept, 1.0), 0.0)

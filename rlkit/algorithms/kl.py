@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rlkit.algorithms.base import LossOutput
-from rlkit.errors import ConfigError, TrainingError
+from rlkit.errors import ConfigError
 from rlkit.settings import Checked, choice, number
 
 # Name -> estimate of (d [n], d clamped [n]); exp(d) - 1 - d would lose every digit of a small d.
@@ -41,7 +41,7 @@ class KL(Protocol):
     needs_reference: ClassVar[bool]  # the learner must load a reference model and give its log-probs
     in_reward: ClassVar[bool]
 
-    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
+    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor) -> LossOutput:
         """Both [n]; returns the term of every token [n] and its metrics."""
 
 
@@ -52,7 +52,7 @@ class NoKL:
     needs_reference: ClassVar[bool] = False
     in_reward: ClassVar[bool] = False
 
-    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None = None) -> LossOutput:
+    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor) -> LossOutput:
         """logprobs [n] -> zeros [n] without gradient, no metrics."""
         return LossOutput(per_token=torch.zeros_like(logprobs, requires_grad=False))
 
@@ -77,15 +77,8 @@ class KLPenalty(Checked):
             problem = "as a loss, its expected gradient is 0"
             raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)
 
-    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor | None) -> LossOutput:
-        """Both [n] in nats, the reference constant; policy/kl_ref [n] is without the coefficient.
-
-        Raises TrainingError for missing reference log-probs or ones of another shape.
-        """
-        if reference_logprobs is None or reference_logprobs.shape != logprobs.shape:
-            got = None if reference_logprobs is None else tuple(reference_logprobs.shape)
-            expected = f"shape {tuple(logprobs.shape)}, a log-prob of the reference model for every token"
-            raise TrainingError("does not fit the tokens", key="reference_logprobs", value=got, expected=expected)
+    def __call__(self, logprobs: Tensor, reference_logprobs: Tensor) -> LossOutput:
+        """Both [n] in nats, the reference constant; policy/kl_ref [n] is without the coefficient."""
         estimate = kl_estimate(logprobs, reference_logprobs, self.estimator, self.log_ratio_limit)
         return LossOutput(per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()})
 

@@ -296,9 +296,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     budget: Component = field(default_factory=lambda: {"_target_": "rlkit.budget.uniform.UniformBudget"})
     """How many samples each prompt gets (rlkit.budget)."""
-    old_policy: Component = field(
-        default_factory=lambda: {"_target_": "rlkit.algorithms.old_policy.rollout.RolloutAnchor"}
-    )
+    old_policy: Component = field(default_factory=lambda: {"_target_": "rlkit.algorithms.old_policy.RolloutAnchor"})
     """Whose log-probs are the ratio's denominator (rlkit.algorithms.old_policy)."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from math import comb, exp, log, sqrt
 from statistics import fmean, stdev
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlkit.types import Verdict
 
 
@@ -65,7 +68,7 @@ def summarise(
 
 
 def summarise_references(
-    logprobs: Sequence[Sequence[float]], tokens: Sequence[int], lengths: Sequence[Sequence[float]]
+    logprobs: NDArray[np.float64], tokens: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> dict[str, tuple[float, float]]:
     """Likelihood of the references of P prompts behind k sampled chains each, with standard errors.
 
@@ -73,16 +76,14 @@ def summarise_references(
     `logprob@n` is log mean_n pi(a* | p, z), a biased-low estimate of log pi(a* | p), at n = 1 and k; `token_logprob` is
     all log-prob over all tokens; `perplexity` exp(-logprob@1): arXiv 2602.03979. Both errors are linearised.
     """
-    k, means = len(logprobs[0]), [fmean(own) for own in logprobs]
-    mixed = [max(own) + log(fmean(exp(s - max(own)) for s in own)) for own in logprobs]
-    mean, error = estimate(means)
+    k, means = logprobs.shape[1], logprobs.mean(1)
+    mean, error = estimate(means.tolist())
     perplexity = exp(min(-mean, 700.0))  # e^709 is the largest double
-    a_token = sum(means) / sum(tokens)
-    residuals = [(m - a_token * t) / fmean(tokens) for m, t in zip(means, tokens, strict=True)]
+    a_token = float(means.sum() / tokens.sum())
     return {
-        f"logprob@{k}": estimate(mixed),
+        f"logprob@{k}": estimate((np.logaddexp.reduce(logprobs, axis=1) - log(k)).tolist()),
         "logprob@1": (mean, error),
-        "token_logprob": (a_token, estimate(residuals)[1]),
+        "token_logprob": (a_token, estimate(((means - a_token * tokens) / tokens.mean()).tolist())[1]),
         "perplexity": (perplexity, perplexity * error),
-        "chain_length": estimate([fmean(own) for own in lengths]),
+        "chain_length": estimate(lengths.mean(1).tolist()),
     }

@@ -23,7 +23,7 @@ def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
 def assemble(
     groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int], *,
     penalties: Penalties | None = None, mask_truncated: bool = False,
-    made: Mapping[tuple[int, int], TrainingSequence] | None = None,
+    made: Sequence[TrainingSequence] = (),
 ) -> tuple[list[TrainingSequence], dict[str, float]]:  # fmt: skip
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
@@ -31,11 +31,11 @@ def assemble(
     `steps_of`: step of every version that sampled; a token's lag is `step` minus that. Unscored samples are left out of
     the batch and of every mean, and count in reward/unscored_frac. Groups must hold `advantage.minimum_group_size`
     usable samples or more. With `mask_truncated` completions cut at the limit count in the advantages and the metrics
-    only, in no denominator; of a group whose completions are all cut, one stays with advantage 0. `made`: sequences by
-    (ordinal, index) that take the place of whole rollouts; then scores are no verdicts, and none of them is "correct".
+    only, in no denominator; of a group whose completions are all cut, one stays with advantage 0. `made`: what takes
+    the place of the usable rollouts, in their order; then scores are no verdicts, and none of them is "correct".
     """
     usable = [(number, g, r, v) for number, g in enumerate(groups) for r, v in usable_samples(g)]
-    sequences = [made[r.ordinal, r.index] if made else TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
+    sequences = made or [TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
     parts: dict[str, list[float]] = {}
     for _, _, _, verdict in usable:
         for name, value in verdict.parts.items():

@@ -6,7 +6,7 @@ the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a pla
 
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -25,13 +25,13 @@ class TrainingSequence:
     """One rollout as the learner sees it. T = generated tokens."""
 
     prompt_token_ids: IntArray  # [P]
-    token_ids: IntArray  # [T]
+    token_ids: IntArray  # [T] what was sampled, and a reference answer behind it where its likelihood is a reward
     behavior_logprobs: FloatArray  # [T]
-    loss_mask: BoolArray  # [T]
+    loss_mask: BoolArray  # [T] False for the answer
     group: int  # ordinal of its group, which stays whole when a step is split into updates
     index: int = 0  # which of the group's samples it is
     advantage: float = 0.0
-    answer_token_ids: IntArray = field(default_factory=lambda: np.empty(0, np.int64))  # teacher-forced behind token_ids
+    answer_tokens: int = 0  # how many of the last ones are the answer
     answer_share: float = 0.0  # weight of the answer's reward in the loss, relative to that of a token
 
     @classmethod
@@ -43,15 +43,34 @@ class TrainingSequence:
             group=rollout.ordinal, index=rollout.index,
         )  # fmt: skip
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of the forward pass: prompt, completion and reference answer."""
-        return len(self.prompt_token_ids) + len(self.following)
+    @classmethod
+    def given(cls, prompt: IntArray, tokens: IntArray, group: int = 0, advantage: float = 0.0) -> Self:
+        """Tokens that nobody sampled, all of them in the loss."""
+        return cls(
+            prompt_token_ids=prompt, token_ids=tokens, behavior_logprobs=np.zeros(len(tokens), np.float32),
+            loss_mask=np.ones(len(tokens), np.bool_), group=group, advantage=advantage,
+        )  # fmt: skip
+
+    def with_answer(self, end: int, answer: IntArray) -> Self:
+        """The first `end` tokens, and a reference answer behind them."""
+        tokens, added = np.concatenate([self.token_ids[:end], answer]), (0, len(answer))
+        mask, behavior = np.pad(self.loss_mask[:end], added), np.pad(self.behavior_logprobs[:end], added)
+        return replace(self, token_ids=tokens, loss_mask=mask, behavior_logprobs=behavior, answer_tokens=len(answer))
 
     @property
-    def following(self) -> IntArray:
-        """Tokens behind the prompt: completion and reference answer."""
-        return np.concatenate([self.token_ids, self.answer_token_ids])
+    def prompt_key(self) -> tuple[bytes, int]:
+        """What tells its prompt from others, and the prompt's tokens."""
+        return self.prompt_token_ids.tobytes(), len(self.prompt_token_ids)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def answer_start(self) -> int:
+        """Tokens before the answer."""
+        return len(self.token_ids) - self.answer_tokens
 
     @property
     def loss_tokens(self) -> int:
@@ -74,7 +93,7 @@ class SharedPrompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """One forward pass over some sequences; n = their loss tokens, m = those of their answers, end to end.
+    """One forward pass over some sequences; n = their loss tokens, end to end, m = those of their answers behind them.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
         input_ids [[7, 8, 1, 2], [9, 3, 0, 0]], targets [1, 2, 3], sequence [0, 0, 1], counts [2, 1],
@@ -86,18 +105,16 @@ class MicroBatch:
     input_ids: Tensor  # [B, L] right padded: whole sequences, or what follows the shared prompts
     position_ids: Tensor  # [B, L]
     prompts: SharedPrompts | None
-    head_positions: Tensor  # [n]
-    targets: Tensor  # [n]
+    head_positions: Tensor  # [n + m]
+    targets: Tensor  # [n + m]
     sequence: Tensor  # [n]
     behavior_logprobs: Tensor  # [n]
     advantages: Tensor  # [n]
     weights: Tensor  # [n] of every token in the update's loss
     counts: list[int]  # [B] loss tokens of every sequence
     indices: list[int]  # [B] which of the step's sequences they are
-    answer_positions: Tensor  # [m] as head_positions
-    answer_targets: Tensor  # [m]
-    answer_sequence: Tensor  # [m]
-    answer_weights: Tensor  # [B] of every answer's reward in the update's loss
+    answer_counts: list[int]  # [B] tokens of every answer
+    answer_weights: list[float]  # [B] of every answer's reward in the update's loss
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
@@ -180,7 +197,7 @@ def collate(
     chosen = [sequences[i] for i in indices]
     counts = [s.loss_tokens for s in chosen]
     distinct = {s.prompt_token_ids.tobytes(): s.prompt_token_ids for s in chosen}
-    prompt_width, rest = max(map(len, distinct.values())), max(len(s.following) for s in chosen) - 1
+    prompt_width, rest = max(map(len, distinct.values())), max(len(s.token_ids) for s in chosen) - 1
     whole = len(chosen) * max(s.total_tokens for s in chosen)
     prompts = None
     if share_prompts and rest > 0 and len(distinct) * prompt_width + len(chosen) * rest < SHARED_BELOW * whole:
@@ -191,46 +208,46 @@ def collate(
         columns = torch.arange(prompt_width + rest)
         mask = ((columns < lengths) | (columns >= prompt_width)).long()
         prompts = SharedPrompts(input_ids=ids, owner=owner, mask=mask)
-        input_ids = pad_sequence([torch.from_numpy(s.following[:-1]) for s in chosen], batch_first=True)
+        input_ids = pad_sequence([torch.from_numpy(s.token_ids[:-1]) for s in chosen], batch_first=True)
         position_ids = lengths + torch.arange(rest)
     else:
-        joined = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.following])) for s in chosen]
-        input_ids = pad_sequence(joined, batch_first=True)
+        texts = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
+        input_ids = pad_sequence(texts, batch_first=True)
         position_ids = torch.arange(input_ids.shape[1]).expand(len(chosen), -1).contiguous()
     width = input_ids.shape[1]
 
-    def heads(row: int, one: TrainingSequence, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The hidden state one before a token predicts it; `tokens` count from the prompt's end."""
-        last = len(one.prompt_token_ids) - 1
+    # Behind a prompt: the tokens of every row that count, then the answers; one's hidden state predicts the next one.
+    places = [np.flatnonzero(s.loss_mask) for s in chosen]
+    places += [np.arange(s.answer_start, len(s.token_ids)) for s in chosen]
+    heads = []
+    for number, tokens in enumerate(places):
+        row = number % len(chosen)
+        last = len(chosen[row].prompt_token_ids) - 1
         if prompts is None:
-            return row * width + last + tokens
-        of_prompt, behind = int(prompts.owner[row]) * prompt_width + last, prompts.input_ids.numel() + row * width
-        return np.where(tokens == 0, of_prompt, behind + tokens - 1)
+            heads.append(row * width + last + tokens)
+        else:
+            of_prompt, behind = int(prompts.owner[row]) * prompt_width + last, prompts.input_ids.numel() + row * width
+            heads.append(np.where(tokens == 0, of_prompt, behind + tokens - 1))
+
+    def joined(parts: Iterable[NDArray[Any]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(parts)))
 
     return MicroBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         prompts=prompts,
-        head_positions=_joined(heads(row, s, np.flatnonzero(s.loss_mask)) for row, s in enumerate(chosen)),
-        targets=_joined(s.token_ids[s.loss_mask] for s in chosen),
+        head_positions=joined(heads),
+        targets=joined(s.token_ids[own] for s, own in zip([*chosen, *chosen], places, strict=True)),
         sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
-        behavior_logprobs=_joined(s.behavior_logprobs[s.loss_mask] for s in chosen),
+        behavior_logprobs=joined(s.behavior_logprobs[s.loss_mask] for s in chosen),
         advantages=torch.from_numpy(np.repeat([s.advantage for s in chosen], counts)),
         weights=torch.from_numpy(np.repeat([weights[i] for i in indices], counts)),
         counts=counts,
         indices=list(indices),
-        answer_positions=_joined(
-            heads(row, s, len(s.token_ids) + np.arange(len(s.answer_token_ids))) for row, s in enumerate(chosen)
-        ),
-        answer_targets=_joined(s.answer_token_ids for s in chosen),
-        answer_sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(s.answer_token_ids) for s in chosen])),
-        answer_weights=torch.tensor([weights[i] * sequences[i].answer_share for i in indices], dtype=torch.float64),
+        answer_counts=[s.answer_tokens for s in chosen],
+        answer_weights=[weights[i] * sequences[i].answer_share for i in indices],
         counted=counted,
     )
-
-
-def _joined(parts: Iterable[NDArray[Any]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(list(parts)))
 
 
 def split_updates(group: Sequence[int], updates: int) -> list[list[int]]:

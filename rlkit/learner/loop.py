@@ -22,7 +22,7 @@ from rlkit.errors import TrainingError, calling
 from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
-from rlkit.learner.likelihood import LikelihoodScorer, Made
+from rlkit.learner.likelihood import LikelihoodScorer
 from rlkit.learner.setup import Session
 from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.engine import Engine
@@ -109,15 +109,11 @@ class Trainer:
         """One batch through the whole cycle; returns its metrics."""
         config = self.config
         started = time.perf_counter()
-        clock = {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
-        groups, refused = await self.collect(clock)
+        groups, refused, clock = await self.collect()
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
         steps, mask = self.buffer.steps_of(sampled), config.algorithm.mask_truncated
-        made: Made = {}
-        measured: dict[str, float] = {}
-        if self.likelihood is not None:
-            groups, made, measured = self.likelihood.score(groups)
+        groups, made, measured = self.likelihood.score(groups) if self.likelihood else (groups, [], {})
         sequences, metrics = assemble(
             groups, self.advantage, self.step, steps, penalties=self.learner.reward_penalties, mask_truncated=mask,
             made=made,
@@ -158,22 +154,20 @@ class Trainer:
             metrics = {k: v for k, v in metrics.items() if not k.startswith("policy/clip_frac/")}
         return metrics
 
-    async def collect(self, clock: dict[str, float]) -> tuple[list[Group], list[str]]:
-        """Take `prompts_per_step` groups to train on; refuse and replace the others, whose reasons are returned."""
+    async def collect(self) -> tuple[list[Group], list[str], dict[str, float]]:
+        """Take `prompts_per_step` groups to train on; refuse and replace others. With their reasons, and metrics."""
         wanted = self.config.prompts_per_step
+        clock = {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
         usable: list[Group] = []
         drawn: list[Group] = []
         refused: list[str] = []
         while missing := wanted - len(usable):
             self.request()
             while (taken := self.buffer.take(missing)) is None:
-                report = await self.worker.run_once()
-                if report is None:
+                if not (measured := await self.worker.run_once()):
                     states = self.buffer.stats().states
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
-                clock["time/generate"] += report.generate_seconds
-                clock["perf/sampled_tokens"] += report.tokens
-                clock["time/score"] += report.score_wait_seconds
+                clock = {name: clock[name] + value for name, value in measured.items()}
             may_filter = len(drawn) < self.config.algorithm.max_filter_draws * wanted
             if self.likelihood is not None:
                 taken = [self.likelihood.gate(group) for group in taken]
@@ -185,7 +179,7 @@ class Trainer:
                     usable.append(group)
             drawn += taken
             self._check_scored(drawn)
-        return usable, refused
+        return usable, refused, clock
 
     def _refusal(self, group: Group, may_filter: bool) -> str | None:
         """Why a group is not trained on, or None."""

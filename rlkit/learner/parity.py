@@ -29,7 +29,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     """Print the comparison; raises EngineError where it exceeds the dtype's tolerance."""
     # Two updates at learning rate 0 with the recomputed anchor: the second one's ratio must be 1.
     still = dataclasses.replace(config.learner, learning_rate=0.0, updates_per_step=2)
-    anchor = {"_target_": "rlkit.algorithms.old_policy.recompute.RecomputeAnchor"}
+    anchor = {"_target_": "rlkit.algorithms.old_policy.RecomputeAnchor"}
     session = Session.open(dataclasses.replace(config, learner=still, old_policy=anchor), resolved)
     prompts = session.prompt_sets()[0].prompts[:PROMPTS]
     start = start_model(session)

@@ -5,13 +5,15 @@ are explicit, because not every architecture's bare forward counts them as `gene
 can share its forward and backward pass: its keys and values, with their graph, are handed to each of them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlkit.errors import ConfigError
-from rlkit.learner.batching import SharedPrompts
+from rlkit.learner.batching import MicroBatch, TrainingSequence, collate, plan_microbatches
 from rlkit.learner.logprobs import selected_logprobs
 
 # Settings that change logits after the head; the chunked head does not apply them: refused unless neutral.
@@ -37,36 +39,42 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.chunk_logits = chunk_logits
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, head_positions: Tensor, targets: Tensor,
-        prompts: SharedPrompts | None = None, entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Log-probs and entropies [n], at the sampling temperature, of chosen next tokens, float32 or wider, in nats.
-
-        input_ids and position_ids [B, L]; head_positions [n] are indices into the flattened hidden states, those of
-        `prompts` [P * Q] first where there are any, then [B * L]; targets [n] the token that follows each of them.
-        """
-        hidden = self._hidden(input_ids, position_ids, prompts)
+    def forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [n + m], at the sampling temperature, of the targets; float32 or wider, in nats."""
         head = self.model.get_output_embeddings()
-        chosen, bias = hidden.index_select(0, head_positions), getattr(head, "bias", None)
+        chosen, bias = self._hidden(micro).index_select(0, micro.head_positions), getattr(head, "bias", None)
         logprobs, entropy = selected_logprobs(
-            chosen, head.weight, targets, bias=bias, temperature=self.temperature, chunk_logits=self.chunk_logits,
-            entropy_grad=entropy_grad,
+            chosen, head.weight, micro.targets, bias=bias, temperature=self.temperature,
+            chunk_logits=self.chunk_logits, entropy_grad=entropy_grad,
         )  # fmt: skip
         assert entropy is not None
         return logprobs, entropy
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, prompts: SharedPrompts | None) -> Tensor:
-        decoder = self.model.get_decoder()
+    @torch.no_grad()
+    def score(self, sequences: Sequence[TrainingSequence], max_tokens: int) -> list[Tensor]:
+        """Log-probs of every sequence's loss tokens, [n_i] on the CPU; `max_tokens` at a time. Not collective."""
+        out, share = [torch.empty(0)] * len(sequences), self.can_share_prompts
+        prompts = [s.prompt_key for s in sequences] if share else None
+        for part in plan_microbatches([s.total_tokens for s in sequences], max_tokens, prompts=prompts):
+            micro = collate(sequences, part, dict.fromkeys(part, 0.0), share_prompts=share).to(self.model.device)
+            values = self(micro)[0][: len(micro.sequence)].cpu().split(micro.counts)
+            for i, one in zip(part, values, strict=True):
+                out[i] = one
+        return out
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """Hidden states, flattened: [B * L], behind those of shared prompts [P * Q] where there are any."""
+        decoder, places, prompts = self.model.get_decoder(), micro.position_ids, micro.prompts
         if prompts is None:
-            whole: Tensor = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-            return whole.flatten(0, 1)
+            whole = decoder(input_ids=micro.input_ids, position_ids=places, use_cache=False)
+            return torch.Tensor.flatten(whole.last_hidden_state, 0, 1)
         cache = DynamicCache(config=self.model.config)
-        places = torch.arange(prompts.input_ids.shape[1], device=input_ids.device).expand_as(prompts.input_ids)
-        first = decoder(input_ids=prompts.input_ids, position_ids=places, past_key_values=cache, use_cache=True)
+        first = prompts.input_ids
+        positions = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        read = decoder(input_ids=first, position_ids=positions, past_key_values=cache, use_cache=True)
         cache.batch_select_indices(prompts.owner)
         rest = decoder(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=prompts.mask, past_key_values=cache,
+            input_ids=micro.input_ids, position_ids=places, attention_mask=prompts.mask, past_key_values=cache,
             use_cache=True,
         )  # fmt: skip
-        return torch.cat([first.last_hidden_state.flatten(0, 1), rest.last_hidden_state.flatten(0, 1)])
+        return torch.cat([read.last_hidden_state.flatten(0, 1), rest.last_hidden_state.flatten(0, 1)])

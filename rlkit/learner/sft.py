@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlkit.algorithms.aggregation import TokenMean
 from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
-from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
+from rlkit.algorithms.old_policy import RecomputeAnchor
 from rlkit.config.keys import leaves
 from rlkit.config.schema import Config, ModelConfig, OptimizerConfig, SftConfig
 from rlkit.data.prompts import PromptOrder, load_examples
@@ -85,13 +84,7 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     started = time.perf_counter()
     config, accelerator = session.config, session.accelerator
     examples, left_out = load_examples(sft.data, session.tokenizer, sft.max_completion_tokens, "sft.data")
-    sequences = [
-        TrainingSequence(
-            prompt_token_ids=row.token_ids, token_ids=tokens, group=row.number, advantage=1.0,
-            behavior_logprobs=np.zeros(len(tokens), dtype=np.float32), loss_mask=np.ones(len(tokens), dtype=np.bool_),
-        )
-        for row, tokens in examples
-    ]  # fmt: skip
+    sequences = [TrainingSequence.given(row.token_ids, tokens, row.number, 1.0) for row, tokens in examples]
     if accelerator.is_main_process:
         print(message_of("sft.data", len(examples), left_out))
     previous = checkpoints.newest(folder / "checkpoints")

@@ -18,7 +18,7 @@ from rlkit.config.schema import Config
 from rlkit.data.prompts import PromptSet
 from rlkit.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rlkit.learner import checkpoint as checkpoints
-from rlkit.learner.likelihood import check_answers
+from rlkit.learner.likelihood import LikelihoodScorer
 from rlkit.learner.loop import Trainer
 from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at, open_pool, preflight
 from rlkit.learner.sft import start_model
@@ -71,7 +71,8 @@ def _lead(session: Session, folder: Path) -> None:
         print(message_of(name, len(prompts), prompts.left_out))
         if name != "data.train" and (shared := train.shared_with(prompts)):
             print(f"{name}: {shared} prompts are among the training prompts as well")
-    check_answers(session, sets)
+    if scorer := LikelihoodScorer.of(session):
+        scorer.check(sets)
     _begin(folder, previous, sets)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(open_pool(config.reward))

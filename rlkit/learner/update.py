@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlkit.algorithms.base import Aggregation, GroupLoss, Loss, LossInputs, OldPolicy, group_sum
 from rlkit.algorithms.kl import KL
-from rlkit.algorithms.likelihood.base import LikelihoodReward
-from rlkit.algorithms.losses.importance_weighted import sequence_weights
-from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
+from rlkit.algorithms.likelihood import LikelihoodReward
+from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss, sequence_weights
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import (
@@ -186,8 +186,7 @@ class Learner:
             indices = ([i for i in indices if sequences[i].group in groups] if self.group_loss else alive) or [shortest]
         lengths = [sequences[i].total_tokens for i in indices]
         ranks = self.accelerator.num_processes
-        keys = [sequences[i].prompt_token_ids for i in indices] if self.share_prompts else None
-        prompts = None if keys is None else [(key.tobytes(), len(key)) for key in keys]
+        prompts = [sequences[i].prompt_key for i in indices] if self.share_prompts else None
         plan = plan_microbatches(lengths, self.config.max_tokens_per_microbatch, ranks, prompts)
         share = share_of_rank(plan, self.accelerator.process_index, ranks)
         return [
@@ -239,23 +238,21 @@ class Learner:
 
     @torch.no_grad()
     def _rescore(self, micro: MicroBatch) -> list[Tensor]:
-        return list(self._forward(self.policy, micro.to(self.accelerator.device))[0].cpu().split(micro.counts))
+        logprobs: Tensor = self.policy(micro.to(self.accelerator.device))[0]
+        return list(logprobs[: len(micro.sequence)].cpu().split(micro.counts))
 
-    @torch.no_grad()
     def reward_penalties(self, sequences: Sequence[TrainingSequence]) -> tuple[Tensor, dict[str, float]]:
         """What a KL that belongs in the reward takes off each score [N], and its metrics. Not collective."""
-        penalties, meter = torch.zeros(len(sequences), dtype=torch.float64), Meter()
-        if self.reference is None or not self.objective.kl.in_reward:
-            return penalties, {}
-        for part in plan_microbatches([s.total_tokens for s in sequences], self.config.max_tokens_per_microbatch):
-            micro = collate(sequences, part, dict.fromkeys(part, 0.0)).to(self.accelerator.device)
-            reference, _ = self._forward(self.reference, micro)
-            with calling(self.objective.kl, "algorithm.kl"):
-                out = self.objective.kl(micro.behavior_logprobs.to(reference), reference)
-            penalties[part] = group_sum(out.per_token.double(), micro.sequence, len(part)).cpu()
-            for name, values in out.metrics.items():
-                meter.add(name, values)
-        return penalties, {name: total / count for name, (total, count) in meter.sums.items()}
+        kl, count = self.objective.kl, len(sequences)
+        if self.reference is None or not kl.in_reward:
+            return torch.zeros(count, dtype=torch.float64), {}
+        reference = torch.cat(self.reference.score(sequences, self.config.max_tokens_per_microbatch))
+        behavior = torch.from_numpy(np.concatenate([s.behavior_logprobs[s.loss_mask] for s in sequences]))
+        with calling(kl, "algorithm.kl"):
+            out = kl(behavior.to(reference), reference)
+        owner = torch.arange(count).repeat_interleave(torch.tensor([s.loss_tokens for s in sequences]))
+        penalties = group_sum(out.per_token.double(), owner, count)
+        return penalties, {name: float(values.double().mean()) for name, values in out.metrics.items()}
 
     def accumulate(
         self, microbatches: Sequence[MicroBatch], meter: Meter, check_stop: Callable[[], None], *, first: bool
@@ -270,8 +267,8 @@ class Learner:
 
     def _loss(self, micro: MicroBatch, meter: Meter, *, first: bool) -> Tensor:
         entropy_coefficient = self.objective.entropy_coefficient
-        everything = self._forward(self.policy, micro, entropy_grad=entropy_coefficient != 0, answers=True)
-        (logprobs, answers), (entropy, _) = (x.tensor_split([len(micro.targets)]) for x in everything)
+        everything: tuple[Tensor, Tensor] = self.policy(micro, entropy_coefficient != 0)
+        (logprobs, answers), (entropy, _) = (x.tensor_split([len(micro.sequence)]) for x in everything)
         behavior = micro.behavior_logprobs.to(logprobs)
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs.to(logprobs)
         inputs = LossInputs(
@@ -292,7 +289,7 @@ class Learner:
             objective = objective - entropy_coefficient * entropy
         if self.reference is not None and not self.objective.kl.in_reward:
             with torch.no_grad():
-                reference, _ = self._forward(self.reference, micro)
+                reference = self.reference(micro)[0][: len(logprobs)]
             with calling(self.objective.kl, "algorithm.kl"):
                 penalty = self.objective.kl(logprobs, reference)
             objective = objective + penalty.per_token
@@ -312,23 +309,16 @@ class Learner:
 
     def _answer_rewards(self, micro: MicroBatch, inputs: LossInputs, answers: Tensor) -> Tensor:
         """sum_i w_i share_i R_i(theta) over answers with log-probs `answers` [m]; times pi(z) / mu(z) off-policy."""
-        likelihood, weights = self.objective.likelihood, micro.answer_weights.to(answers)
+        likelihood, total = self.objective.likelihood, answers.sum() * 0
         if likelihood is None or not len(answers):
-            return answers.sum()
+            return total
+        weights = answers.new_tensor(micro.answer_weights)
         if not getattr(self.objective.loss, "needs_fresh_samples", False):
             weights = weights * sequence_weights(inputs, likelihood.max_importance_weight)
-        return (weights * likelihood.reward(answers, micro.answer_sequence, inputs.sequences)).sum()
-
-    def _forward(
-        self, policy: nn.Module, micro: MicroBatch, *, entropy_grad: bool = False, answers: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the loss tokens [n], followed by those of the answers [n + m] with `answers`."""
-        positions, targets = [micro.head_positions], [micro.targets]
-        if answers:
-            positions, targets = [*positions, micro.answer_positions], [*targets, micro.answer_targets]
-        inputs = micro.input_ids, micro.position_ids, torch.cat(positions), torch.cat(targets)
-        outputs: tuple[Tensor, Tensor] = policy(*inputs, micro.prompts, entropy_grad)
-        return outputs
+        for own, weight in zip(answers.split(micro.answer_counts), weights, strict=True):
+            if len(own):
+                total = total + weight * likelihood.reward(own)
+        return total
 
     def _apply(self) -> float:
         limit = self.config.max_grad_norm or float("inf")

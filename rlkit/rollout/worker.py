@@ -20,17 +20,6 @@ from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkReport:
-    """What one round of a worker did; seconds of wall-clock."""
-
-    samples: int
-    tokens: int
-    lost_slices: int  # their lease went to another worker meanwhile; thrown away
-    generate_seconds: float
-    score_wait_seconds: float  # after the last token, until the last verdict
-
-
 @dataclass(slots=True)
 class RolloutWorker:
     """Drives one engine and one verifier pool on slices of the buffer."""
@@ -43,11 +32,14 @@ class RolloutWorker:
     capacity: int  # samples of a round
     lease_timeout_s: float
 
-    async def run_once(self) -> WorkReport | None:
-        """Lease up to `capacity` samples, generate, score and hand them in; None if there are none."""
+    async def run_once(self) -> dict[str, float]:
+        """Lease up to `capacity` samples, generate, score and hand them in; returns metrics, none if there are none.
+
+        time/score is what passes from the last token to the last verdict.
+        """
         leases = self.buffer.lease(self.worker_id, self.capacity, self.lease_timeout_s)
         if not leases:
-            return None
+            return {}
         newest = max(lease.min_version for lease in leases)
         if self.engine.version < newest:
             self.buffer.release(leases)
@@ -56,7 +48,7 @@ class RolloutWorker:
         started = time.perf_counter()
         held = {lease.lease_id: lease for lease in leases}
         renewing = asyncio.create_task(self._renew(held))
-        scoring: list[asyncio.Task[int]] = []
+        scoring: list[asyncio.Task[None]] = []
         tokens = 0
         try:
             async for finished in self._finished_slices(leases):
@@ -68,7 +60,7 @@ class RolloutWorker:
                 if kept := [work for work in finished if work[0].lease_id in held]:
                     scoring.append(asyncio.create_task(self._score(kept, held)))
             generated = time.perf_counter()
-            handed_in = sum(await asyncio.gather(*scoring))
+            await asyncio.gather(*scoring)
         except BaseException:
             for task in scoring:
                 task.cancel()
@@ -78,13 +70,8 @@ class RolloutWorker:
         finally:
             renewing.cancel()
             await asyncio.wait([renewing])
-        return WorkReport(
-            samples=sum(lease.stop - lease.start for lease in leases),
-            tokens=tokens,
-            lost_slices=len(leases) - handed_in,
-            generate_seconds=generated - started,
-            score_wait_seconds=time.perf_counter() - generated,
-        )
+        seconds = {"time/generate": generated - started, "time/score": time.perf_counter() - generated}
+        return seconds | {"perf/sampled_tokens": float(tokens)}
 
     async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[list[tuple[Lease, list[Rollout]]]]:
         """Generate all samples of `leases`; yield the slices whose last samples have just come."""
@@ -104,14 +91,14 @@ class RolloutWorker:
                 if finished:
                     yield finished
 
-    async def _score(self, slices: list[tuple[Lease, list[Rollout]]], held: dict[int, Lease]) -> int:
-        """How many of the slices were handed in."""
+    async def _score(self, slices: list[tuple[Lease, list[Rollout]]], held: dict[int, Lease]) -> None:
         pairs = [(lease.prompt, rollout) for lease, rollouts in slices for rollout in rollouts]
         verdicts = iter(await score_rollouts(self.pool, [p for p, _ in pairs], [r for _, r in pairs]))
         work = [(lease, [next(verdicts) for _ in rollouts]) for lease, rollouts in slices]
         with self._giving_up(held):
             self.buffer.score_many([(lease, scored) for lease, scored in work if lease.lease_id in held])
-        return sum(held.pop(lease.lease_id, None) is not None for lease, _ in slices)
+        for lease, _ in slices:
+            held.pop(lease.lease_id, None)
 
     async def _renew(self, held: dict[int, Lease]) -> None:
         """Renew what is held, three times a timeout, until cancelled."""

@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 from rlkit.algorithms.advantages.jepo import GroupLikelihoodAdvantage
 from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
-from rlkit.algorithms.likelihood.base import Answers, LikelihoodReward
-from rlkit.algorithms.likelihood.jepo import Jepo
-from rlkit.algorithms.likelihood.nover import Nover
-from rlkit.algorithms.likelihood.plain import AvgLogProb, AvgProb, LogProb, Prob
-from rlkit.algorithms.losses.importance_weighted import ImportanceWeightedLoss, sequence_weights
-from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
+from rlkit.algorithms.likelihood import AvgLogProb, AvgProb, Jepo, LikelihoodReward, LogProb, Nover, Prob
+from rlkit.algorithms.losses.policy_gradient import ImportanceWeightedLoss, PolicyGradientLoss, sequence_weights
 from rlkit.errors import ConfigError
 
 PLAIN = (LogProb(), AvgLogProb(), Prob(), AvgProb())
@@ -26,10 +22,8 @@ TOKENS = st.lists(st.lists(st.floats(-5, 0), min_size=1, max_size=4), min_size=1
 name_of = lambda x: type(x).__name__  # noqa: E731
 
 
-def flat(sequences: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor, int]:
-    owner = [i for i, tokens in enumerate(sequences) for _ in tokens]
-    values = [x for tokens in sequences for x in tokens]
-    return torch.tensor(values, dtype=torch.float64), torch.tensor(owner, dtype=torch.int64), len(sequences)
+def tensors(sequences: list[list[float]]) -> list[torch.Tensor]:
+    return [torch.tensor(one, dtype=torch.float64) for one in sequences]
 
 
 def advantages(scores: list[float], kind: type) -> torch.Tensor:
@@ -49,7 +43,7 @@ def test_rewards_equal_their_definitions(sequences):
         Jepo: [sum(s) for s in sequences],
     }
     for kind, values in want.items():
-        got = kind().reward(*flat(sequences))
+        got = torch.stack([kind().reward(one) for one in tensors(sequences)])
         torch.testing.assert_close(got, torch.tensor(values, dtype=torch.float64))
 
 
@@ -57,18 +51,9 @@ def test_rewards_equal_their_definitions(sequences):
 @settings(deadline=None, max_examples=30)
 def test_averages_agree_with_sums_for_answers_of_one_token(tokens):
     # T1.1 unit test 4.
-    one_each = flat([[x] for x in tokens])
-    torch.testing.assert_close(LogProb().reward(*one_each), AvgLogProb().reward(*one_each))
-    torch.testing.assert_close(Prob().reward(*one_each), AvgProb().reward(*one_each))
-
-
-@pytest.mark.parametrize("reward", PLAIN, ids=name_of)
-def test_a_sequence_without_tokens_has_a_finite_reward_and_no_gradient(reward):
-    tokens = torch.tensor([-1.0, -2.0], requires_grad=True)
-    values = reward.reward(tokens, torch.tensor([0, 2]), 3)
-    assert torch.isfinite(values).all()
-    (values * torch.tensor([1.0, 0.0, 1.0])).sum().backward()
-    assert torch.isfinite(tokens.grad).all()
+    for one in tensors([[x] for x in tokens]):
+        torch.testing.assert_close(LogProb().reward(one), AvgLogProb().reward(one))
+        torch.testing.assert_close(Prob().reward(one), AvgProb().reward(one))
 
 
 class Table:
@@ -87,7 +72,7 @@ class Table:
         return torch.log_softmax(self.theta[3:].view(3, 2, 3), -1)[:, :, 0]
 
     def rewards(self, reward: LikelihoodReward) -> torch.Tensor:
-        return reward.reward(self.answers().flatten(), torch.arange(3).repeat_interleave(2), 3)
+        return torch.stack([reward.reward(answer) for answer in self.answers()])
 
     def surrogate(self, reward, group, advantage_of, loss, omega_of) -> torch.Tensor:
         """The learner's loss of one group of chains, with everything but log-probs and R(theta) constant."""
@@ -102,7 +87,7 @@ class Table:
             sequence=torch.arange(len(group)),
             sequences=len(group),
         )
-        shares = reward.shares(scores, one_group) * omega_of(inputs)
+        shares = reward.shares(scores) * omega_of(inputs)
         return loss(inputs).per_token.sum() - (shares * self.rewards(reward)[list(group)]).sum()
 
 
@@ -178,23 +163,20 @@ def test_jepo_advantage_and_shares_equal_their_definitions(scores):
     ]
     got = advantages(scores, GroupLikelihoodAdvantage)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=1e-9)
-    values = torch.tensor([*scores, -1.0, -1.0], dtype=torch.float64)
-    group = torch.tensor([0] * size + [1, 1])
-    shares = Jepo().shares(values, group)
-    torch.testing.assert_close(shares[:size], values[:size].softmax(0))
-    assert shares[size:].tolist() == [0.5, 0.5]
+    values = torch.tensor(scores, dtype=torch.float64)
+    torch.testing.assert_close(Jepo().shares(values), values.exp() / values.exp().sum())
 
 
-def answers(logprobs: list[list[float]], lengths: list[float], **more) -> Answers:
-    values, owner, count = flat(logprobs)
-    whole = {"group": torch.zeros(count).long(), "found": torch.ones(count).bool()} | more
-    return Answers(logprobs=values, sequence=owner, lengths=torch.tensor(lengths, dtype=torch.float64), **whole)
+def scores_of(reward: LikelihoodReward, logprobs, lengths, found=None, without=None) -> torch.Tensor:
+    found = torch.tensor(found if found else [True] * len(lengths))
+    return reward.scores(tensors(logprobs), torch.tensor(lengths, dtype=torch.float64), found, without)
 
 
 def test_difference_to_the_answer_without_a_chain_is_clipped():
     # RLPR: clip(with - without, 0, 1).
-    given_ = answers([[math.log(0.9)], [math.log(0.2)]], [5, 5], without_chain=torch.tensor([0.5, 0.5]).double())
-    got = AvgProb(answer_gradient=False, subtract_no_chain=True).scores(given_)
+    difference = AvgProb(answer_gradient=False, subtract_no_chain=True)
+    without = torch.tensor([math.log(0.5)], dtype=torch.float64)
+    got = scores_of(difference, [[math.log(0.9)], [math.log(0.2)]], [5, 5], without=without)
     torch.testing.assert_close(got, torch.tensor([0.4, 0.0], dtype=torch.float64))
     with pytest.raises(ConfigError, match="clipped"):
         AvgProb(subtract_no_chain=True)
@@ -202,23 +184,19 @@ def test_difference_to_the_answer_without_a_chain_is_clipped():
 
 def test_length_reward_is_linear_below_its_target():
     # R_l = r min(|z| - l0, 0).
-    given_ = answers([[0.0], [0.0], [0.0]], [40, 100, 900])
-    got = LogProb(length_reward=0.01, length_target=100).scores(given_)
+    got = scores_of(LogProb(length_reward=0.01, length_target=100), [[0.0], [0.0], [0.0]], [40, 100, 900])
     torch.testing.assert_close(got, torch.tensor([-0.6, 0.0, 0.0], dtype=torch.float64))
 
 
 def test_nover_ranks_perplexity_and_gates_the_format():
     # Chains of 10, 100 and 1000 tokens and one without a place; perplexities e^(2/2), e^(3/3), e^(6/4).
-    given_ = answers(
-        [[-2.0], [-3.0, -3.0], [-6.0], [-0.1]], [10, 100, 1000, 5], found=torch.tensor([True, True, True, False])
-    )
+    logprobs = [[-2.0], [-3.0, -3.0], [-6.0], [-0.1]]
+    got = scores_of(Nover(), logprobs, [10, 100, 1000, 5], [True, True, True, False])
     # Rank: two share the best (1), the third has n - 2 of n. Efficiency: 10 and 100 beat the 1000 in both.
     want = [1 + 1 + 1 / 2, 1 + 1 + 1 / 2, 1 + 1 / 3 + 0, 0]
-    torch.testing.assert_close(Nover().scores(given_), torch.tensor(want, dtype=torch.float64))
-    nothing = answers([[-1.0]] * 2, [1, 1], found=torch.tensor([False, False]))
-    assert Nover().scores(nothing).tolist() == [0.0, 0.0]
-    alone = answers([[-1.0]], [1])
-    assert Nover().scores(alone).tolist() == [2.0]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+    assert scores_of(Nover(), [[-1.0]] * 2, [1, 1], [False, False]).tolist() == [0.0, 0.0]
+    assert scores_of(Nover(), [[-1.0]], [1]).tolist() == [2.0]
     with pytest.raises(ConfigError, match="ranks"):
         Nover(answer_gradient=True)
 

@@ -13,7 +13,7 @@ from rlkit.algorithms.aggregation import SequenceMeanTokenMean
 from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.losses.clipped import ClippedLoss
 from rlkit.algorithms.losses.real import Real
-from rlkit.algorithms.old_policy.rollout import RolloutAnchor
+from rlkit.algorithms.old_policy import RolloutAnchor
 from rlkit.learner.update import Meter, Objective, never_stop
 
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]

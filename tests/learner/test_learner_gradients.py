@@ -22,8 +22,7 @@ from rlkit.algorithms.losses.clipped import ClippedLoss
 from rlkit.algorithms.losses.gspo import SequenceClippedLoss
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
-from rlkit.algorithms.old_policy.recompute import RecomputeAnchor
-from rlkit.algorithms.old_policy.rollout import RolloutAnchor
+from rlkit.algorithms.old_policy import RecomputeAnchor, RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
 from rlkit.errors import TrainingError
 from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
@@ -186,9 +185,9 @@ def whole_group_gradient(it: Learner, data: list[TrainingSequence]) -> tuple[tor
     """Autograd of the definition: all sequences in one graph, the loss of their scores, KL and entropy by weight."""
     weights = it.weights(data, range(len(data)))
     micro = collate(data, range(len(data)), weights)
-    logprobs, entropy = it._forward(it.policy, micro, entropy_grad=True)
+    logprobs, entropy = it.policy(micro, entropy_grad=True)
     with torch.no_grad():
-        reference, _ = it._forward(it.reference, micro) if it.reference else (logprobs, entropy)
+        reference, _ = it.reference(micro) if it.reference else (logprobs, entropy)
     drift = (logprobs.double() - micro.behavior_logprobs.double()).split(micro.counts)
     advantages = torch.tensor([s.advantage for s in data], dtype=torch.float64)
     group = torch.tensor([s.group - 10 for s in data])
@@ -432,7 +431,7 @@ def test_what_a_kl_in_the_reward_takes_off_each_score():
     weights = it.weights(data, range(len(data)))
     whole = collate(data, list(range(len(data))), weights)
     with torch.no_grad():
-        reference, _ = it._forward(it.reference, whole)
+        reference, _ = it.reference(whole)
     tokens = 0.5 * (whole.behavior_logprobs.double() - reference)
     expected = torch.stack([one.sum() for one in tokens.split(whole.counts)])
     for size in (8192, 20):

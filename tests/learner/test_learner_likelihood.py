@@ -17,13 +17,9 @@ from rlkit.algorithms.advantages.jepo import GroupLikelihoodAdvantage
 from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenSum, TokenMean
 from rlkit.algorithms.kl import NoKL
-from rlkit.algorithms.likelihood.base import LikelihoodReward
-from rlkit.algorithms.likelihood.jepo import Jepo
-from rlkit.algorithms.likelihood.nover import Nover
-from rlkit.algorithms.likelihood.plain import AvgLogProb, AvgProb, LogProb, Prob
-from rlkit.algorithms.losses.importance_weighted import ImportanceWeightedLoss
-from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
-from rlkit.algorithms.old_policy.rollout import RolloutAnchor
+from rlkit.algorithms.likelihood import AvgLogProb, AvgProb, Jepo, LikelihoodReward, LogProb, Nover, Prob
+from rlkit.algorithms.losses.policy_gradient import ImportanceWeightedLoss, PolicyGradientLoss
+from rlkit.algorithms.old_policy import RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
 from rlkit.errors import DataError
 from rlkit.evaluation.estimators import summarise_references
@@ -149,7 +145,7 @@ def test_expected_gradient_of_the_learner_is_that_of_the_objective(reward, off_p
     for chain in chains:
         l_t = log_table(it.policy, [answer], prompt + chain)[0]
         found = l_t if chain[-1] == 6 else torch.full((3,), -math.log(7), dtype=torch.float64)
-        values.append(reward.reward(found, torch.zeros(3).long(), 1)[0])
+        values.append(reward.reward(found))
     objective = (sums.exp() * torch.stack(values)).sum()
     parameters = list(it.policy.parameters())
     exact = torch.autograd.grad(objective, parameters)
@@ -162,7 +158,7 @@ def test_expected_gradient_of_the_learner_is_that_of_the_objective(reward, off_p
     torch.testing.assert_close(
         torch.tensor([g.verdicts[0].score for g in scored], dtype=torch.float64), torch.stack(values).detach()
     )
-    sequences = [dataclasses.replace(made[g.ordinal, 0], advantage=g.verdicts[0].score) for g in scored]
+    sequences = [dataclasses.replace(one, advantage=g.verdicts[0].score) for g, one in zip(scored, made, strict=True)]
     chance = {n: float(behavior[n].detach().sum().exp()) for n in range(len(chains))}
     microbatches = [
         collate(sequences, part, chance, share_prompts=True)
@@ -239,7 +235,7 @@ def gradient(it: Learner, data: list[TrainingSequence], parts, share: bool) -> t
 def test_gradient_is_the_same_for_every_split(reward, aggregation):
     it = learner(reward, PolicyGradientLoss() if reward.log_scores else ImportanceWeightedLoss(), aggregation)
     data = training_set(reward, it)
-    assert any(len(s.answer_token_ids) for s in data) and not all(len(s.answer_token_ids) for s in data)
+    assert any(s.answer_tokens for s in data) and not all(s.answer_tokens for s in data)
     whole = gradient(it, data, [list(range(len(data)))], share=False)
     without = dataclasses.replace(reward, answer_gradient=False)
     alone = gradient(learner(without, it.objective.loss, aggregation), training_set(without, it), [range(16)], False)
@@ -271,9 +267,10 @@ def test_scores_are_those_of_a_plain_forward_and_do_not_depend_on_microbatches()
             want = len(answer) * -math.log(7)
             if 6 in tokens:
                 chain = tokens[: tokens.index(6) + 1]
-                one = made[r.ordinal, r.index]
-                assert one.token_ids.tolist() == chain and one.answer_token_ids.tolist() == answer
-                assert len(one.behavior_logprobs) == len(one.loss_mask) == len(chain)
+                [one] = [s for s in made if (s.group, s.index) == (r.ordinal, r.index)]
+                assert one.token_ids.tolist() == chain + answer and one.answer_tokens == len(answer)
+                assert one.loss_mask.tolist() == [True] * len(chain) + [False] * len(answer)
+                assert len(one.behavior_logprobs) == len(one.token_ids)
                 [logprobs] = log_table(it.policy, [answer], [*group.prompt.token_ids.tolist(), *chain])
                 want = float(logprobs.detach().sum())
             assert verdict.score == verdict.parts["likelihood"] == pytest.approx(want)
@@ -290,7 +287,7 @@ def test_what_has_no_place_is_floored_dropped_or_too_long():
     assert [floor.place(PROMPT, r)[1] for r in group.rollouts] == [None, NO_DELIMITER, TOO_LONG]
     assert floor.gate(group) is group
     scored, made, metrics = floor.score([group])
-    assert [len(made[0, i].answer_token_ids) for i in range(3)] == [3, 0, 0]
+    assert [s.answer_tokens for s in made] == [3, 0, 0]
     assert scored[0].verdicts[1].score == pytest.approx(7.0**-3) == scored[0].verdicts[2].score
     assert metrics["reward/likelihood/missing_frac"] == metrics["reward/likelihood/too_long_frac"] == 1 / 3
     drop = scorer(Prob(**MARKS, missing="drop"), it)
@@ -298,7 +295,7 @@ def test_what_has_no_place_is_floored_dropped_or_too_long():
     assert [v.score for v in gated.verdicts] == [0.0, None, None]
     assert [v.reason for v in gated.verdicts] == [None, NO_DELIMITER, TOO_LONG]
     scored, made, _ = drop.score([gated])
-    assert set(made) == {(0, 0)} and scored[0].verdicts[1].score is None
+    assert [s.index for s in made] == [0] and scored[0].verdicts[1].score is None
 
 
 def test_mask_truncated_keeps_chains_that_ended_and_nothing_of_the_others():
@@ -320,7 +317,7 @@ def test_weights_add_to_the_verifiers_and_scale_the_gradient():
     scored, made, _ = scorer(LogProb(**MARKS, weight=0.9), it).score([group])
     first, second = scored[0].verdicts
     assert first.score == pytest.approx(0.5 + 0.9 * first.parts["likelihood"]) and second.score is None
-    assert made[0, 0].answer_share == pytest.approx(0.9) and (0, 1) not in made
+    assert [s.answer_share for s in made] == [pytest.approx(0.9)]
 
 
 def test_difference_to_the_answer_without_a_chain():
@@ -331,7 +328,7 @@ def test_difference_to_the_answer_without_a_chain():
     nothing = float(logprobs.detach().exp().mean())
     got = scorer(AvgProb(**MARKS, answer_gradient=False, subtract_no_chain=True), it).score([group])
     assert [v.score for v in got[0][0].verdicts] == pytest.approx([max(0.0, v.score - nothing) for v in plain])
-    assert not any(len(s.answer_token_ids) for s in got[1].values())
+    assert not any(s.answer_tokens for s in got[1])
 
 
 def test_nover_is_scored_under_the_reference_where_there_is_one():
@@ -391,15 +388,16 @@ def test_appended_tokens_are_those_of_chain_and_reference_each_by_itself():
     one, why = made.place(prompt, rollout([*chain.tolist(), *tail]))
     assert why is None
     want = [*chain.tolist(), *BPE(" 12</answer>", add_special_tokens=False).input_ids]
-    assert one.following.tolist() == want
+    assert one.token_ids.tolist() == want and one.answer_start == len(chain)
     for share in (False, True):
         micro = collate([one, one], [0, 1], {0: 0.5, 1: 0.5}, share_prompts=share)
-        assert micro.answer_targets.tolist() == want[len(chain) :] * 2
-        assert len(micro.targets) == 2 * len(chain) and micro.answer_weights.tolist() == [0.0, 0.0]
+        assert micro.targets.tolist() == want[: len(chain)] * 2 + want[len(chain) :] * 2
+        assert len(micro.sequence) == 2 * len(chain) and micro.answer_weights == [0.0, 0.0]
     micro = collate([one], [0], {0: 1.0})
     ids, start = micro.input_ids[0].tolist(), len(PROMPT.token_ids) + len(chain)
-    assert micro.answer_positions.tolist() == list(range(start - 1, start - 1 + len(one.answer_token_ids)))
-    assert [ids[p + 1] for p in micro.answer_positions] == micro.answer_targets.tolist()
+    positions = micro.head_positions[len(micro.sequence) :].tolist()
+    assert positions == list(range(start - 1, start - 1 + one.answer_tokens))
+    assert [ids[p + 1] for p in micro.head_positions] == micro.targets.tolist()
 
 
 def test_characters_the_tokenizer_does_not_know_are_refused():
@@ -409,19 +407,20 @@ def test_characters_the_tokenizer_does_not_know_are_refused():
 
 def test_held_out_figures_equal_their_definitions():
     logprobs = [[-1.0, -2.0], [-0.5, -3.0], [-4.0, -4.0]]
-    got = summarise_references(logprobs, [2, 1, 4], [[3.0, 5.0], [1.0, 1.0], [2.0, 4.0]])
+    lengths = np.array([[3, 5], [1, 1], [2, 4]])
+    got = summarise_references(np.array(logprobs), np.array([2, 1, 4]), lengths)
     assert got["logprob@1"][0] == pytest.approx(-14.5 / 6)
     mixed = [math.log(sum(map(math.exp, s)) / 2) for s in logprobs]
     assert got["logprob@2"] == pytest.approx((np.mean(mixed), np.std(mixed, ddof=1) / math.sqrt(3)))
     assert got["token_logprob"][0] == pytest.approx((-1.5 - 1.75 - 4) / 7)
     assert got["perplexity"][0] == pytest.approx(math.exp(14.5 / 6))
     assert got["chain_length"][0] == pytest.approx(8 / 3)
-    assert math.isfinite(summarise_references([[-2000.0]], [900], [[3.0]])["perplexity"][0])
+    assert math.isfinite(summarise_references(np.array([[-2000.0]]), np.array([900]), np.array([[3]]))["perplexity"][0])
     # The linearised error of a ratio is that of many resamples.
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 9, 400)
     many = [[float(-0.3 * t + rng.normal(0, 0.4))] for t in tokens]
-    _, error = summarise_references(many, tokens.tolist(), many)["token_logprob"]
+    _, error = summarise_references(np.array(many), tokens, np.array(many))["token_logprob"]
     draws = rng.integers(0, 400, (2000, 400))
     ratios = np.array(many)[draws, 0].sum(1) / tokens[draws].sum(1)
     assert error == pytest.approx(ratios.std(), rel=0.1)

@@ -1,14 +1,23 @@
-"""REINFORCE (Williams 1992): the plain policy gradient, without a ratio.
+"""REINFORCE (Williams 1992): the plain policy gradient, and the same with the importance weight of whole sequences.
 
-    L = -A logprob
+    L = -A logprob                  PolicyGradientLoss
+    L = -sg[w] A logprob            ImportanceWeightedLoss
+    w = min(exp(sum_t (logprob_t - behavior_logprob_t)), max_weight)
 
-The gradient is that of the expected reward only for tokens of the current weights: nothing corrects a stale one.
+The first is the gradient of the expected reward for tokens of the current weights only. The second is so for samples of
+any policy mu in expectation, where max_weight is null; the variance of w grows exponentially with length, hence the
+cut, which biases towards mu.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlkit.algorithms.base import LossInputs, LossOutput
+from torch import Tensor
+
+from rlkit.algorithms.base import LossInputs, LossOutput, group_sum
+from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT
+from rlkit.settings import Checked, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +30,22 @@ class PolicyGradientLoss:
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """All tensors [n]."""
         return LossOutput(per_token=-inputs.advantages * inputs.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportanceWeightedLoss(Checked):
+    """-w A logprob, per token; `max_weight` null does not cut."""
+
+    proportional_to_advantage: ClassVar[bool] = True
+    max_weight: float | None = number(2.0, 1)
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """All tensors [n]; metrics is/weight/mean."""
+        weight = sequence_weights(inputs, self.max_weight)[inputs.sequence]
+        return LossOutput(per_token=-weight * inputs.advantages * inputs.logprobs, metrics={"is/weight/mean": weight})
+
+
+def sequence_weights(inputs: LossInputs, limit: float | None) -> Tensor:
+    """pi(o) / mu(o) of every sequence, [sequences], at most `limit`, without gradient."""
+    log_ratio = group_sum(inputs.logprobs.detach() - inputs.behavior_logprobs, inputs.sequence, inputs.sequences)
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=limit or math.inf)

@@ -1,0 +1,36 @@
+"""Old-policy anchors: whose log-probs stand in the ratio's denominator."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutAnchor:
+    """The engine's own log-probs: the ratio holds engine mismatch and staleness together. Costs nothing."""
+
+    uses_current_weights: ClassVar[bool] = False
+    exact_only_at_lag_zero: ClassVar[bool] = False
+
+    def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return the behaviour log-probs, [T_i] each."""
+        return list(behavior_logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeAnchor:
+    """The learner's weights before the batch's first update.
+
+    Exact when every token was sampled by those weights (lag 0): then the ratio holds staleness only and the engine
+    mismatch is seen apart. At lag > 0 it is a *proximal* anchor (AReaL's decoupled PPO): the ratio starts at 1 whatever
+    the tokens' age, so that clipping is silently off unless importance weights correct for it. Hence refused there.
+    """
+
+    uses_current_weights: ClassVar[bool] = True
+    exact_only_at_lag_zero: ClassVar[bool] = True
+
+    def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return a no-grad forward of the current policy, [T_i] each."""
+        return rescore()
