@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkit.algorithms.likelihood import LikelihoodReward
-from rlkit.config.components import build
 from rlkit.data.prompts import PromptSet
 from rlkit.data.text import encode
 from rlkit.errors import DataError
@@ -66,13 +65,10 @@ class LikelihoodScorer:
     @classmethod
     def of(cls, session: Session, policy: Any = None, reference: Policy | None = None) -> Self | None:
         """The recipe's scorer, if it has a likelihood reward."""
-        config = session.config
-        if config.reward.likelihood is None:
-            return None
-        return cls(
-            reward=build(config.reward.likelihood, key="reward.likelihood"), tokenizer=session.tokenizer,
-            max_tokens=config.rollout.max_completion_tokens, policy=policy, reference=reference,
-            microbatch_tokens=config.learner.max_tokens_per_microbatch,
+        config, reward = session.config, session.component("reward.likelihood")
+        return reward and cls(
+            reward=reward, tokenizer=session.tokenizer, max_tokens=config.rollout.max_completion_tokens, policy=policy,
+            reference=reference, microbatch_tokens=config.learner.max_tokens_per_microbatch,
         )  # fmt: skip
 
     def check(self, sets: Mapping[str, PromptSet]) -> None:
@@ -147,12 +143,8 @@ class LikelihoodScorer:
     def _without_chain(self, groups: Sequence[Group], policy: Policy) -> list[Tensor]:
         """Log-probs of every group's reference behind an empty chain, [m] each."""
         chain = self.tokens(f"{self.reward.empty_chain}{self.reward.delimiter}")
-        sequences = [
-            TrainingSequence.given(
-                np.concatenate([g.prompt.token_ids, chain]), self.answer(g.prompt)[: self.max_tokens]
-            )
-            for g in groups
-        ]
+        prompts = [(np.concatenate([g.prompt.token_ids, chain]), self.answer(g.prompt)) for g in groups]
+        sequences = [TrainingSequence.given(prompt, answer[: self.max_tokens]) for prompt, answer in prompts]
         return [one.double() for one in policy.score(sequences, self.microbatch_tokens)]
 
     def figures(

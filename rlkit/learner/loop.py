@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -16,7 +17,6 @@ from rlkit.algorithms.base import Advantage, GroupFilter
 from rlkit.budget.base import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
-from rlkit.config.components import build
 from rlkit.data.prompts import PromptOrder, PromptSet
 from rlkit.errors import TrainingError, calling
 from rlkit.evaluation.evaluate import evaluate
@@ -52,16 +52,15 @@ class Trainer:
     def __post_init__(self) -> None:
         self.config = config = self.session.config
         self.order = PromptOrder(len(self.prompts), config.seed, config.data.train.shuffle)
-        self.advantage: Advantage = build(config.algorithm.advantage, key="algorithm.advantage")
-        chosen = config.algorithm.group_filter
-        self.group_filter: GroupFilter | None = build(chosen, key="algorithm.group_filter") if chosen else None
-        self.budget: Budget = build(config.budget, key="budget")
+        self.advantage: Advantage = self.session.component("algorithm.advantage")
+        self.group_filter: GroupFilter | None = self.session.component("algorithm.group_filter")
+        self.budget: Budget = self.session.component("budget")
         policy = self.session.accelerator.unwrap_model(self.learner.policy)
         self.likelihood = LikelihoodScorer.of(self.session, policy, self.learner.reference)
         ranks = self.session.accelerator.num_processes
         self.engine: Engine = self.session.engine(self.learner.model)
         if ranks > 1:
-            self.engine = RankedEngine(self.engine, ranks)
+            self.engine = cast(Engine, RankedEngine(self.engine, ranks))
         sampling = self.session.sampling(config.rollout.temperature, config.seed)
         capacity, timeout = config.prompts_per_step * config.samples_per_prompt, config.rollout.lease_timeout_s
         self.worker = RolloutWorker(self.buffer, self.engine, self.pool, sampling, "embedded-0", capacity, timeout)

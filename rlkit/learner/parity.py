@@ -48,24 +48,21 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     key, dtype = "mismatch/logprob_absdiff/max", learner.model.dtype
     absdiff, limit = metrics[key], TOLERANCE[dtype]
     clip_frac = metrics.get("policy/clip_frac/low", 0.0) + metrics.get("policy/clip_frac/high", 0.0)
+    both = zip(scored, rollouts, strict=True)
     # Largest differences over all sampled tokens, in nats; ratio and clip fraction at learning rate 0.
     parity = {
         "tokens": sum(len(r.token_ids) for r in rollouts),
         "engine_learner_absdiff": absdiff,
-        "engine_score_absdiff": max(
-            np.abs(s - r.behavior_logprobs).max() for s, r in zip(scored, rollouts, strict=True)
-        ),
+        "engine_score_absdiff": max(np.abs(s - r.behavior_logprobs).max() for s, r in both),
         "ratio_absdiff": np.sqrt(2 * max(metrics.get("policy/kl_old", 0.0), 0.0)),
         "clip_frac": clip_frac,
     }
     for name, value in parity.items():
         print(f"{name:24} {value:.3g}")
     if absdiff > limit or clip_frac > 0:
-        problem, expected = (
-            "engine and learner disagree on the same weights and tokens",
-            f"at most {limit:g} for {dtype}",
-        )
+        problem = "engine and learner disagree on the same weights and tokens"
+        expected = f"at most {limit:g} for {dtype}, and clip fraction 0"
         fix = "compare dtypes, attention implementation, position ids and sampling settings"
-        raise EngineError(problem, key=key, value=absdiff, expected=f"{expected}, and clip fraction 0", fix=fix)
+        raise EngineError(problem, key=key, value=absdiff, expected=expected, fix=fix)
     print(f"in parity (tolerance {limit:g})")
     return 0

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import operator
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rewards.base import Sample
 from rewards.pool import VerifierPool
 from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, ModelConfig, RewardConfig
@@ -28,7 +30,6 @@ from rlkit.learner.model import load_model, load_tokenizer, resolve_dtype
 from rlkit.learner.policy import Policy
 from rlkit.learner.update import Learner, Objective, never_stop
 from rlkit.rollout.engine import Engine
-from rlkit.rollout.worker import score_references
 from rlkit.types import Prompt, SamplingParams
 
 REPEAT_S = 0.5  # a second signal within this is the first one again, and not a wish to leave at once
@@ -76,25 +77,24 @@ class Session:
         accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
         return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
 
-    def model(self, source: ModelConfig, seed: int) -> PreTrainedModel:
-        """A model in the recipe's dtype, on the CPU; `seed` is that of weights made new."""
-        dtype = resolve_dtype(self.config.model.dtype, self.accelerator.device)
-        return load_model(source, self.tokenizer, dtype, seed)
+    def component(self, key: str) -> Any:
+        """What the recipe has at a key, made; None where that is null."""
+        spec = operator.attrgetter(key)(self.config)
+        return None if spec is None else build(spec, key=key)
 
     def policy(self, source: ModelConfig, seed: int, temperature: float) -> Policy:
-        """The same with the log-prob head."""
-        chunk = self.config.learner.logprob_chunk_logits
-        return Policy(self.model(source, seed), temperature=temperature, chunk_logits=chunk)
+        """A model in the recipe's dtype, on the CPU, with the log-prob head; `seed` is that of weights made new."""
+        dtype, chunk = resolve_dtype(self.config.model.dtype, self.accelerator.device), self.config.learner
+        model = load_model(source, self.tokenizer, dtype, seed)
+        return Policy(model, temperature=temperature, chunk_logits=chunk.logprob_chunk_logits)
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""
         config = self.config
-        pieces = {k: build(getattr(config.algorithm, k), key=f"algorithm.{k}") for k in ("loss", "aggregation", "kl")}
-        old_policy = build(config.old_policy, key="old_policy")
-        scored = config.reward.likelihood
         objective = Objective(
-            **pieces, old_policy=old_policy, entropy_coefficient=config.algorithm.entropy_coefficient,
-            likelihood=None if scored is None else build(scored, key="reward.likelihood"),
+            **{name: self.component(f"algorithm.{name}") for name in ("loss", "aggregation", "kl")},
+            old_policy=self.component("old_policy"), likelihood=self.component("reward.likelihood"),
+            entropy_coefficient=config.algorithm.entropy_coefficient,
         )  # fmt: skip
         policy, reference = self.policy(source, config.seed, config.rollout.temperature), None
         if objective.kl.needs_reference:
@@ -104,17 +104,17 @@ class Session:
 
     def engine(self, model: PreTrainedModel) -> Engine:
         """The recipe's inference engine, on the weights of `model`."""
-        component = build(self.config.rollout.engine, key="rollout.engine")
-        engine: Engine = component.open(model, self.tokenizer, self.check_stop, self.accelerator.process_index)
+        given = model, self.tokenizer, self.check_stop, self.accelerator.process_index
+        engine: Engine = self.component("rollout.engine").open(*given)
         return engine
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:
         """Sampling with the recipe's limits and stops."""
-        rollout, stop = self.config.rollout, (int(self.tokenizer.eos_token_id),)
+        length, stop = self.config.rollout.max_completion_tokens, (int(self.tokenizer.eos_token_id),)
+        strings = tuple(self.config.rollout.stop)
         return SamplingParams(
-            temperature=temperature, max_tokens=rollout.max_completion_tokens, seed=seed,
-            stop_token_ids=stop, stop_strings=tuple(rollout.stop),
-        )  # fmt: skip
+            temperature=temperature, max_tokens=length, seed=seed, stop_token_ids=stop, stop_strings=strings
+        )
 
     def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
         """Training prompts and held-out sets. A reward without `needs_reference = False` or a likelihood needs one."""
@@ -210,7 +210,8 @@ async def preflight(pool: VerifierPool | None, prompts: tuple[Prompt, ...], coun
     """Score the reference answers of the first prompts; ConfigError for a NaN, or where none of them gets a score."""
     if pool is None:
         return
-    scores = await score_references(pool, prompts[:count])
+    samples = [Sample(p.text, p.reference or "", p.reference, p.metadata, "stop", 1) for p in prompts[:count]]
+    scores = await pool.score(samples)
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "NaN from reward" in r]
     if not_a_number or len(reasons) == len(scores):
@@ -221,5 +222,4 @@ async def preflight(pool: VerifierPool | None, prompts: tuple[Prompt, ...], coun
 
 def message_of(name: str, kept: int, left_out: Mapping[str, int]) -> str:
     """One line about the rows of a data set that were left out."""
-    lost = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    return f"{name}: {kept} prompts; left out: {lost}"
+    return f"{name}: {kept} prompts; left out: {', '.join(f'{n} {why}' for why, n in left_out.items()) or 'none'}"

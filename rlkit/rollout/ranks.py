@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed
@@ -16,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from rlkit.errors import Interrupted
 from rlkit.rollout.engine import Engine, GenerationRequest
-from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams
+from rlkit.types import Rollout, SamplingParams
 
 INTERRUPTED = "interrupted"
 
@@ -37,24 +36,22 @@ class GenerateOrder:
 
 @dataclass(slots=True)
 class RankedEngine:
-    """Rank 0's view of the engines of all ranks, as one `rlkit.rollout.engine.Engine`."""
+    """Rank 0's view of the engines of all ranks, as one `rlkit.rollout.engine.Engine`: its own but for `generate`.
+
+    The other ranks hear of new weights with their next order.
+    """
 
     local: Engine
     ranks: int
 
-    @property
-    def engine_id(self) -> str:
-        return self.local.engine_id
-
-    @property
-    def version(self) -> int:
-        return self.local.version
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.local, name)
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> AsyncGenerator[list[Rollout], None]:
         """The rollouts of all ranks as they finish. Interrupted if another rank was."""
-        order = GenerateOrder(requests, sampling, self.version)
+        order = GenerateOrder(requests, sampling, self.local.version)
         broadcast_object_list([order], from_process=0)
         loop, found = asyncio.get_running_loop(), asyncio.Queue[list[Rollout] | None]()
 
@@ -93,18 +90,6 @@ class RankedEngine:
             await asyncio.wait([own, *others])
         for task in (own, *others):
             task.result()
-
-    async def score(
-        self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
-    ) -> list[FloatArray]:
-        return await self.local.score(prompts, completions, temperature)
-
-    async def update_weights(self, version: int, snapshot: Path | None) -> None:
-        """The other ranks hear of it with their next order."""
-        await self.local.update_weights(version, snapshot)
-
-    async def close(self) -> None:
-        await self.local.close()
 
 
 async def carry_out(order: GenerateOrder, engine: Engine, rank: int, ranks: int) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
-from rewards.base import Sample, Score
+from rewards.base import Sample
 from rewards.pool import VerifierPool
 from rlkit.buffer.protocol import FencedError, Lease
 from rlkit.buffer.sql import SqlBuffer
@@ -129,9 +129,3 @@ async def score_rollouts(
     ]
     scores = await pool.score(samples)
     return [Verdict(score=s.score, parts=dict(s.parts), answer=s.answer, reason=s.reason) for s in scores]
-
-
-async def score_references(pool: VerifierPool, prompts: Sequence[Prompt]) -> list[Score]:
-    """Scores of the reference answers as completions, to try rewards on before anything is sampled."""
-    samples = [Sample(p.text, p.reference or "", p.reference, p.metadata, "stop", 1) for p in prompts]
-    return list(await pool.score(samples))

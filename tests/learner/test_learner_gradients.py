@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
-from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
+from rlkit.algorithms.advantages.group_relative import GroupNormalizedAdvantage, MeanCentredAdvantage
 from rlkit.algorithms.aggregation import ConstantLength, PromptMean, SequenceMeanTokenMean, TokenMean
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
 from rlkit.algorithms.kl import KLInReward, KLPenalty, NoKL

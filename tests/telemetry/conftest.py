@@ -28,7 +28,7 @@ data:
     held_out: {{}}
     longer: {{}}
 algorithm:
-  advantage: {{_target_: rlkit.algorithms.advantages.grpo.GroupAdvantage}}
+  advantage: {{_target_: rlkit.algorithms.advantages.group_relative.GroupAdvantage}}
   loss: {{_target_: rlkit.algorithms.losses.clipped.ClippedLoss}}
 buffer:
   url: postgresql://someone:hunter2@db/run
