@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlkit.buffer.protocol import Watermark
@@ -45,8 +44,6 @@ class Checkpoint:
     optimizer_steps: int
     seconds: float
     watermark: Watermark | None
-    optimizer: Mapping[str, Tensor]
-    rng: tuple[Mapping[str, Tensor], list[Any]]
     advantage: Mapping[str, float] = field(default_factory=dict)  # the state of one that has any
 
     def restore(self, learner: Learner) -> None:
@@ -54,22 +51,23 @@ class Checkpoint:
 
         Raises CheckpointError if it belongs to another model.
         """
-        by_name = dict(learner.model.named_parameters())
-        unknown = {key.split("/", 1)[1] for key in self.optimizer} ^ set(by_name)
-        if self.optimizer and unknown:
+        by_name, trainer = dict(learner.model.named_parameters()), self.path / "trainer"
+        optimizer, rng = load_file(trainer / "optimizer.safetensors"), load_file(trainer / "rng.safetensors")
+        unknown = {key.split("/", 1)[1] for key in optimizer} ^ set(by_name)
+        if optimizer and unknown:
             problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
             raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
-        for key, tensor in self.optimizer.items():
+        for key, tensor in optimizer.items():
             kind, name = key.split("/", 1)
             # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
             place = tensor if tensor.ndim == 0 else tensor.to(by_name[name].device)
             learner.optimizer.state[by_name[name]][kind] = place.clone()
         learner.optimizer_steps = self.optimizer_steps
         # Global generators are for users' components; sampling itself is keyed, not drawn.
-        tensors, ((version, internal, gauss), numpy_state) = self.rng
-        torch.set_rng_state(tensors["cpu"])
+        (version, internal, gauss), numpy_state = json.loads((trainer / "state.json").read_text())["rng"]
+        torch.set_rng_state(rng["cpu"])
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([t for name, t in sorted(tensors.items()) if name.startswith("cuda")])
+            torch.cuda.set_rng_state_all([t for name, t in sorted(rng.items()) if name.startswith("cuda")])
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(tuple(numpy_state))
 
@@ -95,9 +93,7 @@ def save(
 
     `progress` has the step, the seconds so far, the buffer's watermark (None for a warm start), the advantage's state.
     """
-    step = progress["step"]
-    final = folder / f"step_{step}"
-    draft = folder / f".step_{step}.{os.getpid()}.tmp"
+    final, draft = (folder / name.format(progress["step"]) for name in ("step_{}", ".step_{}.tmp"))
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*.tmp"):
         shutil.rmtree(leftover)
@@ -124,7 +120,7 @@ def save(
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [draft, *draft.rglob("*")]:
             _flush(path)  # so that the rename never outruns the data
-        replaced = folder / f".step_{step}.replaced.tmp"
+        replaced = draft.with_suffix(".replaced.tmp")
         if final.exists():
             final.rename(replaced)
         draft.rename(final)
@@ -145,21 +141,21 @@ def steps(folder: Path) -> list[int]:
 
 def verify(path: Path) -> None:
     """Compare every file with the manifest; CheckpointError names what is wrong and what to do."""
-    others = [s for s in steps(path.parent) if path.parent / f"step_{s}" != path]
+    others = [f"step_{s}" for s in steps(path.parent) if f"step_{s}" != path.name]
     fix = "start again with resume=never (the run folder is moved aside, not deleted)"
-    if others:
-        fix = f"delete {path} to go on from {path.parent / f'step_{others[-1]}'}"
+    fix = f"delete {path} to go on from {path.with_name(others[-1])}" if others else fix
     wrong = partial(CheckpointError, key="checkpoint", value=str(path), fix=fix)
     try:
         manifest = {name: (size, digest) for name, (size, digest) in json.loads((path / MANIFEST).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         expected = f"a complete checkpoint with {MANIFEST}"
         raise wrong(f"the manifest cannot be read: {error}", expected=expected) from error
-    for name, (expected_size, digest) in manifest.items():
+    for name, (written, digest) in manifest.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != expected_size or checksum(path / name) != digest:
-            found = "missing" if size is None else f"{size} bytes"
-            problem = f"{name} is corrupt ({found}, {expected_size} bytes were written)"
+        if size != written or checksum(path / name) != digest:
+            problem = (
+                f"{name} is corrupt ({'missing' if size is None else f'{size} bytes'}, {written} bytes were written)"
+            )
             raise wrong(problem, expected=f"the checksum in {MANIFEST}")
 
 
@@ -168,12 +164,7 @@ def newest(folder: Path) -> Checkpoint | None:
     if not (found := steps(folder)):
         return None
     path = folder / f"step_{found[-1]}"
-    trainer = path / "trainer"
     verify(path)
-    raw = json.loads((trainer / "state.json").read_text())
-    state, watermark = raw["state"], raw["state"].pop("watermark")
-    return Checkpoint(
-        path=path, optimizer=load_file(trainer / "optimizer.safetensors"),
-        rng=(load_file(trainer / "rng.safetensors"), raw["rng"]),
-        watermark=Watermark(**watermark) if watermark else None, **state,
-    )  # fmt: skip
+    state = json.loads((path / "trainer" / "state.json").read_text())["state"]
+    watermark = state.pop("watermark")
+    return Checkpoint(path=path, watermark=Watermark(**watermark) if watermark else None, **state)

@@ -91,10 +91,9 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     source = config.model if previous is None else model_at(config.model, previous.path)
     # With an advantage of 1 the policy gradient's loss is the negative log-likelihood.
     objective = Objective(loss=PolicyGradientLoss(), aggregation=TokenMean(), kl=NoKL(), old_policy=RecomputeAnchor())
-    policy = session.policy(source, sft.seed, temperature=1.0)
     values = {field.name: getattr(sft, field.name) for field in dataclasses.fields(OptimizerConfig)}
     settings = dataclasses.replace(config.learner, **values, updates_per_step=1)
-    learner = Learner(policy, None, objective, settings, accelerator, sft.steps)
+    learner = Learner(session.policy(source, sft.seed, 1.0), None, objective, settings, accelerator, sft.steps)
     if previous is not None:
         previous.restore(learner)
         started -= previous.seconds
@@ -118,9 +117,8 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
         try:
             while step < sft.steps:
                 batch = [sequences[order.index(step * size + i)] for i in range(size)]
-                if accelerator.num_processes > 1:
-                    _agree(session)
-                metrics = learner.step(batch, session.check_stop if accelerator.num_processes == 1 else never_stop)
+                _agree(session)
+                metrics = learner.step(batch, never_stop)
                 step += 1
                 if accelerator.is_main_process:
                     telemetry.log(step, {LOGGED[k]: metrics[k] for k in LOGGED})

@@ -13,7 +13,8 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     # `Learner.step` sets the learning rate before every update.
-    first, second = config.betas
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(first, second), eps=config.epsilon, fused=True)
+    betas: Any = config.betas
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.epsilon, fused=True)
 
 
 class Meter:
@@ -102,14 +103,10 @@ class Meter:
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and maxima over all ranks; every rank must hold the same names."""
 
-        def table(values: list[Any]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-
         names, peaks = sorted(self.sums), sorted(self.maxima)
+        table = partial(torch.tensor, dtype=torch.float64, device=accelerator.device)
         totals = accelerator.reduce(table([self.sums[n] for n in names]), "sum").tolist()
         means = {n: s / c for n, (s, c) in zip(names, totals, strict=True) if c}
-        if not peaks:
-            return means
         tops = accelerator.gather(table([[self.maxima[n] for n in peaks]])).amax(dim=0).tolist()
         return means | dict(zip(peaks, tops, strict=True))
 
@@ -132,10 +129,10 @@ class Learner:
         optimizer = make_optimizer(self.policy, self.config)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
-        likelihood, loss = self.objective.likelihood, self.objective.loss
-        alone = alone and (likelihood is None or not likelihood.answer_gradient)
-        self.group_loss = cast(GroupLoss, loss) if getattr(loss, "whole_groups", False) else None
-        self.token_loss = PolicyGradientLoss() if self.group_loss else cast(Loss, loss)
+        alone = alone and not getattr(self.objective.likelihood, "answer_gradient", False)
+        loss: Any = self.objective.loss
+        self.group_loss: GroupLoss | None = loss if getattr(loss, "whole_groups", False) else None
+        self.token_loss: Loss = PolicyGradientLoss() if self.group_loss else loss
         proportional = self.group_loss is not None or getattr(loss, "proportional_to_advantage", False)
         self.skips_zero_advantage = self.config.skip_zero_advantage and alone and proportional
 
@@ -152,9 +149,8 @@ class Learner:
             rate = learning_rate(self.optimizer_steps, self.config, self.total_steps * self.config.updates_per_step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            first = number == 0
             part = self.with_slopes(part, sequences, indices, meter)
-            self.accumulate(part, meter, check_stop if first else never_stop, first=first)
+            self.accumulate(part, meter, never_stop if number else check_stop, first=number == 0)
             norms.append(self._apply())
         return meter.reduce(self.accelerator) | {
             "policy/grad_norm": sum(norms) / len(norms),
