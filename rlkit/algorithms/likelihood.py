@@ -118,8 +118,8 @@ class Jepo(LogProb):
 
         S_i = sum_t l_it,    R_group = log (1 / G) sum_i exp(S_i),    grad R_group = sum_i softmax(S)_i grad S_i
 
-    The scores are S_i; `advantages.jepo` makes the advantages of them. Off-policy, the weight of R_group would be the
-    product of all G chains' weights: only fresh samples.
+    The scores are S_i; `GroupLikelihoodAdvantage` makes the advantages of them. Off-policy, the weight of R_group would
+    be the product of all G chains' weights: only fresh samples.
     """
 
     needs_fresh_samples: ClassVar[bool] = True

@@ -21,14 +21,9 @@ from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
 
 async def evaluate(
-    name: str,
-    prompts: Sequence[Prompt],
-    engine: Engine,
-    pool: VerifierPool | None,
-    sampling: SamplingParams,
-    config: EvaluationConfig,
-    likelihood: LikelihoodScorer | None = None,
-) -> dict[str, float]:
+    name: str, prompts: Sequence[Prompt], engine: Engine, pool: VerifierPool | None, sampling: SamplingParams,
+    config: EvaluationConfig, likelihood: LikelihoodScorer | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Draw `config.samples` completions of every prompt, score them and summarise.
 
     Returns eval/<name>/<estimate>, eval/<name>/<estimate>_se, and lengths and shares of the set; figures of verifiers
@@ -42,15 +37,15 @@ async def evaluate(
     stride = max(1, config.batch_samples // k)
     for start in range(0, len(prompts), stride):
         done = await sample(engine, prompts[start : start + stride], k, sampling, first=start)
-        rollouts += done
         verdicts += await score_rollouts(pool, [prompts[r.ordinal] for r in done], done)
-    by_prompt = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
+        rollouts += done
     found: dict[str, tuple[float, float]] = {}
+    out = {}
     if pool is not None:
+        by_prompt = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
         found = summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part)
         if not pool.extracts_answers:
             del found[f"maj@{k}"]  # there is nothing to vote on, which is not a score of 0
-    out = {}
     if likelihood is not None:
         references, out["no_place_frac"] = likelihood.figures(prompts, rollouts, k)
         found |= references

@@ -11,8 +11,6 @@ from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import TrainingSequence
 from rlkit.types import Group, Rollout, Verdict
 
-Penalties = Callable[[Sequence[TrainingSequence]], tuple[torch.Tensor, dict[str, float]]]
-
 
 def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
     """Samples of a group that have a score and at least one token in the loss."""
@@ -22,7 +20,7 @@ def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
 
 def assemble(
     groups: Sequence[Group], advantage: Advantage, step: int, steps_of: Mapping[int, int], *,
-    penalties: Penalties | None = None, mask_truncated: bool = False,
+    penalties: Callable[..., tuple[torch.Tensor, dict[str, float]]] | None = None, mask_truncated: bool = False,
     made: Sequence[TrainingSequence] = (),
 ) -> tuple[list[TrainingSequence], dict[str, float]]:  # fmt: skip
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.

@@ -5,7 +5,7 @@ the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a pla
 """
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -78,21 +78,27 @@ class TrainingSequence:
         return int(self.loss_mask.sum())
 
 
+@dataclass(frozen=True, slots=True)
+class Movable:
+    """A dataclass whose tensors go to a device together."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Movable)})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SharedPrompts:
+class SharedPrompts(Movable):
     """Prompts that are computed once for all completions of a micro-batch that begin with them."""
 
     input_ids: Tensor  # [P, Q] right padded
     owner: Tensor  # [B] the prompt of every completion
     mask: Tensor  # [B, Q + L] 0 where the prompt is padding
 
-    def to(self, device: torch.device) -> Self:
-        """The same prompts on `device`."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch:
+class MicroBatch(Movable):
     """One forward pass over some sequences; n = their loss tokens, end to end, m = those of their answers behind them.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
@@ -117,12 +123,6 @@ class MicroBatch:
     answer_weights: list[float]  # [B] of every answer's reward in the update's loss
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
-
-    def to(self, device: torch.device) -> Self:
-        """The same batch on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | SharedPrompts)}
-        return replace(self, **moved)
 
 
 def plan_microbatches(
@@ -229,28 +229,24 @@ def collate(
             of_prompt, behind = int(prompts.owner[row]) * prompt_width + last, prompts.input_ids.numel() + row * width
             heads.append(np.where(tokens == 0, of_prompt, behind + tokens - 1))
 
-    def joined(parts: Iterable[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(parts)))
+    def joined(parts: list[NDArray[Any]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts))
+
+    def each(values: list[Any]) -> Tensor:
+        return torch.from_numpy(np.repeat(values, counts))
 
     return MicroBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        prompts=prompts,
-        head_positions=joined(heads),
-        targets=joined(s.token_ids[own] for s, own in zip([*chosen, *chosen], places, strict=True)),
-        sequence=torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
-        behavior_logprobs=joined(s.behavior_logprobs[s.loss_mask] for s in chosen),
-        advantages=torch.from_numpy(np.repeat([s.advantage for s in chosen], counts)),
-        weights=torch.from_numpy(np.repeat([weights[i] for i in indices], counts)),
-        counts=counts,
-        indices=list(indices),
+        input_ids=input_ids, position_ids=position_ids, prompts=prompts, head_positions=joined(heads),
+        targets=joined([s.token_ids[own] for s, own in zip([*chosen, *chosen], places, strict=True)]),
+        sequence=each(list(range(len(chosen)))), advantages=each([s.advantage for s in chosen]),
+        behavior_logprobs=joined([s.behavior_logprobs[s.loss_mask] for s in chosen]),
+        weights=each([weights[i] for i in indices]), counts=counts, indices=list(indices), counted=counted,
         answer_counts=[s.answer_tokens for s in chosen],
         answer_weights=[weights[i] * sequences[i].answer_share for i in indices],
-        counted=counted,
-    )
+    )  # fmt: skip
 
 
-def split_updates(group: Sequence[int], updates: int) -> list[list[int]]:
+def split_groups(group: Sequence[int], updates: int) -> list[list[int]]:
     """Split sequences into `updates` lists by whole groups, in order; sizes differ by one group at most.
 
     `group` gives each sequence's group. Fewer groups than updates: fewer lists.

@@ -111,11 +111,10 @@ class Trainer:
         groups, refused, clock = await self.collect()
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
-        steps, mask = self.buffer.steps_of(sampled), config.algorithm.mask_truncated
         groups, made, measured = self.likelihood.score(groups) if self.likelihood else (groups, [], {})
         sequences, metrics = assemble(
-            groups, self.advantage, self.step, steps, penalties=self.learner.reward_penalties, mask_truncated=mask,
-            made=made,
+            groups, self.advantage, self.step, self.buffer.steps_of(sampled), made=made,
+            penalties=self.learner.reward_penalties, mask_truncated=config.algorithm.mask_truncated,
         )  # fmt: skip
         metrics |= measured
         ranks = self.session.accelerator.num_processes
@@ -229,8 +228,8 @@ class Trainer:
         watermark = self.buffer.watermark()
         progress = {"step": self.step, "seconds": started - self.started, "watermark": asdict(watermark)}
         progress["advantage"] = self.advantage_of_step
-        place, keep = self.folder / "checkpoints", self.config.checkpoint.keep
-        checkpoints.save(place, self.learner, self.session.tokenizer, progress, keep=keep)
+        given = self.folder / "checkpoints", self.learner, self.session.tokenizer, progress
+        checkpoints.save(*given, keep=self.config.checkpoint.keep)
         self.buffer.commit(watermark)
         self.saved_step = self.step
         return time.perf_counter() - started

@@ -27,14 +27,7 @@ from rlkit.algorithms.likelihood import LikelihoodReward
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss, sequence_weights
 from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError, calling
-from rlkit.learner.batching import (
-    MicroBatch,
-    TrainingSequence,
-    collate,
-    plan_microbatches,
-    share_of_rank,
-    split_updates,
-)
+from rlkit.learner.batching import MicroBatch, TrainingSequence, collate, plan_microbatches, share_of_rank, split_groups
 from rlkit.learner.policy import Policy
 
 
@@ -142,7 +135,7 @@ class Learner:
         `check_stop` is asked before the first optimiser update only: weights are never left between two updates.
         """
         self.policy.train()
-        updates = split_updates([s.group for s in sequences], self.config.updates_per_step)
+        updates = split_groups([s.group for s in sequences], self.config.updates_per_step)
         parts = self.anchored([self.microbatches(sequences, indices) for indices in updates])
         meter, norms = Meter(), []
         for number, (part, indices) in enumerate(zip(parts, updates, strict=True)):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlkit.types import FloatArray, IntArray, Prompt, Rollout, SamplingParams
+from rlkit.types import IntArray, Prompt, Rollout, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +35,6 @@ class Engine(Protocol):
 
         Behaviour log-probs are those of the sampling distribution, version spans the engine's own.
         """
-
-    async def score(
-        self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
-    ) -> list[FloatArray]:
-        """Log-prob of every completion token under the current weights, for verification."""
 
     async def update_weights(self, version: int, snapshot: Path | None) -> None:
         """Serve `version` from now on; `snapshot` is None where the weights are shared in process."""

@@ -25,7 +25,7 @@ from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
 from rlkit.settings import Checked, number
-from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
+from rlkit.types import Rollout, SamplingParams, VersionSpan
 
 ROOM_TOKENS = 32  # the key-value cache grows by so many at a time
 
@@ -153,14 +153,10 @@ class EmbeddedEngine:
         logits = self._forward(left_padded(prompts).to(device), mask, positions, cache)
         cache.batch_select_indices(owner)
         return _Batch(
-            requests=requests,
-            attention_mask=mask[owner],
-            uniforms=torch.from_numpy(draws).to(device),
-            tokens=owner.new_empty(len(requests), 0),
-            logprobs=torch.empty(len(requests), 0, device=device),
-            cache=cache,
+            requests=requests, attention_mask=mask[owner], uniforms=torch.from_numpy(draws).to(device), cache=cache,
+            tokens=owner.new_empty(len(requests), 0), logprobs=torch.empty(len(requests), 0, device=device),
             logits=logits[owner],
-        )
+        )  # fmt: skip
 
     def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] of the token after input_ids [B, L]; mask [B, cached + L], positions [B, L]."""
@@ -224,19 +220,6 @@ class EmbeddedEngine:
         for name in ("attention_mask", "uniforms", "tokens", "logprobs"):
             setattr(batch, name, getattr(batch, name)[keep])
         return batch, finished
-
-    async def score(
-        self, prompts: Sequence[IntArray], completions: Sequence[IntArray], temperature: float
-    ) -> list[FloatArray]:
-        """Full log-softmax of a plain forward, one sequence at a time: slow, independent, exact."""
-        out = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            ids = torch.from_numpy(np.concatenate([prompt, completion]))[None].to(self.model.device)
-            with torch.no_grad():
-                logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-            table = torch.log_softmax(logits / temperature, dim=-1)
-            out.append(table.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu().numpy())
-        return out
 
     async def update_weights(self, version: int, snapshot: Path | None) -> None:
         """The weights are shared: only the label changes. Refused while tokens are being sampled."""

@@ -21,9 +21,7 @@ from rlkit.algorithms.advantages.reinforce_plus_plus import (
 )
 from rlkit.algorithms.aggregation import SequenceMeanTokenMean, SequenceMeanTokenSum
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
-from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
-from rlkit.algorithms.losses.clipped import ClippedLoss
-from rlkit.algorithms.losses.gspo import SequenceClippedLoss
+from rlkit.algorithms.losses.clipped import ClippedImportanceLoss, ClippedLoss, SequenceClippedLoss
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.errors import ConfigError
 

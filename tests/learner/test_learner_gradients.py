@@ -16,15 +16,13 @@ from rlkit.algorithms.advantages.group_relative import GroupNormalizedAdvantage,
 from rlkit.algorithms.aggregation import ConstantLength, PromptMean, SequenceMeanTokenMean, TokenMean
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
 from rlkit.algorithms.kl import KLInReward, KLPenalty, NoKL
-from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
-from rlkit.algorithms.losses.clipped import ClippedLoss
-from rlkit.algorithms.losses.gspo import SequenceClippedLoss
+from rlkit.algorithms.losses.clipped import ClippedImportanceLoss, ClippedLoss, SequenceClippedLoss
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
 from rlkit.algorithms.old_policy import RecomputeAnchor, RolloutAnchor
 from rlkit.config.schema import LearnerConfig, ModelConfig
 from rlkit.errors import TrainingError
-from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_updates
+from rlkit.learner.batching import TrainingSequence, collate, plan_microbatches, share_of_rank, split_groups
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.learner.policy import Policy
 from rlkit.learner.update import Learner, Meter, Objective, never_stop
@@ -363,7 +361,7 @@ def test_terms_beside_the_loss_need_every_sequence():
 
 
 def test_updates_split_by_whole_groups():
-    parts = split_updates([0, 0, 1, 1, 1, 2, 3, 3], 3)
+    parts = split_groups([0, 0, 1, 1, 1, 2, 3, 3], 3)
     assert sorted(i for part in parts for i in part) == list(range(8))
     groups = [{(0, 0, 1, 1, 1, 2, 3, 3)[i] for i in part} for part in parts]
     assert all(not a & b for n, a in enumerate(groups) for b in groups[n + 1 :])
