@@ -45,14 +45,11 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return selected_logprobs(hidden, weight, targets, with_entropy=False)[0]
+    """rlkit's, which finds the entropy as well."""
+    return selected_logprobs(hidden, weight, targets)[0]
 
 
-def chunked_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return selected_logprobs(hidden, weight, targets, with_entropy=True)[0]
-
-
-HEADS: dict[str, Head] = {f.__name__: f for f in (plain, chunked, chunked_entropy)}
+HEADS: dict[str, Head] = {f.__name__: f for f in (plain, chunked)}
 
 
 def inputs(n: int, size: int, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

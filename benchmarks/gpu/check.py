@@ -39,7 +39,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return selected_logprobs(hidden, weight, targets, with_entropy=False)[0]
+    return selected_logprobs(hidden, weight, targets)[0]
 
 
 def run(path: Any, inputs: tuple[Tensor, Tensor, Tensor], upstream: Tensor) -> tuple[float, int, list[Tensor]]:

@@ -110,9 +110,11 @@ class LikelihoodScorer:
         asked = [replace(s, loss_mask=np.arange(len(s.token_ids)) >= s.answer_start) for _, s, why in placed if not why]
         found = iter(policy.score(asked, self.microbatch_tokens))
         guess = -math.log(policy.model.get_output_embeddings().weight.shape[0])
-        floors = (torch.full((len(self.answer(prompt)),), guess, dtype=torch.float64) for prompt, _, _ in placed)
-        both = zip(placed, floors, strict=True)
-        return [Answered(s, why, floor if why else next(found).double()) for (_, s, why), floor in both]
+        out = []
+        for prompt, sequence, why in placed:
+            floor = torch.full((len(self.answer(prompt)),), guess, dtype=torch.float64)
+            out.append(Answered(sequence, why, floor if why else next(found).double()))
+        return out
 
     def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[TrainingSequence], dict[str, float]]:
         """Groups with the reward in the verdicts of their usable samples, what to train on of these, and metrics."""

@@ -29,8 +29,8 @@ _LOG_ZERO = -1.0e4
 
 def selected_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
-    chunk_logits: int = 2**22, with_entropy: bool = True, entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    chunk_logits: int = 2**22, entropy_grad: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`log_softmax((hidden @ weight.T + bias) / temperature)` at `targets`, and its entropy.
 
     Args:
@@ -39,15 +39,15 @@ def selected_logprobs(
         targets: [n] int64, in [0, V): not checked, one outside gives nonsense.
         bias: [V] or None.
         temperature: the sampling temperature, > 0, no unit.
-        chunk_logits: most logits that exist at a time (n where it is less): scratch memory of 4 bytes each, twice that
-            with entropy, plus 8 H bytes for each of the slice's vocabulary entries where the weight is not float32.
-        entropy_grad: let gradients flow through the entropy; otherwise it is detached. Only `with_entropy`.
+        chunk_logits: most logits that exist at a time (n where it is less): scratch memory of 8 bytes each, plus 8 H
+            bytes for each of the slice's vocabulary entries where the weight is not float32.
+        entropy_grad: let gradients flow through the entropy; otherwise it is detached.
 
-    Returns logprobs [n] and entropy [n] in nats (None unless `with_entropy`), float32, or float64 if an input is.
+    Returns logprobs [n] and entropy [n] in nats, float32, or float64 if an input is.
     Logits and all sums are of that dtype, autocast or not; gradients arrive in the inputs' dtypes.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        inputs = hidden, weight, bias, targets, temperature, chunk_logits, with_entropy, entropy_grad
+        inputs = hidden, weight, bias, targets, temperature, chunk_logits, entropy_grad
         return _SelectedLogprobs.apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -86,8 +86,8 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        temperature: float, chunk_logits: int, with_entropy: bool, entropy_grad: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        temperature: float, chunk_logits: int, entropy_grad: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
         scaled = hidden.to(dtype) / temperature
         # The lowest finite number, not -inf: a first slice that is all -inf must not make nan.
@@ -95,25 +95,22 @@ class _SelectedLogprobs(torch.autograd.Function):
         total = torch.zeros_like(peak)  # sum_v exp(z - peak)
         moment = torch.zeros_like(peak)  # sum_v exp(z - peak) (z - peak)
         selected = torch.zeros_like(peak)
-        for columns, _, (logits, *spare) in _slices(scaled, weight, bias, temperature, chunk_logits, 1 + with_entropy):
+        for columns, _, (logits, spare) in _slices(scaled, weight, bias, temperature, chunk_logits, 2):
             column, inside = _in_slice(targets, columns)
             selected = torch.where(inside, logits.gather(1, column), selected)
             new_peak = torch.maximum(peak, logits.amax(1, keepdim=True))
             shift = (peak - new_peak).clamp_(min=_LOG_ZERO)
             decay = shift.exp()
             logits.sub_(new_peak)
-            if not with_entropy:
-                exponentials = logits.exp_()
-            else:
-                exponentials = torch.exp(logits.clamp_(min=_LOG_ZERO), out=spare[0])
-                moment = (moment + shift * total) * decay + logits.mul_(exponentials).sum(1, keepdim=True)
+            exponentials = torch.exp(logits.clamp_(min=_LOG_ZERO), out=spare)
+            moment = (moment + shift * total) * decay + logits.mul_(exponentials).sum(1, keepdim=True)
             total = total * decay + exponentials.sum(1, keepdim=True)
             peak = new_peak
         lse = (peak + total.log()).squeeze(1)
-        entropy = (total.log() - moment / total).squeeze(1) if with_entropy else None
+        entropy = (total.log() - moment / total).squeeze(1)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy if entropy_grad else None)
         ctx.settings = temperature, chunk_logits
-        if entropy is not None and not entropy_grad:
+        if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return selected.squeeze(1) - lse, entropy
 
@@ -152,4 +149,4 @@ class _SelectedLogprobs(torch.autograd.Function):
                 grad_bias[columns] = logits.t() @ row_scale[:, 0]
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(row_scale).to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None

@@ -43,12 +43,10 @@ class Policy(nn.Module):
         """Log-probs and entropies [n + m], at the sampling temperature, of the targets; float32 or wider, in nats."""
         head = self.model.get_output_embeddings()
         chosen, bias = self._hidden(micro).index_select(0, micro.head_positions), getattr(head, "bias", None)
-        logprobs, entropy = selected_logprobs(
+        return selected_logprobs(
             chosen, head.weight, micro.targets, bias=bias, temperature=self.temperature,
             chunk_logits=self.chunk_logits, entropy_grad=entropy_grad,
         )  # fmt: skip
-        assert entropy is not None
-        return logprobs, entropy
 
     @torch.no_grad()
     def score(self, sequences: Sequence[TrainingSequence], max_tokens: int) -> list[Tensor]:

@@ -131,11 +131,11 @@ def test_only_the_gradients_asked_for(needs):
             close(grad, next(want))
 
 
-def test_no_grad_and_no_entropy():
+def test_no_grad():
     hidden, weight, _, targets, _ = make(4, 3, 8)
     with torch.no_grad():
-        lp, entropy = selected_logprobs(hidden, weight, targets, with_entropy=False)
-    assert entropy is None and not lp.requires_grad
+        lp, entropy = selected_logprobs(hidden, weight, targets)
+    assert not entropy.requires_grad and not lp.requires_grad
     close(lp, reference(hidden, weight, targets)[0].detach())
 
 
