@@ -36,9 +36,8 @@ def majority_score(verdicts: Sequence[Verdict], score: Sequence[float]) -> float
     answers is wrong, and it was judged. Samples of one answer share their mean score.
     """
     votes = Counter(v.answer for v in verdicts if v.answer is not None)
-    means = []
-    for winner in (answer for answer, count in votes.items() if count == max(votes.values())):
-        means.append(fmean(s for v, s in zip(verdicts, score, strict=True) if v.answer == winner))
+    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+    means = [fmean(s for v, s in zip(verdicts, score, strict=True) if v.answer == winner) for winner in winners]
     return fmean(means) if means else 0.0
 
 

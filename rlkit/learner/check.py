@@ -5,10 +5,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.filesize import decimal
-from rich.padding import Padding
-from rich.table import Column, Table
 
 from rlkit.config.components import build
 from rlkit.config.keys import datasets
@@ -25,25 +22,21 @@ def main(config: Config, raw: dict[str, Any]) -> int:
     A hub model out of reach only costs the memory estimate; ConfigError where an architecture cannot be made.
     """
     print(OmegaConf.to_yaml(OmegaConf.create(raw)))
-    console = Console(width=110, markup=False, highlight=False)
-    _print(console, "Derived from it", batch_table(config), "{:,}".format)
+    _print("Derived from it", batch_table(config), "{:,}".format)
     try:
         parts = estimate(config)
         parts.append(("together", sum(size for _, size, _ in parts), ""))
-        _print(console, "Memory of one learner process, estimated", parts, decimal)
+        _print("Memory of one learner process, estimated", parts, decimal)
     except ConfigError as error:
         if config.model.architecture is not None:
             raise
-        console.print(f"Memory: not known: {error}\n")
-    console.print("Nothing was started. The configuration is valid.")
+        print(f"Memory: not known: {error}\n")
+    print("Nothing was started. The configuration is valid.")
     return 0
 
 
-def _print(console: Console, title: str, rows: Iterable[Row], shown: Callable[[int], str]) -> None:
-    table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
-    for name, number, how in rows:
-        table.add_row(name, shown(number), how)
-    console.print(title, Padding(table, (0, 2, 1, 2)), sep="\n")
+def _print(title: str, rows: Iterable[Row], shown: Callable[[int], str]) -> None:
+    print(title, *(f"  {name:34}{shown(number):>14}  {how}".rstrip() for name, number, how in rows), "", sep="\n")
 
 
 def batch_table(config: Config) -> list[Row]:

@@ -20,13 +20,8 @@ class GenerationRequest:
 class Engine(Protocol):
     """Implemented by the embedded transformers engine and, later, by vLLM servers."""
 
-    @property
-    def engine_id(self) -> str:
-        """Names the engine in its rollouts."""
-
-    @property
-    def version(self) -> int:
-        """Version of the weights new tokens are sampled from."""
+    engine_id: str  # names the engine in its rollouts
+    version: int  # of the weights new tokens are sampled from
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
