@@ -53,15 +53,12 @@ def learning_rate(step: int, config: LearnerConfig, total_steps: int) -> float:
     Linear up to the peak over `warmup_steps`; then constant, or linear or half-cosine down to 0 at `total_steps`.
     Example: peak 1, warmup_steps=2, total_steps=4, linear: 0.5, 1.0, 1.0, 0.5.
     """
-    warmup, share = config.warmup_steps, 1.0
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    warmup = config.warmup_steps
     if step < warmup:
-        share = (step + 1) / warmup
-    elif config.schedule == "linear":
-        share = 1.0 - progress
-    elif config.schedule == "cosine":
-        share = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.learning_rate * share
+        return config.learning_rate * ((step + 1) / warmup)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shares = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return config.learning_rate * shares[config.schedule]
 
 
 def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
