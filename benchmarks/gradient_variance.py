@@ -27,11 +27,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rlkit.algorithms.advantages.group_relative import (
-    GroupNormalizedAdvantage,
-    LeaveOneOutAdvantage,
-    MeanCentredAdvantage,
-)
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.base import AdvantageInputs, GroupLoss
 from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import GroupNormalizedAdvantage, MeanCentredAdvantage
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.base import AdvantageInputs
 
 BOTH = (GroupNormalizedAdvantage(), MeanCentredAdvantage())

@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import (
-    GroupNormalizedAdvantage,
-    LeaveOneOutAdvantage,
-    MeanCentredAdvantage,
-)
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.advantages.reinforce_plus_plus import (
     BatchNormalizedAdvantage,
     BatchNormalizedGroupBaselineAdvantage,
 )
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.aggregation import SequenceMeanTokenMean, SequenceMeanTokenSum
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
-from rlkit.algorithms.losses.clipped import ClippedImportanceLoss, ClippedLoss, SequenceClippedLoss
+from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
+from rlkit.algorithms.losses.clipped import ClippedLoss
+from rlkit.algorithms.losses.gspo import SequenceClippedLoss
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.errors import ConfigError
 

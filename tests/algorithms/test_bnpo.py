@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.algorithms.advantages.bnpo import Bnpo, inverse_density, prior
-from rlkit.algorithms.advantages.group_relative import MeanCentredAdvantage
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.base import AdvantageInputs
 from rlkit.errors import ConfigError, TrainingError
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import LeaveOneOutAdvantage
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.base import AdvantageInputs
 from rlkit.algorithms.kl import ESTIMATORS, KLInReward, KLPenalty, NoKL, kl_estimate
 from rlkit.errors import ConfigError

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import GroupLikelihoodAdvantage, LeaveOneOutAdvantage
+from rlkit.algorithms.advantages.jepo import GroupLikelihoodAdvantage
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
 from rlkit.algorithms.likelihood import AvgLogProb, AvgProb, Jepo, LikelihoodReward, LogProb, Nover, Prob
 from rlkit.algorithms.losses.policy_gradient import ImportanceWeightedLoss, PolicyGradientLoss, sequence_weights

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import GroupNormalizedAdvantage, LeaveOneOutAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.advantages.noise_corrected import Backward, Forward
 from rlkit.algorithms.advantages.reinforce_plus_plus import BatchNormalizedAdvantage
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.base import AdvantageInputs
 from rlkit.errors import ConfigError, TrainingError
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import MeanCentredAdvantage
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.base import AdvantageInputs
 from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
 from rlkit.errors import ConfigError

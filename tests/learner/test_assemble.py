@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlkit.algorithms.advantages.group_relative import MeanCentredAdvantage
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
 from rlkit.algorithms.group_filters.mixed_scores import MixedScores
 from rlkit.errors import TrainingError
 from rlkit.learner.assemble import assemble

@@ -12,11 +12,14 @@ from accelerate import Accelerator
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlkit.algorithms.advantages.group_relative import GroupNormalizedAdvantage, MeanCentredAdvantage
+from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
+from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.aggregation import ConstantLength, PromptMean, SequenceMeanTokenMean, TokenMean
 from rlkit.algorithms.base import AdvantageInputs, LossInputs
 from rlkit.algorithms.kl import KLInReward, KLPenalty, NoKL
-from rlkit.algorithms.losses.clipped import ClippedImportanceLoss, ClippedLoss, SequenceClippedLoss
+from rlkit.algorithms.losses.cispo import ClippedImportanceLoss
+from rlkit.algorithms.losses.clipped import ClippedLoss
+from rlkit.algorithms.losses.gspo import SequenceClippedLoss
 from rlkit.algorithms.losses.policy_gradient import PolicyGradientLoss
 from rlkit.algorithms.losses.real import Real, RealBce, RealProduct
 from rlkit.algorithms.old_policy import RecomputeAnchor, RolloutAnchor

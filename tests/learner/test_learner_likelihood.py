@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlkit.algorithms.advantages.group_relative import GroupLikelihoodAdvantage, LeaveOneOutAdvantage
+from rlkit.algorithms.advantages.jepo import GroupLikelihoodAdvantage
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.aggregation import ConstantLength, SequenceMeanTokenSum, TokenMean
 from rlkit.algorithms.kl import NoKL
 from rlkit.algorithms.likelihood import AvgLogProb, AvgProb, Jepo, LikelihoodReward, LogProb, Nover, Prob

@@ -28,7 +28,7 @@ data:
     held_out: {{}}
     longer: {{}}
 algorithm:
-  advantage: {{_target_: rlkit.algorithms.advantages.group_relative.GroupAdvantage}}
+  advantage: {{_target_: rlkit.algorithms.advantages.grpo.GroupNormalizedAdvantage}}
   loss: {{_target_: rlkit.algorithms.losses.clipped.ClippedLoss}}
 buffer:
   url: postgresql://someone:hunter2@db/run

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkit.algorithms.advantages.group_relative import LeaveOneOutAdvantage
+from rlkit.algorithms.advantages.rloo import LeaveOneOutAdvantage
 from rlkit.algorithms.base import AdvantageInputs
 from rlkit.errors import ConfigError, TrainingError
 from rlkit.settings import Checked, choice, number

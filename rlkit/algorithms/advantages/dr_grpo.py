@@ -1,0 +1,26 @@
+"""Dr. GRPO's advantage: centred on the group mean, not divided (Liu et al. 2025, arXiv 2503.20783).
+
+    A_i = R_i - mean_g R
+
+Dividing by the group's deviation would weigh very easy and very hard prompts up. Paired with a constant denominator,
+`aggregation.ConstantLength`. With n samples, RLOO's leave-one-out advantage is n / (n - 1) times this one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rlkit.algorithms.base import AdvantageInputs, centred_scores
+
+
+@dataclass(frozen=True, slots=True)
+class MeanCentredAdvantage:
+    """A_i = R_i - group mean; needs groups of 2 or more (a group of 1 has A = 0)."""
+
+    minimum_group_size: ClassVar[int] = 2
+    centred_in_group: ClassVar[bool] = True
+
+    def __call__(self, inputs: AdvantageInputs) -> Tensor:
+        """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
+        return centred_scores(inputs)[0]
