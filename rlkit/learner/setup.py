@@ -84,9 +84,9 @@ class Session:
 
     def policy(self, source: ModelConfig, seed: int, temperature: float) -> Policy:
         """A model in the recipe's dtype, on the CPU, with the log-prob head; `seed` is that of weights made new."""
-        dtype = resolve_dtype(self.config.model.dtype, self.accelerator.device)
-        model, chunk = load_model(source, self.tokenizer, dtype, seed), self.config.learner.logprob_chunk_logits
-        return Policy(model, temperature=temperature, chunk_logits=chunk)
+        dtype, chunk = resolve_dtype(self.config.model.dtype, self.accelerator.device), self.config.learner
+        model = load_model(source, self.tokenizer, dtype, seed)
+        return Policy(model, temperature=temperature, chunk_logits=chunk.logprob_chunk_logits)
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""

@@ -22,7 +22,7 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True, slots=True)
 class GenerateOrder:
-    """Rank 0 -> all: sample your share of these requests from the weights of `version`, and send it."""
+    """Rank 0 -> all: sample your share of these requests from the weights of `version`, and send what finishes."""
 
     requests: Sequence[GenerationRequest]
     sampling: SamplingParams
@@ -50,29 +50,54 @@ class RankedEngine:
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
     ) -> AsyncGenerator[list[Rollout], None]:
-        """The rollouts of all ranks, its own as they finish, then the others'. Interrupted if another rank was."""
+        """The rollouts of all ranks as they finish. Interrupted if another rank was."""
         order = GenerateOrder(requests, sampling, self.local.version)
         broadcast_object_list([order], from_process=0)
-        others: list[Any] = []
-        try:
+        loop, found = asyncio.get_running_loop(), asyncio.Queue[list[Rollout] | None]()
+
+        async def sample() -> None:
             async with contextlib.aclosing(self.local.generate(order.share(0, self.ranks), sampling)) as stream:
                 async for rollouts in stream:
+                    found.put_nowait(rollouts)
+
+        def listen(rank: int) -> None:
+            part: list[Any] = [[]]
+            while part[0] is not None:
+                torch.distributed.recv_object_list(part, src=rank)
+                if part[0] == INTERRUPTED:
+                    raise Interrupted("another rank was stopped; the same command goes on from the checkpoint")
+                loop.call_soon_threadsafe(found.put_nowait, part[0])
+
+        async def hear(rank: int) -> None:
+            try:
+                await asyncio.to_thread(listen, rank)
+            except BaseException:
+                found.put_nowait(None)
+                raise
+
+        others = [asyncio.create_task(hear(rank)) for rank in range(1, self.ranks)]
+        own = asyncio.create_task(sample())
+        own.add_done_callback(lambda _: found.put_nowait(None))
+        open_ranks = self.ranks
+        try:
+            while open_ranks:
+                if (rollouts := await found.get()) is None:
+                    open_ranks -= 1
+                else:
                     yield rollouts
-        finally:  # whatever ended it here: the other ranks send what they have
-            for rank in range(1, self.ranks):
-                part: list[Any] = [None]
-                await asyncio.to_thread(torch.distributed.recv_object_list, part, src=rank)
-                others += part
-        if INTERRUPTED in others:
-            raise Interrupted("another rank was stopped; the same command goes on from the checkpoint")
-        for rollouts in others:
-            yield rollouts
+        finally:  # whatever ended it here: the other ranks send until they are done
+            own.cancel()
+            await asyncio.wait([own, *others])
+        for task in (own, *others):
+            task.result()
 
 
 async def carry_out(order: GenerateOrder, engine: Engine, rank: int, ranks: int) -> None:
-    """Ranks other than 0: sample the share and send it to rank 0 in one piece or, after a signal, INTERRUPTED."""
+    """Ranks other than 0: sample the share and send rank 0 what finishes, then None or, after a signal, INTERRUPTED."""
     await engine.update_weights(order.version, None)
-    found: list[Rollout] | str = INTERRUPTED
+    last: str | None = INTERRUPTED
     with contextlib.suppress(Interrupted):
-        found = [r async for part in engine.generate(order.share(rank, ranks), order.sampling) for r in part]
-    torch.distributed.send_object_list([found], dst=0)
+        async for rollouts in engine.generate(order.share(rank, ranks), order.sampling):
+            torch.distributed.send_object_list([rollouts], dst=0)
+        last = None
+    torch.distributed.send_object_list([last], dst=0)
