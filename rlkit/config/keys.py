@@ -1,11 +1,10 @@
 """The keys a recipe may have, read off the schema: walking them, naming types, near misses."""
 
-import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
@@ -58,13 +57,9 @@ def describe(annotation: Any) -> str:
 def fields(section: type) -> dict[str, Key]:
     """Keys of one section (a dataclass of the schema), by name, in file order."""
     hints = get_type_hints(section)
-    # The documentation of a field is the string that stands under it.
-    docs = {}
-    for kind in reversed(section.__mro__[:-1]):
-        tree: Any = ast.parse(inspect.getsource(kind)).body[0]
-        for field, below in pairwise(tree.body):
-            if type(field) is ast.AnnAssign and type(below) is ast.Expr:
-                docs[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
+    # The documentation of a field is the comment beside it.
+    lines = (line for kind in reversed(section.__mro__[:-1]) for line in inspect.getsource(kind).split("\n"))
+    docs = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+): .*  # (.*)", line))}
     out = {}
     for f in dataclasses.fields(section):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
