@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from rlkit.buffer.database import Database
-from rlkit.buffer.payloads import SegmentFiles, check_rollout, decode, encode
+from rlkit.buffer.payloads import RecordFiles, check_rollout, decode, encode
 from rlkit.buffer.protocol import FencedError, Lease, at_least, require
 from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, position, slices, versions
 from rlkit.types import GroupState, Prompt, Rollout, Verdict
@@ -38,7 +38,7 @@ class Leases:
     """Verbs of the workers; SqlBuffer adds the learner's."""
 
     _db: Database
-    _payloads: SegmentFiles
+    _payloads: RecordFiles
     _clock: Callable[[], float]
 
     def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
@@ -113,8 +113,8 @@ class Leases:
                 fix = "publish a version before engines serve it; update them to lease.min_version before they sample"
                 require(not bad, problem, key="versions", value=bad, expected=expected, fix=fix)
                 fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
-                # under the write lock, before the row that refers to it: see SegmentFiles.keep_only
-                updates.append(_at(lease) | fields | self._payloads.append(record)._asdict())
+                self._payloads.write(lease, record)  # before the row that refers to it
+                updates.append(_at(lease) | fields)
             _update_slices(connection, updates)
 
     def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:

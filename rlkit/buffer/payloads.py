@@ -1,22 +1,17 @@
-"""Payloads: records as bytes, and the segment files outside the database that hold the long ones.
+"""Payloads: records as bytes, and the files outside the database that hold the long ones.
 
 Values are msgpack, arrays as raw numbers: integers take 4 bytes where that holds them, else 8, and an array of one
 repeated value is stored as that value; a 16k-token single-turn rollout takes about 130 kB. What comes back is equal bit
 for bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
 
-A record in a segment is a 12-byte header (magic "rlk1", length, crc32; little-endian) and the body. Every process
-appends to segment files of its own; the database keeps where a record lies. `append` returns once the operating system
-has the bytes, and the row that refers to them is committed afterwards: only a power loss or a bad disk loses a record
-that a row refers to, and reading finds that.
+The rollouts of a slice are a file of their own, named by ordinal, start and lease: a CRC-32 (little-endian) and the
+record. The row that refers to it is committed once the operating system has the bytes: only a power loss or a bad disk
+loses a record that a row refers to, and reading finds that.
 """
 
-import os
-import struct
 import zlib
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -27,9 +22,6 @@ from rlkit.types import Rollout
 
 T = TypeVar("T")
 _ARRAYS = {"token_ids": np.int64, "behavior_logprobs": np.float32, "loss_mask": np.bool_, "segments": np.int64}
-_HEADER = struct.Struct("<4sII")
-_MAGIC = b"rlk1"
-_SUFFIX = ".segment"
 
 
 def encode(value: Any, what: str) -> bytes:
@@ -84,82 +76,44 @@ def _unpack(annotation: Any, packed: Any) -> Any:
     return raw if len(raw) == length else raw.repeat(length)
 
 
-class PayloadRef(NamedTuple):
-    """Where a record lies: segment name, byte offset of its header, length of its body."""
+class RecordFiles:
+    """A file a slice, in one folder (made if missing) that all processes of a node share.
 
-    segment: str
-    offset: int
-    length: int
-
-
-class SegmentFiles:
-    """Append-only segment files in one folder (made if missing) that all processes of a node share.
-
-    A segment that has grown past `segment_bytes` is left and a new one begun.
+    `place` is a lease, or the row of its slice; lease ids are never used again, so no two workers write one file.
     """
 
-    def __init__(self, folder: Path, *, segment_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._segment_bytes = segment_bytes
-        self._segment = ""
-        self._descriptor: int | None = None
-        self._pid = os.getpid()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def append(self, record: bytes) -> PayloadRef:
+    def write(self, place: Any, record: bytes) -> None:
         """Store a record, under the database's write lock; BufferError if the disk is full."""
-        descriptor = self._writable()
-        offset = os.lseek(descriptor, 0, os.SEEK_END)
-        data = memoryview(_HEADER.pack(_MAGIC, len(record), zlib.crc32(record)) + record)
+        path = self._path(place)
         try:
-            while data:
-                data = data[os.write(descriptor, data) :]
+            path.write_bytes(_checksum(record) + record)
         except OSError as error:  # no row refers to the torn bytes
-            problem, place = f"cannot write a payload: {error.strerror}", str(self._folder / self._segment)
-            raise BufferError(problem, key="segment", value=place, fix="free disk space and resume") from error
-        return PayloadRef(self._segment, offset, len(record))
+            problem, fix = f"cannot write a payload: {error.strerror}", "free disk space and resume"
+            raise BufferError(problem, key="payload", value=str(path), fix=fix) from error
 
-    def read(self, ref: PayloadRef) -> bytes:
-        """The record; BufferError naming segment and offset if it is missing, torn or altered."""
-        end = _HEADER.size + ref.length
-        try:
-            with open(self._folder / ref.segment, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), end, ref.offset)
-        except FileNotFoundError:
-            raise self._bad(ref, "its segment is missing") from None
-        if len(data) < end:
-            raise self._bad(ref, f"torn: {len(data)} of {end} bytes")
-        body = data[_HEADER.size :]
-        if _HEADER.unpack_from(data) != (_MAGIC, ref.length, zlib.crc32(body)):
-            raise self._bad(ref, "its header or checksum does not match")
-        return body
+    def read(self, place: Any) -> bytes:
+        """The record; BufferError naming its file if it is missing, torn or altered."""
+        path = self._path(place)
+        data = path.read_bytes() if path.exists() else b""
+        if data[:4] != _checksum(data[4:]) or len(data) <= 4:
+            problem = f"this payload cannot be used: {'its checksum does not match' if data else 'it is missing'}"
+            fix = "resume the run from its checkpoint: the group is then sampled again"
+            raise BufferError(problem, key="payload", value=str(path), fix=fix)
+        return data[4:]
 
-    def keep_only(self, segments: Collection[str]) -> None:
-        """Delete every other segment, under the database's write lock; its writer begins a new one when it appends."""
-        for path in self._folder.glob(f"*{_SUFFIX}"):
-            if path.name not in segments:
+    def delete_below(self, ordinal: int) -> None:
+        """Delete the records of all groups before this one."""
+        for path in self._folder.glob("*-*-*"):
+            if int(path.name.partition("-")[0]) < ordinal:
                 path.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Idempotent."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    def _path(self, place: Any) -> Path:
+        return self._folder / f"{place.ordinal}-{place.start}-{place.lease_id}"
 
-    def _writable(self) -> int:
-        if self._descriptor is not None:
-            state = os.fstat(self._descriptor)
-            own = self._pid == os.getpid()  # after a fork the segment stays the parent's
-            if own and state.st_nlink > 0 and state.st_size < self._segment_bytes:
-                return self._descriptor
-            self.close()
-        self._pid = os.getpid()
-        self._segment = f"{self._pid}-{uuid4().hex[:12]}{_SUFFIX}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(self._folder / self._segment, flags, 0o644)
-        return self._descriptor
 
-    def _bad(self, ref: PayloadRef, problem: str) -> BufferError:
-        text = f"payload in segment {ref.segment} at offset {ref.offset} cannot be used: {problem}"
-        fix = "resume the run from its checkpoint: the group is then sampled again"
-        return BufferError(text, key="payloads", value=str(self._folder), fix=fix)
+def _checksum(record: bytes) -> bytes:
+    return zlib.crc32(record).to_bytes(4, "little")

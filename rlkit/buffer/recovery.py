@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from rlkit.buffer.database import Database
-from rlkit.buffer.payloads import SegmentFiles
+from rlkit.buffer.payloads import RecordFiles
 from rlkit.buffer.protocol import RollbackReport, Watermark, require
 from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, of, position, slices, versions
 from rlkit.errors import BufferError
@@ -23,7 +23,7 @@ class Checkpoints:
     """Verbs of the learner's checkpoints."""
 
     _db: Database
-    _payloads: SegmentFiles
+    _payloads: RecordFiles
     _clock: Callable[[], float]
     _keep_payloads: bool
 
@@ -45,9 +45,7 @@ class Checkpoints:
             covered = groups.c.ordinal < watermark.next_ordinal
             connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
             connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
-            # under the write lock: no other process is between writing a record and referring to it
-            query = select(slices.c.segment).where(slices.c.segment.is_not(None)).distinct()
-            self._payloads.keep_only(set(connection.execute(query).scalars()))
+        self._payloads.delete_below(watermark.next_ordinal)
 
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.
@@ -135,7 +133,7 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
     return tuple(dying)
 
 
-def _readable(payloads: SegmentFiles, row: Any) -> bool:
+def _readable(payloads: RecordFiles, row: Any) -> bool:
     try:
         payloads.read(row)
     except BufferError:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from rlkit.buffer import tables
 from rlkit.buffer.database import Database
 from rlkit.buffer.leases import Leases
-from rlkit.buffer.payloads import SegmentFiles, decode, encode
+from rlkit.buffer.payloads import RecordFiles, decode, encode
 from rlkit.buffer.protocol import BufferStats, GroupRequest, at_least, require
 from rlkit.buffer.recovery import Checkpoints
 from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, groups, meta, of, slices, versions
@@ -27,7 +27,7 @@ class SqlBuffer(Leases, Checkpoints):
 
     Args:
         url: sqlite:///path.
-        payload_dir: folder of the payload segments; the same for every process.
+        payload_dir: folder of the payloads; the same for every process.
         prompts_per_step, max_staleness: P and S of the admission bound; fixed for a database's life.
         slice_samples: largest slice of the groups this process requests.
         clock: unix seconds; it decides when a lease has expired.
@@ -47,7 +47,7 @@ class SqlBuffer(Leases, Checkpoints):
         self._slice_samples = slice_samples
         self._keep_payloads = keep_payloads
         self._db = Database(url, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock())
-        self._payloads = SegmentFiles(Path(payload_dir))
+        self._payloads = RecordFiles(Path(payload_dir))
 
     def capacity(self) -> int:
         """How many further ordinals may be requested now (>= 0)."""
@@ -174,8 +174,7 @@ class SqlBuffer(Leases, Checkpoints):
             return tables.stats_of(connection)
 
     def close(self) -> None:
-        """Release files and connections."""
-        self._payloads.close()
+        """Release connections."""
         self._db.close()
 
 

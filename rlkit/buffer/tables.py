@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBina
 from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = sa.MetaData()
 
@@ -65,8 +65,7 @@ slices = sa.Table(
     Column("lease_id", BigInteger),
     Column("worker_id", String),
     Column("deadline", Float),
-    Column("segment", String),
-    *(Column(x, BigInteger) for x in ("offset", "length", "oldest_version", "newest_version")),
+    *(Column(x, BigInteger) for x in ("oldest_version", "newest_version")),
     Column("verdicts", LargeBinary),
     sa.Index("slices_by_state", "state", "ordinal", "start"),
     sa.Index("slices_by_lease", "lease_id", unique=True),

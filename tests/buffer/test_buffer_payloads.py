@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from buffer_work import START, Buffer, Clock, open_at, prompt, request, rollout, same, sample_all, train
+from buffer_work import START, Clock, open_at, prompt, request, rollout, same, sample_all, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlkit.buffer.payloads import PayloadRef, SegmentFiles, decode, encode
+from rlkit.buffer.payloads import RecordFiles, decode, encode
 from rlkit.errors import BufferError
 from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 
@@ -125,71 +125,51 @@ def test_numpy_scalars_in_metadata_become_numbers() -> None:
     assert decode(encode(sent, "it"), Prompt).metadata == {"n": 3, "x": [0.5]}
 
 
+class Place(NamedTuple):
+    ordinal: int
+    start: int
+    lease_id: int
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), record=st.binary(min_size=1, max_size=60))
 def test_every_changed_bit_is_found(
     data: st.DataObject, record: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    store = SegmentFiles(tmp_path_factory.mktemp("payloads"))
-    store.append(b"before")
-    ref = store.append(record)
-    store.append(b"after")
-    assert store.read(ref) == record
-    store.close()
-    path = next(store._folder.iterdir())
+    store, place = RecordFiles(tmp_path_factory.mktemp("payloads")), Place(7, 4, 3)
+    store.write(place, record)
+    assert store.read(place) == record
+    (path,) = store._folder.iterdir()
     clean = path.read_bytes()
-    bit = data.draw(st.integers(ref.offset * 8, (ref.offset + 12 + ref.length) * 8 - 1))
+    bit = data.draw(st.integers(0, len(clean) * 8 - 1))
     dirty = bytearray(clean)
     dirty[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(dirty)
-    message = f"segment {ref.segment} at offset {ref.offset} cannot be used"
-    with pytest.raises(BufferError, match=message):
-        store.read(ref)
-    path.write_bytes(clean[: data.draw(st.integers(0, ref.offset + 11 + ref.length))])
-    with pytest.raises(BufferError, match=f"{message}: torn"):
-        store.read(ref)
+    for damaged in (dirty, clean[: data.draw(st.integers(0, len(clean) - 1))]):
+        path.write_bytes(damaged)
+        with pytest.raises(BufferError, match=r"7-4-3.*cannot be used"):
+            store.read(place)
 
 
-def test_a_missing_segment_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BufferError, match="segment gone.segment at offset 5 .*missing"):
-        SegmentFiles(tmp_path).read(PayloadRef("gone.segment", 5, 1))
+def test_records_of_ended_groups_are_deleted(tmp_path: Path) -> None:
+    store = RecordFiles(tmp_path)
+    for ordinal in (2, 9, 10):
+        store.write(Place(ordinal, 0, ordinal), bytes([ordinal]))
+    store.delete_below(10)
+    assert store.read(Place(10, 0, 10)) == b"\n"
+    with pytest.raises(BufferError, match="9-0-9.*missing"):
+        store.read(Place(9, 0, 9))
 
 
-def test_segments_roll_over_and_are_never_shared(tmp_path: Path) -> None:
-    one, other = (SegmentFiles(tmp_path, segment_bytes=64) for _ in range(2))
-    refs = [(x, x.append(bytes([i]) * 30)) for i, x in enumerate([one, other] * 4)]
-    assert len({r.segment for _, r in refs}) == 4
-    assert len({r.segment for x, r in refs if x is one}) == 2
-    assert [other.read(r)[0] for _, r in refs] == [*range(8)]
-    one.close()
-    one.close()
-    other.keep_only({refs[-1][1].segment})
-    assert len(list(tmp_path.iterdir())) == 1
-    assert other.read(refs[-1][1])[0] == 7
-    other.close()
-
-
-def test_a_forked_writer_begins_its_own_segment(tmp_path: Path) -> None:
-    store = SegmentFiles(tmp_path)
-    parent = store.append(b"parent").segment
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if store.append(b"child").segment != parent else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert store.append(b"again").segment == parent
-    store.close()
-
-
-def damage(buffer: Buffer, folder: Path, how: str) -> None:
-    (segment,) = (folder / "payloads").iterdir()
-    data = bytearray(segment.read_bytes())
+def damage(folder: Path, how: str) -> None:
+    path = min((folder / "payloads").iterdir())
+    data = bytearray(path.read_bytes())
     if how == "flipped":
         data[-1] ^= 1
-        segment.write_bytes(data)
+        path.write_bytes(data)
     elif how == "torn":
-        segment.write_bytes(data[:-1])
+        path.write_bytes(data[:-1])
     else:
-        segment.unlink()
+        path.unlink()
 
 
 @pytest.mark.parametrize("how", ["flipped", "torn", "missing"])
@@ -197,13 +177,12 @@ def test_damaged_rollouts_are_never_trained_on(tmp_path: Path, how: str) -> None
     buffer = open_at(tmp_path, Clock())
     request(buffer, 2, samples=2)
     sample_all(buffer)
-    damage(buffer, tmp_path, how)
-    with pytest.raises(BufferError, match=r"segment .* at offset \d+ cannot be used"):
+    damage(tmp_path, how)
+    with pytest.raises(BufferError, match="cannot be used"):
         buffer.take(2)
     assert buffer.stats().states["taken"] == 0
     report = buffer.rollback(START)
-    assert 1 in report.corrupt and set(report.corrupt) <= set(report.requested_again)
-    assert (0 in report.restored) == (how != "missing")
+    assert report.corrupt == report.requested_again == (0,) and report.restored == (1,)
     sample_all(buffer)
     assert [g.ordinal for g in train(buffer)] == [0, 1]
     buffer.close()
@@ -214,13 +193,13 @@ def test_rows_never_refer_to_a_record_that_was_not_written(tmp_path: Path, monke
     request(buffer, 1, samples=2)
     (lease,) = buffer.lease("a", 2, 60.0)
     work = [rollout(0, i, [0]) for i in range(2)]
-    real = os.write
+    real = Path.write_bytes
 
-    def full(descriptor: int, data: memoryview) -> int:
-        real(descriptor, data[:5])
+    def full(path: Path, data: bytes) -> int:
+        real(path, data[:5])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(BufferError, match="No space left"):
         buffer.submit(lease, work)
     monkeypatch.undo()

@@ -182,20 +182,20 @@ def test_a_database_behind_the_checkpoint_catches_up(tmp_path: Path, clock: Cloc
 def test_commit_removes_payloads_of_covered_groups_only(tmp_path: Path, clock: Clock) -> None:
     buffer = open_at(tmp_path, clock)
     worker = open_at(tmp_path, clock)
-    segments = tmp_path / "payloads"
+    files = tmp_path / "payloads"
     request(buffer, 4, samples=2)
     finish(worker, worker.lease("a", 4, 60.0))
-    assert len([*segments.iterdir()]) == 1
+    assert len([*files.iterdir()]) == 2
     train(buffer)
-    assert len([*segments.iterdir()]) == 1  # trained, and not yet committed
+    assert len([*files.iterdir()]) == 2  # trained, and not yet committed
     buffer.commit(buffer.watermark())
-    assert [*segments.iterdir()] == []
-    finish(worker, worker.lease("a", 4, 60.0))  # it was writing to the segment that went
+    assert [*files.iterdir()] == []
+    finish(worker, worker.lease("a", 4, 60.0))
     buffer.commit(buffer.watermark())
-    assert len([*segments.iterdir()]) == 1
+    assert len([*files.iterdir()]) == 2
     assert len(train(buffer)) == 2
     buffer.commit(buffer.watermark())
-    assert [*segments.iterdir()] == []
+    assert [*files.iterdir()] == []
     assert buffer.trained_ordinals() == [0, 1, 2, 3]
     buffer.close()
     worker.close()
@@ -205,7 +205,7 @@ def test_dropped_groups_free_their_payloads_at_commit(buffer: Buffer, tmp_path: 
     fill(buffer)
     buffer.drop([0, 1, 2, 3], "no signal")
     buffer.commit(START)
-    assert len([*(tmp_path / "payloads").iterdir()]) == 1
+    assert [*(tmp_path / "payloads").iterdir()]
     buffer.commit(buffer.watermark())
     assert [*(tmp_path / "payloads").iterdir()] == []
 
