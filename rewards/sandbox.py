@@ -45,7 +45,7 @@ _FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fc
 _IOCTL = (termios.TCGETS, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX, termios.FIONREAD)
 _SOCKET_TYPE_MASK = 0xF
 _FILE_MB, _OPEN_FILES = 16, 64
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 2, 8
 _libc = ctypes.CDLL(None)
 _MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
@@ -56,11 +56,6 @@ def die_with(parent: int) -> None:
     _process_control(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def adopt_descendants() -> None:
-    """Descendants whose parent ends become children of this process, and can be killed."""
-    _process_control(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _process_control(option: int, value: int, argument: Any = ctypes.c_ulong(0)) -> None:  # noqa: B008

@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from rewards.base import RewardError, Sample, Unscorable, nearest
@@ -158,29 +157,20 @@ def build(spec: Mapping[str, Any]) -> RewardSet:
 
 
 def import_target(path: Any) -> Callable[..., Any]:
-    """The class or function at an import path, also one nested in a class. Raises RewardError."""
+    """The class or function at an import path. Raises RewardError."""
     if not isinstance(path, str) or "." not in path:
         raise RewardError(f"{path!r} is not an import path such as package.module.Name")
-    found, here = None, ""
-    for name in path.split("."):
-        parent, here = here, f"{here}.{name}".lstrip(".")
-        if found is None or isinstance(found, ModuleType):
-            try:
-                found = importlib.import_module(here)
-                continue
-            except (Exception, SystemExit) as error:  # importing runs other people's code
-                if not (isinstance(error, ModuleNotFoundError) and error.name == here):
-                    raise RewardError(f"importing {here} raised {_describe(error)}") from error
-        if found is None:
-            fix = "install it, or run where its file lies (the working directory is searched)"
-            raise RewardError(f"no module named {name!r}; {fix}")
-        if not hasattr(found, name):
-            members = [member for member in vars(found) if not member.startswith("_")]
-            raise RewardError(f"{parent} has no {name!r}; {nearest(name, members)}")
-        found = getattr(found, name)
-    if not callable(found):
+    module, _, name = path.rpartition(".")
+    try:
+        place = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # importing runs other people's code
+        fix = "install it, or run where its file lies (the working directory is searched)"
+        raise RewardError(f"importing {module} raised {_describe(error)}; {fix}") from error
+    if not hasattr(place, name):
+        raise RewardError(f"{module} has no {name!r}; {nearest(name, (x for x in vars(place) if x[0] != '_'))}")
+    if not callable(found := getattr(place, name)):
         raise RewardError(f"{path} is a {type(found).__name__}, not a class or function")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def _construct(target: str, settings: dict[str, Any]) -> Function:

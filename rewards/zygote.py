@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from rewards.base import RewardError, Sample
-from rewards.sandbox import Sandbox, adopt_descendants, die_with
+from rewards.sandbox import Sandbox, die_with
 from rewards.spec import build
 
 decode = msgspec.json.decode
@@ -53,7 +53,6 @@ class Zygote:
         for function in self._rewards.functions:
             getattr(function, "warm_up", lambda: None)()
         self._sandbox = Sandbox(setup.sandbox, setup.cpu_seconds, setup.memory_mb)
-        self._kept = _children()  # what the rewards started themselves
         self._living: set[int] = set()  # pids of scoring children
         self._pid = os.getpid()
 
@@ -66,8 +65,8 @@ class Zygote:
                 control.sendall(line(self._fork(socket.socket(fileno=message[1][0]))))
             else:
                 control.sendall(line(self._end(pid, patience_s)))
-        _kill(self._living)
-        _kill_strays(set())  # what the rewards started, too
+        for pid in list(self._living):
+            self._end(pid)
 
     def _fork(self, peer: socket.socket) -> int:
         """Fork a child; it confines itself, says so (an empty text, or what failed), and scores."""
@@ -96,15 +95,16 @@ class Zygote:
             os._exit(1)
 
     def _end(self, pid: int, patience_s: float = 0.0) -> str:
-        """Kill the child after `patience_s`, reap it, kill what it left behind; say how it ended."""
+        """Kill the child after `patience_s`, with the session it leads, and reap it; say how it ended."""
         deadline = time.monotonic() + patience_s
         while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
             time.sleep(0.001)
-        if not ended[0]:
-            _kill({pid})
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # mode `limits` lets it fork
         self._living.remove(pid)
-        _kill_strays(self._kept | self._living)  # mode `limits` lets it fork
         if not ended[0]:
+            os.kill(pid, signal.SIGKILL)  # it may not lead a session yet
+            os.waitpid(pid, 0)
             return "closed its result pipe"
         code = os.waitstatus_to_exitcode(ended[1])
         if code == -signal.SIGXCPU:
@@ -112,34 +112,9 @@ class Zygote:
         return f"crashed (signal {-code})" if code < 0 else f"exited (status {code})"
 
 
-def _children() -> set[int]:
-    """Children of this process, adopted ones too."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-            return {int(pid) for pid in file.read().split()}
-    except FileNotFoundError:  # not Linux, or a kernel without it: nothing to adopt
-        return set()
-
-
-def _kill(children: set[int]) -> None:
-    """SIGKILL children, with the sessions that they lead, and reap them."""
-    for pid in children:
-        with contextlib.suppress(ProcessLookupError):  # it does not lead one
-            os.killpg(pid, signal.SIGKILL)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def _kill_strays(spared: set[int]) -> None:
-    """Kill all children but those spared, and what they leave behind."""
-    while others := _children() - spared:
-        _kill(others)
-
-
 def main() -> None:
     """Warm up and obey, or tell the pool why the rewards cannot be had."""
     die_with(int(sys.argv[1]))
-    adopt_descendants()
     control = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     try:

@@ -63,7 +63,7 @@ def validate(component: Any, key: str) -> dict[str, Any]:
 
 
 def import_target(path: Any, key: str) -> Callable[..., Any]:
-    """The class or function at an import path, also one nested in a class. Raises ConfigError."""
+    """The class or function at an import path. Raises ConfigError."""
     try:
         return rewards.import_target(path)
     except rewards.RewardError as error:

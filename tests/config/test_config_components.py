@@ -93,7 +93,7 @@ def test_wrong_settings(module: str, settings: dict[str, Any], parts: tuple[str,
 @pytest.mark.parametrize(
     ("target", "parts"),
     [
-        ("nowhere_at_all.Piece", ("no module named 'nowhere_at_all'",)),
+        ("nowhere_at_all.Piece", ("No module named 'nowhere_at_all'",)),
         ("{module}.Pice", ("has no 'Pice'", "did you mean 'Piece'?")),
         ("{module}.NUMBER", ("int, not a class or function",)),
         ("Piece", ("not an import path",)),
