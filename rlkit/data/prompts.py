@@ -219,7 +219,7 @@ def _metadata(item: RenderedRow, key: str) -> dict[str, Any]:
         return msgspec.json.decode(msgspec.json.encode(fields, enc_hook=_plain), type=dict[str, Any])
     except (TypeError, ValueError) as error:
         problem = f"{key}: row {item.id!r} has a field that cannot be written as JSON: {error}"
-        raise DataError(problem, fix="name the fields to keep in the source's `columns`") from error
+        raise DataError(problem, fix="leave that field out of the data") from error
 
 
 def _plain(value: Any) -> Any:

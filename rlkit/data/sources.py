@@ -7,7 +7,7 @@ values; its number is its default id.
 import codecs
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,11 +29,10 @@ HUB_ANSWER_S = 3.0
 class LocalFile:
     """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file; `~` is expanded in `path`.
 
-    `columns`: keep only these fields (default: all). `DataError` names the line (or item) that is malformed.
+    `DataError` names the line (or item) that is malformed.
     """
 
     path: str
-    columns: tuple[str, ...] | None = None
 
     def rows(self) -> Sequence[Row]:
         path = Path(self.path).expanduser()
@@ -44,10 +43,7 @@ class LocalFile:
             near = nearest(path.name, [p.name for p in path.parent.glob("*")])
             expected = f"a file; relative paths start at {Path.cwd()}"
             raise DataError(f"no such file.{near}", key="path", value=self.path, expected=expected)
-        rows = _read(path)
-        if self.columns is None:
-            return rows
-        return [{name: row[name] for name in _checked(self.columns, row, self.path)} for row in rows]
+        return _read(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,31 +51,26 @@ class HubDataset:
     """Rows of a data set on the Hugging Face hub or in its local cache: HubDataset(name="openai/gsm8k", subset="main").
 
     `name` is a hub name or folder, `subset` its configuration, `split` e.g. "train[:100]", `revision` a commit, tag or
-    branch (a commit makes a run repeatable), `columns` the fields to keep (default: all). `DataError` out of reach.
+    branch (a commit makes a run repeatable). `DataError` out of reach.
     """
 
     name: str
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    columns: tuple[str, ...] | None = None
 
     def rows(self) -> Sequence[Row]:
         from datasets import load_dataset  # here, because it takes a second
 
         offline_unless_reachable()
         try:
-            table = load_dataset(self.name, self.subset, split=self.split, revision=self.revision)
+            return list(load_dataset(self.name, self.subset, split=self.split, revision=self.revision).to_list())
         # Every kind of error (network, cache, schema, split) comes out of this one call.
         except Exception as error:
             problem = f"cannot be loaded ({type(error).__name__}: {error})"
             expected = f"subset {self.subset!r} and split {self.split!r}, in reach or in the local cache"
             fix = "download it once where there is a network, or use rlkit.data.sources.LocalFile on a file of rows"
             raise DataError(problem, key="name", value=self.name, expected=expected, fix=fix) from error
-        if self.columns is not None:
-            table = table.select_columns(list(_checked(self.columns, table.column_names, self.name)))
-        rows: list[Row] = table.to_list()
-        return rows
 
 
 @cache
@@ -179,11 +170,3 @@ def _read(path: Path) -> list[Row]:
         raise DataError(f"{place}: {what}: {error}", expected='objects, {"field": ...}') from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{place}: not a readable {path.suffix} file: {error}") from error
-
-
-def _checked(columns: tuple[str, ...], present: Collection[str], name: str) -> tuple[str, ...]:
-    for column in columns:
-        if column not in present:
-            problem = f"{name} has no field {column!r}.{nearest(column, present)}"
-            raise DataError(problem, key="columns", value=columns, expected=f"fields among {', '.join(present)}")
-    return columns

@@ -1,4 +1,4 @@
-"""`rlkit compare A B ...`: variants side by side, over seeds, as text, PNG and HTML.
+"""`rlkit compare A B ...`: variants side by side, over seeds, as text and PNG.
 
 An argument is a run folder or a folder with runs below it (a sweep). Runs named seed_<n> are runs of the variant that
 their parent folder is called after; any other run is a variant of its own. The first variant, or the one named by
@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Drawing
-from rich.console import CONSOLE_HTML_FORMAT, Console
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import bootstrap
@@ -63,8 +64,7 @@ class Variant:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(NamedTuple):
     """An estimate with its standard error over seeds and its bootstrap interval; NaN where one seed says nothing."""
 
     value: float
@@ -97,8 +97,7 @@ def improvement_probability(values: Mapping[int, float], baseline: Mapping[int, 
     return float(np.mean(0.5 + 0.5 * np.sign(pairs)))
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A row of the table; `difference` and `improvement` are None for the baseline itself."""
 
     variant: Variant
@@ -158,18 +157,6 @@ def _shown(figure: Figure | None, sign: str = "") -> tuple[str, str]:
     return f"{figure.value:{sign}.3f} +- {figure.error:.3f}", f"{figure.low:{sign}.3f} to {figure.high:{sign}.3f}"
 
 
-INTERVAL = "95 % interval"
-HEADINGS = ("variant", "seeds", "after", INTERVAL, "difference", INTERVAL, "P(better)", "tokens", "seconds")
-
-
-def _cells(row: Comparison) -> tuple[str, ...]:
-    """What stands under HEADINGS."""
-    tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent], axis=0)
-    better = "-" if row.improvement is None else f"{row.improvement:.2f}"
-    estimates = (*_shown(row.after), *_shown(row.difference, "+"), better)
-    return row.variant.name, str(row.after.seeds), *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}"
-
-
 def draw(variants: Sequence[Variant], metric: str) -> Drawing:
     """The figure against steps, sampled tokens and seconds: mean over seeds, band of one standard error."""
     with mpl.rc_context(STYLE):
@@ -195,7 +182,7 @@ def draw(variants: Sequence[Variant], metric: str) -> Drawing:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table and write compare.txt, compare.png and compare.html into --out."""
+    """Print the table and write compare.txt and compare.png into --out."""
     parser = argparse.ArgumentParser(prog="rlkit compare", description="Compare runs over seeds.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs below them")
     parser.add_argument("--metric", help="held-out figure, set/label; default: avg@k of the first set")
@@ -208,10 +195,16 @@ def main(argv: Sequence[str]) -> int:
     baseline = options.baseline or variants[0].name
     compared = compare(variants, metric, baseline)
     shown = Table(title=f"{metric}: mean +- standard error over seeds; differences paired by seed with {baseline}")
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="left" if heading == "variant" else "right")
+    interval = "95 % interval"
+    shown.add_column("variant")
+    for heading in ("seeds", "after", interval, "difference", interval, "P(better)", "tokens", "seconds"):
+        shown.add_column(heading, justify="right")
     for row in compared:
-        shown.add_row(*_cells(row))
+        tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent], axis=0)
+        better = "-" if row.improvement is None else f"{row.improvement:.2f}"
+        estimates = (*_shown(row.after), *_shown(row.difference, "+"), better)
+        cells = (row.variant.name, str(row.after.seeds), *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}")
+        shown.add_row(*cells)
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
     runs = [(f"{variant.name} seed {seed}", run) for variant in variants for seed, run in variant.runs.items()]
@@ -220,10 +213,7 @@ def main(argv: Sequence[str]) -> int:
     notes += [f"{key}: {'; '.join(values)}" for key, values in differing_keys(variants).items()]
     console = Console(record=True, width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(shown, Text("\n".join(notes)))
-    console.save_text(str(out / "compare.txt"), clear=False)
-    picture = '<img src="compare.png" alt="curves" style="max-width: 100%"></body>'
-    console.save_html(str(out / "compare.html"), code_format=CONSOLE_HTML_FORMAT.replace("</body>", picture))
-    drawing = draw([row.variant for row in compared], metric)
-    drawing.savefig(out / "compare.png", dpi=150, metadata={"Software": None})
-    print(f"written: {out / 'compare.txt'}, compare.png, compare.html")
+    console.save_text(str(out / "compare.txt"))
+    draw([row.variant for row in compared], metric).savefig(out / "compare.png", dpi=150, metadata={"Software": None})
+    print(f"written: {out / 'compare.txt'}, compare.png")
     return 0

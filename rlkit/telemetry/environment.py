@@ -1,4 +1,4 @@
-"""environment.json: what a run ran on. No variables, user or host names, absolute paths, secrets."""
+"""environment.json: what a run ran on, without names of users and hosts. Secrets taken out of recipes."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,9 @@ GIT_DEADLINE_S = 10.0
 # Keys of secrets, after any prefix; eos_token and the like are none.
 _SECRET = re.compile(
     r"(?i)(?:.*[_.+=-])?(?:api_?key|secret|password|passwd|credentials?|private_?key|authorization"
-    r"|(?:hf|access|auth|api|bearer)_?token|(?<!_)token)(?=$|=)"
+    r"|(?:hf|access|auth|api|bearer)_?token|(?<!_)token)"
 )
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-def redact_argument(argument: str, cwd: Path) -> str:
-    """A command-line word without logins, secrets (api_key=***) and absolute paths (relative to `cwd`, or .../x)."""
-    if "=" in argument and (secret := _SECRET.match(argument)):
-        return f"{secret[0]}=***"
-    key, equals, value = _URL_LOGIN.sub("***@", argument).rpartition("=")
-    if value.startswith(("/", "~")):
-        path = Path(value)
-        value = str(path.relative_to(cwd)) if path.is_relative_to(cwd) else f".../{path.name}"
-    return f"{key}{equals}{value}"
 
 
 def redact(value: Any, key: str = "") -> Any:
@@ -69,18 +58,16 @@ def peak_memory_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Versions, machine, commit and command line (default: this process's) as plain JSON types.
+def collect_environment() -> dict[str, Any]:
+    """Versions, machine and commit as plain JSON types.
 
     `git` is the commit of rlkit's source, and whether tracked files differ from it; None for an installed wheel.
     """
     import torch
 
-    program, *words = sys.argv if argv is None else argv
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name}
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    cores = os.cpu_count()
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     # A wheel may lie inside somebody else's repository, hence the question whether git tracks rlkit.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
@@ -91,15 +78,13 @@ def collect_environment(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {
             "model": model[1].strip() if model else platform.processor() or platform.machine(),
-            "cores": cores,
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
+            "cores": os.cpu_count(),
             "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         },
         "devices": [
             {"name": d.name, "memory_gb": round(d.total_memory / 1e9, 1), "cuda": torch.version.cuda} for d in gpus
         ],
         "git": commit if tracked else None,
-        "command": [Path(program).name, *(redact_argument(word, Path.cwd()) for word in words)],
     }
 
 

@@ -9,7 +9,6 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rlkit.telemetry.environment import redact
@@ -103,14 +102,10 @@ def print_summary(run_dir: Path, console: Console | None = None) -> None:
     """Print held-out figures before and after, and the paths of report and learning curve."""
     console = console or Console(highlight=False)
     run = load_run(run_dir)
-    table = Table("set", "figure", title=Text(f"{run.name}: held-out figures, mean +- standard error"))
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
     for curve in run.evaluations:
-        style = "" if curve.change is None or not curve.change.sure else "green" if curve.change.value > 0 else "red"
-        changed = Text(with_error(curve.change, "+"), style and f"bold {style}")
-        table.add_row(Text(curve.set), curve.label, with_error(curve.before), with_error(curve.after), changed)
-    console.print(table if run.evaluations else "No held-out evaluation in this run.")
+        held = f"{curve.set} {curve.label}: {with_error(curve.before)} before, {with_error(curve.after)} after"
+        sure = curve.change is not None and curve.change.sure
+        console.print(Text(f"{held}, change {with_error(curve.change, '+')}", style="bold" if sure else ""))
     console.print(f"{run.last_step} steps in {duration(run.seconds)}")
     for label, place in (("report", "report.html"), ("learning curve", "plots/learning_curve.png")):
         if (run_dir / place).exists():

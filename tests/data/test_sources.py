@@ -92,14 +92,6 @@ def test_file_errors_help(tmp_path: Path) -> None:
         LocalFile(path=str(tmp_path / "torn.parquet")).rows()
 
 
-def test_columns_are_selected_and_checked(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS).path
-    rows = LocalFile(path=path, columns=["answer"]).rows()
-    assert list(rows) == [{"answer": "2"}, {"answer": "c"}]
-    with pytest.raises(DataError, match=r"'anwser'.*Did you mean 'answer'"):
-        LocalFile(path=path, columns=["anwser"]).rows()
-
-
 SUMS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
 
 
@@ -153,12 +145,10 @@ def test_hub_data_set_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", ROWS)
-    source = HubDataset(name=str(tmp_path / "set"), columns=["question", "n"])
-    assert list(source.rows()) == [{"question": r["question"], "n": r["n"]} for r in ROWS]
+    source = HubDataset(name=str(tmp_path / "set"))
+    assert list(source.rows()) == ROWS
     with pytest.raises(DataError, match="split 'validation'"):
         HubDataset(name=str(tmp_path / "set"), split="validation").rows()
-    with pytest.raises(DataError, match="Did you mean 'question'"):
-        HubDataset(name=str(tmp_path / "set"), columns=["questoin"]).rows()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,30 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlkit.telemetry import environment
-from rlkit.telemetry.environment import collect_environment, redact, redact_argument, write_environment
-
-CWD = Path("/home/someone/project")
-
-
-@pytest.mark.parametrize(
-    ("argument", "shown"),
-    [
-        ("train", "train"),
-        ("rollout.max_completion_tokens=64", "rollout.max_completion_tokens=64"),
-        ("model.eos_token=x", "model.eos_token=x"),
-        ("judge.api_key=abc", "judge.api_key=***"),
-        ("++hub.hf_token=abc", "++hub.hf_token=***"),
-        ("token=abc", "token=***"),
-        ("++token=a=b", "++token=***"),
-        ("--env=hf_token=abc", "--env=hf_token=***"),
-        ("buffer.url=postgresql://u:p@host/db", "buffer.url=postgresql://***@host/db"),
-        ("model.path=/home/someone/models/m", "model.path=.../m"),
-        ("/home/someone/project/recipes/a.yaml", "recipes/a.yaml"),
-        ("~/secret/a.yaml", ".../a.yaml"),
-    ],
-)
-def test_arguments_are_redacted(argument: str, shown: str) -> None:
-    assert redact_argument(argument, CWD) == shown
+from rlkit.telemetry.environment import collect_environment, redact, write_environment
 
 
 def test_containers_are_redacted_by_key_at_any_depth() -> None:
@@ -67,8 +44,7 @@ def test_the_record_is_useful_and_private(tmp_path: Path, monkeypatch: pytest.Mo
     record = json.loads(text)
     assert record["versions"]["python"] == platform.python_version()
     assert {"torch", "transformers", "numpy", "rlkit"} <= record["versions"].keys()
-    assert record["cpu"]["cores"] >= record["cpu"]["usable_cores"] >= 1
-    assert record["command"][:2] == ["rlkit", "train"]
+    assert record["cpu"]["cores"] >= 1
     for private in ("s3cr3t", str(tmp_path.parent), str(Path.home()) + "/", platform.node()):
         assert private not in text or private in {"", "/"}
     if getpass.getuser() != "root":
@@ -80,7 +56,7 @@ def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: p
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(environment.rlkit, "__file__", str(package / "__init__.py"))
-    assert collect_environment(["rlkit"])["git"] is None
+    assert collect_environment()["git"] is None
 
     def git(*words: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -90,10 +66,10 @@ def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: p
     (tmp_path / "other").write_text("")
     git("add", "other")
     git("commit", "-m", "one")
-    assert collect_environment(["rlkit"])["git"] is None  # somebody else's repository
+    assert collect_environment()["git"] is None  # somebody else's repository
     git("add", "rlkit")
     git("commit", "-m", "two")
-    clean = collect_environment(["rlkit"])["git"]
+    clean = collect_environment()["git"]
     assert len(clean["commit"]) == 40 and clean["modified"] is False
     (package / "__init__.py").write_text("x = 1")
-    assert collect_environment(["rlkit"])["git"]["modified"] is True
+    assert collect_environment()["git"]["modified"] is True
