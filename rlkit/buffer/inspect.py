@@ -1,6 +1,5 @@
 """What a run's buffer holds, as text, during the run or after it: reads a snapshot and writes nothing."""
 
-import os
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -29,19 +28,14 @@ def view(run_dir: Path, now: float) -> Group:
     if not path.exists():
         fix = "name the folder of a training run, such as outputs/run"
         raise BufferError("this run has no buffer", key="run", value=str(run_dir), expected=f"a file {path}", fix=fix)
-    # SQLite keeps a file beside an open database; one that was closed (no -wal) can be read without.
-    fixed = not os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-    closed = not path.with_name(path.name + "-wal").exists()
-    uri = f"file:{quote(str(path.absolute()))}?uri=true&mode=ro" + ("&immutable=1" if fixed and closed else "")
-    engine = create_engine(f"sqlite:///{uri}")
+    engine = create_engine(f"sqlite:///file:{quote(str(path.absolute()))}?uri=true&mode=ro")
     try:
         with engine.connect() as connection:
             connection.exec_driver_sql("BEGIN")  # one snapshot for all that follows
             return Group(Text(str(path)), *_contents(connection, now))
     except DatabaseError as error:
-        problem = f"the buffer cannot be read: {error.orig}" + (" (its folder is read-only)" if fixed else "")
-        mend = f"copy {path.name} and {path.name}-wal to a folder you can write to" if fixed else None
-        raise BufferError(problem, key="buffer", value=str(path), fix=mend) from error
+        fix = f"if its folder is read-only, copy {path.name} and {path.name}-wal to one you can write to"
+        raise BufferError(f"cannot be read: {error.orig}", key="buffer", value=str(path), fix=fix) from error
     finally:
         engine.dispose()
 

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -89,51 +84,3 @@ def test_no_buffer(tmp_path: Path) -> None:
     (tmp_path / "buffer.db").write_text("nothing of the kind" * 100)
     with pytest.raises(BufferError, match="not a database"):
         view(tmp_path, 0.0)
-
-
-@contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """Make a folder one that this process cannot write to, root or not."""
-    folder.chmod(0o555)
-    root = os.geteuid() == 0
-    try:
-        if root:
-            os.seteuid(65534)
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
-
-
-@pytest.fixture
-def open_folder() -> Iterator[Callable[[], Path]]:
-    """Makes folders that everybody may enter (tmp_path's parents are private)."""
-    made: list[Path] = []
-
-    def make() -> Path:
-        made.append(Path(tempfile.mkdtemp()))
-        made[-1].chmod(0o755)
-        return made[-1]
-
-    yield make
-    for folder in made:
-        shutil.rmtree(folder)
-
-
-def test_in_a_read_only_folder(open_folder: Callable[[], Path], clock: Clock) -> None:
-    """What is closed is read; what a dead process left open is refused with a way out."""
-    live = open_folder()
-    buffer = open_at(live, clock)
-    request(buffer, 4, samples=2)
-    torn = open_folder()
-    for name in ("buffer.db", "buffer.db-wal"):
-        shutil.copy(live / name, torn)
-        (torn / name).chmod(0o644)
-    buffer.close()
-    before = shown(live, clock)
-    with read_only(live):
-        assert shown(live, clock) == before
-    with read_only(torn), pytest.raises(BufferError, match=r"read-only[\s\S]*copy buffer\.db and buffer\.db-wal"):
-        view(torn, clock.now)
-    assert rows(shown(torn, clock), "groups") == rows(before, "groups")
