@@ -24,7 +24,7 @@ def choices() -> dict[str, dict[str, Pieces]]:
     """Kind -> option -> what it brings."""
     found: dict[str, dict[str, Pieces]] = {}
     for kind, group in GROUPS.items():
-        for option in Library.open().options(group):
+        for option in Library().options(group):
             if option not in SKIPPED:
                 config, _ = load("quickstart", [f"{group}={option}"])
                 parts = {f"algorithm.{name}": getattr(config.algorithm, name) for name in ("advantage", "loss", "kl")}

@@ -25,7 +25,6 @@ class Checkpoints:
     _db: Database
     _payloads: RecordFiles
     _clock: Callable[[], float]
-    _keep_payloads: bool
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""
@@ -40,8 +39,6 @@ class Checkpoints:
             expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
             _demand(ours, watermark, "this checkpoint is not of the surviving lineage", expected)
             connection.execute(update(meta).values(committed_step=watermark.step))
-            if self._keep_payloads:
-                return
             covered = groups.c.ordinal < watermark.next_ordinal
             connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
             connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))

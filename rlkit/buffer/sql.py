@@ -31,21 +31,19 @@ class SqlBuffer(Leases, Checkpoints):
         prompts_per_step, max_staleness: P and S of the admission bound; fixed for a database's life.
         slice_samples: largest slice of the groups this process requests.
         clock: unix seconds; it decides when a lease has expired.
-        keep_payloads: let `commit` remove nothing.
 
     Raises BufferError for a setting out of range, or see Database.
     """
 
     def __init__(
         self, url: str, *, payload_dir: str | Path, prompts_per_step: int, max_staleness: int, slice_samples: int,
-        clock: Callable[[], float] = time.time, keep_payloads: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         at_least("prompts_per_step", prompts_per_step, 1)
         at_least("max_staleness", max_staleness, 0)
         at_least("slice_samples", slice_samples, 1)
         self._clock = clock
         self._slice_samples = slice_samples
-        self._keep_payloads = keep_payloads
         self._db = Database(url, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock())
         self._payloads = RecordFiles(Path(payload_dir))
 

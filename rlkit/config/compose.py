@@ -7,11 +7,10 @@ key nobody reads is an error. Overrides of values are merged one by one afterwar
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import reduce
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -32,22 +31,14 @@ LOCAL_FILE = "rlkit.data.sources.LocalFile"
 SHIPPED = Path(str(files("recipes")))  # in the package
 
 
-@dataclass(frozen=True, slots=True)
 class Library:
-    """Folders with recipes, the user's own first."""
+    """Folders with recipes: the user's own, where there is one, then the shipped. ConfigError if it is no folder."""
 
-    folders: tuple[Path, ...]
-
-    @classmethod
-    def open(cls, config_dir: Path | None = None) -> Self:
-        """The shipped recipes, after those in `config_dir`. ConfigError if that is no folder."""
-        if config_dir is None:
-            return cls((SHIPPED,))
-        folder = Path(config_dir).resolve()
-        if not folder.is_dir():
-            expected = "a folder of recipes (*.yaml), groups in sub-folders"
-            raise ConfigError(f"no such folder: {folder}", key="--config-dir", value=str(config_dir), expected=expected)
-        return cls((folder, SHIPPED))
+    def __init__(self, config_dir: Path | None = None) -> None:
+        self.folders = [SHIPPED] if config_dir is None else [Path(config_dir).resolve(), SHIPPED]
+        if not self.folders[0].is_dir():
+            problem, expected = (f"no such folder: {self.folders[0]}", "a folder of recipes, groups in sub-folders")
+            raise ConfigError(problem, key="--config-dir", value=str(config_dir), expected=expected)
 
     def groups(self) -> list[str]:
         """All groups, as `algorithm` or `algorithm/loss`."""
@@ -80,7 +71,7 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
     before shipped ones. A mapping with `_target_` replaces a component, any other mapping is merged. ConfigError:
     unknown recipe, group, option or key (with the nearest), wrong type, missing mandatory key, malformed file.
     """
-    library = Library.open(config_dir)
+    library = Library(config_dir)
     library.find(recipe)
     groups = library.groups()
     choices: dict[str, str] = {}

@@ -25,7 +25,7 @@ def markdown() -> str:
                 places.setdefault(section, []).append(f"`{key.path.replace('*', 'NAME')}{suffix}`")
     text = (files("rlkit.config") / "reference.md.j2").read_text(encoding="utf-8")
     page = Template(text, trim_blocks=True, keep_trailing_newline=True)
-    return str(page.render(groups=Library.open().groups(), places=places, document=inspect.getdoc, rows=_rows))
+    return str(page.render(groups=Library().groups(), places=places, document=inspect.getdoc, rows=_rows))
 
 
 def _rows(section: type) -> Iterator[tuple[str, str, str, str]]:

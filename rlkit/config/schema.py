@@ -46,7 +46,6 @@ class DatasetConfig:
     completion: Component | None = None  # Component that writes the target completion of a row (warm start), or null.
     system: str | None = None  # System message, for chat recipes.
     chat: bool = False  # Render with the tokenizer's chat template and a generation prompt.
-    id_field: str | None = None  # Field with a unique id; default: the row number.
     max_prompt_tokens: int = number(1024, 1)  # Longer prompts are left out and counted.
     limit: int | None = number(None, 1)  # Use only the first rows.
     shuffle: bool = True  # Order rows by (seed, epoch); evaluation sets keep file order.
@@ -106,7 +105,6 @@ class BufferConfig:
     """The versioned buffer."""
 
     url: str | None = None  # SQLAlchemy URL; default: SQLite file buffer.db in the run folder.
-    keep_payloads: bool = False  # Keep trained rollouts' tokens in the buffer (they are in rollouts/ too).
 
 
 @dataclass

@@ -15,8 +15,8 @@ import xxhash
 from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
 from rlkit.data.sources import Row, as_source
-from rlkit.data.text import encode, field_names, render
-from rlkit.errors import ConfigError, DataError, calling, nearest
+from rlkit.data.text import encode, render
+from rlkit.errors import ConfigError, DataError, calling
 from rlkit.types import IntArray, Prompt
 
 if TYPE_CHECKING:
@@ -143,11 +143,11 @@ def render_rows(
         rows: Sequence[Row] = source.rows()[: config.limit]
     if not rows:
         raise DataError("the data set is empty", key=f"{key}.source", value=config.source)
-    ids = _ids(config, rows, key)
+    ids = [str(number) for number in range(len(rows))]
     texts = [render(config.prompt, row, number, f"{key}.prompt") or "" for number, row in enumerate(rows)]
     if "" in texts:
         number = texts.index("")
-        problem = f"row {number} (id {ids[number]!r}) has an empty prompt: a field is null or empty"
+        problem = f"row {number} has an empty prompt: a field is null or empty"
         raise DataError(problem, key=f"{key}.prompt", value=config.prompt, fix="leave the row out of the data")
     texts = _chat(texts, config, tokenizer, key) if config.chat else texts
     # A chat template writes its own. Llama's tokenizer starts every text with <bos>, Qwen's and GPT-2's do not.
@@ -161,21 +161,6 @@ def render_rows(
         problem, limit = f"each of the {len(rows)} prompts is longer", config.max_prompt_tokens
         raise DataError(problem, key=f"{key}.max_prompt_tokens", value=limit, fix="raise it")
     return kept, {"prompt_too_long": len(rows) - len(kept)} if len(kept) < len(rows) else {}
-
-
-def _ids(config: DatasetConfig, rows: Sequence[Row], key: str) -> list[str]:
-    if config.id_field is None:
-        return [str(number) for number in range(len(rows))]
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        row_id, missing = str(row.get(config.id_field)), row.get(config.id_field) is None
-        if missing or row_id in seen:
-            absent = f"row {number} has no such field.{nearest(config.id_field, row)}"
-            problem = absent if missing else f"rows {seen[row_id]} and {number} have the same id {row_id!r}"
-            expected = f"a field unique to each row, of {', '.join(field_names(row))}, or null for row numbers"
-            raise DataError(problem, key=f"{key}.id_field", value=config.id_field, expected=expected)
-        seen[row_id] = number
-    return list(seen)
 
 
 def _chat(contents: Sequence[str], config: DatasetConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[str]:

@@ -5,11 +5,8 @@ values; its number is its default id.
 """
 
 import codecs
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from rlkit.errors import DataError, nearest
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
-HUB_ANSWER_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,32 +58,14 @@ class HubDataset:
     def rows(self) -> Sequence[Row]:
         from datasets import load_dataset  # here, because it takes a second
 
-        offline_unless_reachable()
         try:
             return list(load_dataset(self.name, self.subset, split=self.split, revision=self.revision).to_list())
         # Every kind of error (network, cache, schema, split) comes out of this one call.
         except Exception as error:
             problem = f"cannot be loaded ({type(error).__name__}: {error})"
             expected = f"subset {self.subset!r} and split {self.split!r}, in reach or in the local cache"
-            fix = "download it once where there is a network, or use rlkit.data.sources.LocalFile on a file of rows"
+            fix = "download it where there is a network (then HF_HUB_OFFLINE=1), or use rlkit.data.sources.LocalFile"
             raise DataError(problem, key="name", value=self.name, expected=expected, fix=fix) from error
-
-
-@cache
-def offline_unless_reachable() -> None:
-    """Ask the hub once a process; without an answer in 3 s (it retries 23 s a file) only the local cache is used."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_ANSWER_S)
-    # The kind of error depends on the HTTP library that the hub's client is built on.
-    except Exception as error:
-        import datasets
-
-        logging.getLogger(__name__).warning("%s: %s; using the local cache only", constants.ENDPOINT, error)
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes started from here
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

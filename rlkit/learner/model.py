@@ -22,7 +22,6 @@ from transformers import (
 )  # fmt: skip
 
 from rlkit.config.schema import ModelConfig
-from rlkit.data.sources import offline_unless_reachable
 from rlkit.errors import ConfigError, nearest
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -200,17 +199,15 @@ def _loading(what: str, name: str, key: str) -> Iterator[str]:
     path = Path(name).expanduser()
     if path.is_file():
         raise ConfigError("this is a file", key=key, value=name, expected="a folder or hub name")
-    if not path.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-            expected = f"a folder; relative paths start at {Path.cwd()}"
-            raise ConfigError(f"no such folder.{nearest(path.name, siblings)}", key=key, value=name, expected=expected)
-        offline_unless_reachable()
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        expected = f"a folder; relative paths start at {Path.cwd()}"
+        raise ConfigError(f"no such folder.{nearest(path.name, siblings)}", key=key, value=name, expected=expected)
     try:
         yield str(path) if path.is_dir() else name
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         where = "this folder" if path.is_dir() else "the hub, and there is no such folder"
         problem = f"{what} cannot be loaded from {where}: {type(error).__name__}: {error}"
         expected = f"{what} (no pickled weights, no remote code) in a folder, or a hub name in reach or in the cache"
-        fix = None if path.is_dir() else "offline: download the model to a folder once and give its path"
+        fix = None if path.is_dir() else "offline: HF_HUB_OFFLINE=1 goes to the cache at once; or give a folder"
         raise ConfigError(problem, key=key, value=name, expected=expected, fix=fix) from error

@@ -223,24 +223,6 @@ def test_rollback_behind_the_last_commit(buffer: Buffer) -> None:
     assert [g.ordinal for g in train(buffer)] == [0, 1]
 
 
-def test_keep_payloads(tmp_path: Path, clock: Clock) -> None:
-    buffer = Buffer(
-        f"sqlite:///{tmp_path / 'buffer.db'}",
-        payload_dir=tmp_path / "payloads",
-        prompts_per_step=1,
-        max_staleness=0,
-        slice_samples=8,
-        clock=clock,
-        keep_payloads=True,
-    )
-    request(buffer, 1)
-    sample_all(buffer)
-    train(buffer, 1)
-    buffer.commit(buffer.watermark())
-    assert buffer.rollback(START).restored == (0,)
-    buffer.close()
-
-
 def test_a_checkpoint_of_an_abandoned_lineage_is_refused(buffer: Buffer) -> None:
     """It drops group 0, which the surviving lineage has trained on since, at the same version."""
     fill(buffer)

@@ -15,7 +15,7 @@ from rlkit.config.verify import verify
 from rlkit.learner.check import batch_table
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = Library.open()
+LIBRARY = Library()
 
 
 def local_data(recipe: str, rows: Path) -> list[str]:

@@ -121,8 +121,8 @@ def test_templates_render_any_value_verbatim(row: dict[str, str]) -> None:
 @pytest.mark.parametrize("answer", ["", None])
 def test_missing_references(dataset: Make, tokenizer: Any, answer: str | None) -> None:
     rows = [*ROWS, {"question": "1 = ?", "answer": answer, "key": "last"}]
-    config = dataset(rows, id_field="key")
-    with pytest.raises(DataError, match="row 'last' has no reference"):
+    config = dataset(rows)
+    with pytest.raises(DataError, match=f"row '{len(ROWS)}' has no reference"):
         load_prompts(config, tokenizer, "data.train", True)
     assert load_prompts(config, tokenizer, "data.train", False).prompts[-1].reference is None
     config.reference = None
@@ -143,13 +143,9 @@ def test_reference_pattern_takes_the_final_answer(dataset: Make, tokenizer: Any)
         load_prompts(dataset(rows, reference_pattern="("), tokenizer, "t", True)
 
 
-def test_ids(dataset: Make, tokenizer: Any) -> None:
-    found = load_prompts(dataset(ROWS, id_field="key"), tokenizer, "t", True)
-    assert [p.id for p in found.prompts] == [row["key"] for row in ROWS]
-    with pytest.raises(DataError, match="rows 2 and 12 have the same id 'k2'"):
-        load_prompts(dataset([*ROWS, ROWS[2]], id_field="key"), tokenizer, "t", True)
-    with pytest.raises(DataError, match="Did you mean 'key'"):
-        load_prompts(dataset(ROWS, id_field="kez"), tokenizer, "t", True)
+def test_ids_are_row_numbers(dataset: Make, tokenizer: Any) -> None:
+    found = load_prompts(dataset(ROWS), tokenizer, "t", True)
+    assert [p.id for p in found.prompts] == [str(number) for number in range(len(ROWS))]
 
 
 @pytest.mark.parametrize("question", ["", None])
