@@ -93,12 +93,6 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         return self._keeper.restarts
 
     @property
-    def warm_pid(self) -> int | None:
-        """Process id of the warm process that forks the scoring children; None while there is none."""
-        zygote = self._keeper.zygote
-        return None if zygote is None else zygote.process.pid
-
-    @property
     def extracts_answers(self) -> bool:
         """Whether any reward extracts the answers that majority voting counts."""
         return any(weight.answers for weight in self._keeper.weights)

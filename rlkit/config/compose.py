@@ -76,7 +76,7 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
     groups = library.groups()
     choices: dict[str, str] = {}
     changes = []
-    for override in map(_parsed, overrides):
+    for override in map(parsed, overrides):
         name, value, where = override.key_or_group, override.value(), f" in override {override.input_line!r}"
         names_option = not isinstance(value, dict) and value is not None and name in groups
         if (names_option or "/" in name) and not override.is_delete():
@@ -92,12 +92,13 @@ def load(recipe: str, overrides: Sequence[str] = (), config_dir: Path | None = N
     return _finished(reduce(_changed, changes, composed))
 
 
-def _parsed(text: str) -> Override:
+def parsed(text: str, sweep: bool = False) -> Override:
+    """An override by Hydra's grammar, with values to sweep if asked. Raises ConfigError."""
     with suppress(HydraException):  # the message below says more to a user than the grammar's
         override = OverridesParser.create().parse_override(text)
-        if not override.is_sweep_override() and override.package is None:
+        if (sweep or not override.is_sweep_override()) and override.package is None:
             return override
-    expected = "key=value, group=option or ~component.key; no sweeps (a=1,2), no packages (a@b)"
+    expected = "key=value, group=option or ~component.key; key=value,value in a sweep; no packages (a@b)"
     fix = "quote values with special characters: 'key=\"a=b, c\"'; a list: 'key=[1,2]'"
     raise ConfigError(f"override {text!r} cannot be read", expected=expected, fix=fix)
 

@@ -201,13 +201,7 @@ def _metadata(item: RenderedRow, key: str) -> dict[str, Any]:
         fields |= nested
     try:
         # Through JSON once here, so that a reward sees the same values before and after the buffer.
-        return msgspec.json.decode(msgspec.json.encode(fields, enc_hook=_plain), type=dict[str, Any])
+        return msgspec.json.decode(msgspec.json.encode(fields), type=dict[str, Any])
     except (TypeError, ValueError) as error:
         problem = f"{key}: row {item.id!r} has a field that cannot be written as JSON: {error}"
         raise DataError(problem, fix="leave that field out of the data") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(type(value).__name__)

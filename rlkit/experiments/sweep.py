@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
-from rlkit.config.compose import load
+from rlkit.config.compose import load, parsed
 from rlkit.config.keys import leaves
 from rlkit.config.verify import verify
 from rlkit.errors import ConfigError
@@ -87,11 +85,7 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
 
 def _values(text: str) -> list[str]:
     """One override as texts: one of each value of a comma list, else the text itself."""
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        expected = "key=value, or key=value,value,... to sweep"
-        raise ConfigError(f"override {text!r} cannot be read: {error}", expected=expected) from error
+    override = parsed(text, sweep=True)
     swept = override.sweep_string_iterator() if override.is_sweep_override() else ()
     return [f"{override.get_key_element()}={value}" for value in swept] or [text]
 

@@ -25,12 +25,18 @@ Make = Callable[..., Sample]
 SPEC = {"told": {"_target_": "user_rewards.Misbehave"}, "same": {"_target_": "user_rewards.equals", "weight": 0.5}}
 
 
+def warm_pid(pool: VerifierPool) -> int | None:
+    """Process id of the warm process that forks the scoring children; None while there is none."""
+    zygote = pool._keeper.zygote
+    return None if zygote is None else zygote.process.pid
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
     with VerifierPool(SPEC, workers=2, timeout_s=1.0, batch_size=4) as made:
         yield made
-        pid = made.warm_pid
-    assert pid is not None and not psutil.pid_exists(pid) and made.warm_pid is None
+        pid = warm_pid(made)
+    assert pid is not None and not psutil.pid_exists(pid) and warm_pid(made) is None
 
 
 def _scores(scores: list[Score]) -> list[float | None]:
@@ -166,14 +172,14 @@ def test_pool_outlives_the_thread_that_made_it(sample: Make) -> None:
     thread.start()
     thread.join(30)
     with made[0] as pool:
-        pid = pool.warm_pid
+        pid = warm_pid(pool)
         assert _scores(pool.score_sync([sample("value 4")])) == [4.0]
-        assert pool.warm_pid == pid and pool.restarts == 0
+        assert warm_pid(pool) == pid and pool.restarts == 0
 
 
 def test_worker_killed_in_mid_batch_loses_no_sample(sample: Make) -> None:
     with VerifierPool(SPEC, workers=1, timeout_s=5.0) as pool:
-        pid = pool.warm_pid
+        pid = warm_pid(pool)
         assert pid is not None
         timer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
         timer.start()
@@ -181,7 +187,7 @@ def test_worker_killed_in_mid_batch_loses_no_sample(sample: Make) -> None:
         timer.join()
         assert _scores(scores) == [1.0] * 4
         assert pool.restarts == 1
-        assert pool.warm_pid not in (None, pid)
+        assert warm_pid(pool) not in (None, pid)
 
 
 def test_sample_that_kills_the_worker_is_given_up(sample: Make) -> None:
@@ -202,7 +208,7 @@ def test_crash_loop_stops_with_the_last_words(monkeypatch: pytest.MonkeyPatch) -
 
 def test_restart_backs_off_and_close_interrupts_it(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     with VerifierPool(SPEC, workers=1) as pool:
-        pid = pool.warm_pid
+        pid = warm_pid(pool)
         assert pid is not None
         monkeypatch.setattr("rewards.keeper._BACK_OFF_S", 60.0)
         monkeypatch.setattr("rewards.keeper._LONGEST_BACK_OFF_S", 60.0)
@@ -211,7 +217,7 @@ def test_restart_backs_off_and_close_interrupts_it(sample: Make, monkeypatch: py
             waiting = threads.submit(pool.score_sync, [sample("value 1")])
             with pytest.raises(TimeoutError):
                 waiting.result(1.0)
-            assert pool.warm_pid is None
+            assert warm_pid(pool) is None
             started = time.monotonic()
             pool.close()
             assert time.monotonic() - started < 5
@@ -255,7 +261,7 @@ def test_reward_with_threads_and_asyncio(sample: Make) -> None:
 
 def test_close_ends_what_is_running_and_fails_the_waiting(sample: Make) -> None:
     pool = VerifierPool(SPEC, workers=2, timeout_s=60.0)
-    warm = psutil.Process(pool.warm_pid)
+    warm = psutil.Process(warm_pid(pool))
     errors: list[BaseException] = []
 
     def wait() -> None:

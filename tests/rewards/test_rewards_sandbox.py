@@ -39,6 +39,12 @@ ATTACKS = {
 }
 
 
+def warm_pid(pool: VerifierPool) -> int | None:
+    """Process id of the warm process that forks the scoring children; None while there is none."""
+    zygote = pool._keeper.zygote
+    return None if zygote is None else zygote.process.pid
+
+
 class Scene:
     """Where an attack would leave its trace."""
 
@@ -105,13 +111,13 @@ def test_attack_through_a_scorer_has_no_effect(
     attack: str, task: str, scene: Scene, gym: VerifierPool, entries: dict[str, dict[str, Any]]
 ) -> None:
     entry = entries[task]
-    pid = gym.warm_pid
+    pid = warm_pid(gym)
     right = _gym_sample(entry, str(entry["answer"] or "1"))
     attacked, neighbour = gym.score_sync([_gym_sample(entry, scene.answer(task, attack)), right])
     assert scene.traces() == []
     assert attacked.score != 1.0
     assert neighbour.parts.keys() == {"gym"} and neighbour.score is not None
-    assert gym.warm_pid == pid and gym.restarts == 0
+    assert warm_pid(gym) == pid and gym.restarts == 0
 
 
 _CONTROL = """
@@ -233,11 +239,11 @@ def test_huge_allocation_through_a_scorer(task: str, gym: VerifierPool, entries:
     entry = entries[task]
     right = _gym_sample(entry, str(entry["answer"]))
     bomb = _gym_sample(entry, "['x' * len(bytearray(10**10))]")
-    peak = psutil.Process(gym.warm_pid).memory_info().rss
+    peak = psutil.Process(warm_pid(gym)).memory_info().rss
     first, second = gym.score_sync([bomb, right])
     # The scorer takes its MemoryError for a malformed answer: a verdict of its own.
     assert first.score == 0.0 and second.score == 1.0
-    assert psutil.Process(gym.warm_pid).memory_info().rss < peak + 2**26
+    assert psutil.Process(warm_pid(gym)).memory_info().rss < peak + 2**26
 
 
 def test_fork_bomb_makes_no_process(told: VerifierPool, sample: Make) -> None:
@@ -245,7 +251,7 @@ def test_fork_bomb_makes_no_process(told: VerifierPool, sample: Make) -> None:
     before = len(psutil.pids())
     told.score_sync([sample(bomb)])
     assert len(psutil.pids()) < before + 20
-    worker = psutil.Process(told.warm_pid)
+    worker = psutil.Process(warm_pid(told))
     deadline = time.monotonic() + 2
     while worker.children() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -313,7 +319,7 @@ def test_limits_only_still_bounds_memory_and_ends_grandchildren(sample: Make) ->
         daemon = f"evaluate {OS}.fork() or __import__('time').sleep(3600)"
         scores = pool.score_sync([sample("evaluate bytearray(10**10)"), sample(daemon)])
         assert "MemoryError" in str(scores[0].reason) and scores[1].score == 1.0
-        worker = psutil.Process(pool.warm_pid)
+        worker = psutil.Process(warm_pid(pool))
         deadline = time.monotonic() + 5
         while worker.children(recursive=True) and time.monotonic() < deadline:
             time.sleep(0.01)
