@@ -138,11 +138,8 @@ def _check_algorithm(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
             yield _fault(key, value, problem, f"{fresh} with this {strict[0].split('.')[1]}", fix)
     groups = config.prompts_per_step
     if updates > 0 and groups % updates:
-        divisors = ", ".join(str(n) for n in range(1, 1 + min(groups, 1024)) if groups % n == 0)
-        problem = "a step's groups cannot be split evenly between its updates"
-        yield _fault(
-            "learner.updates_per_step", updates, problem, f"a divisor of prompts_per_step={groups}: {divisors}"
-        )
+        problem, expected = "a step's groups cannot be split evenly", f"a divisor of prompts_per_step={groups}"
+        yield _fault("learner.updates_per_step", updates, problem, expected)
     for key, part in (("learner", config.learner), ("sft", config.sft)):
         if part is not None and (len(part.betas) != 2 or not all(0 <= beta < 1 for beta in part.betas)):
             yield _fault(f"{key}.betas", part.betas, "not AdamW's betas", "two numbers in [0, 1)")
