@@ -37,7 +37,7 @@ def test_the_smoke_recipe_is_sound(smoke: Smoke) -> None:
         (["budget=knapsack", "budget.high=3"], ("budget.high = 3", "samples_per_prompt=4", "budget.high=4")),
         (["budget=knapsack", "budget.low=1"], ("budget.low = 1", "2 or more")),
         (["budget=knapsack", "budget.minimum=17"], ("minimum", "window=16")),
-        (["learner.updates_per_step=3"], ("learner.updates_per_step", "1, 2, 4")),
+        (["learner.updates_per_step=3"], ("learner.updates_per_step", "a divisor of prompts_per_step")),
         (["rollout.top_p=0.9"], ("rollout.top_p", "biases")),
         (["rollout.top_k=50"], ("rollout.top_k", "biases")),
         (["rollout.temperature=0"], ("rollout.temperature", "0.01 to inf", "greedy")),
