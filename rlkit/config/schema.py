@@ -203,7 +203,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     budget: Component = component("rlkit.budget.uniform.UniformBudget")  # Samples of each prompt (rlkit.budget).
-    old_policy: Component = component("rlkit.algorithms.old_policy.RolloutAnchor")  # Whose log-probs are the ratio's denominator.
+    old_policy: Component = component("rlkit.algorithms.old_policy.RolloutAnchor")  # Of the ratio's denominator.
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
