@@ -1,4 +1,4 @@
-"""`rlkit compare A B ...`: variants side by side, over seeds, as text and PNG.
+"""`rlkit compare A B ...`: variants side by side, over seeds, as text, PNG and HTML.
 
 An argument is a run folder or a folder with runs below it (a sweep). Runs named seed_<n> are runs of the variant that
 their parent folder is called after; any other run is a variant of its own. The first variant, or the one named by
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Drawing
-from rich.console import Console
+from rich.console import CONSOLE_HTML_FORMAT, Console
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import bootstrap
@@ -182,7 +182,7 @@ def draw(variants: Sequence[Variant], metric: str) -> Drawing:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table and write compare.txt and compare.png into --out."""
+    """Print the table and write compare.txt, compare.png and compare.html into --out."""
     parser = argparse.ArgumentParser(prog="rlkit compare", description="Compare runs over seeds.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs below them")
     parser.add_argument("--metric", help="held-out figure, set/label; default: avg@k of the first set")
@@ -213,7 +213,9 @@ def main(argv: Sequence[str]) -> int:
     notes += [f"{key}: {'; '.join(values)}" for key, values in differing_keys(variants).items()]
     console = Console(record=True, width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(shown, Text("\n".join(notes)))
-    console.save_text(str(out / "compare.txt"))
+    console.save_text(str(out / "compare.txt"), clear=False)
+    picture = '<img src="compare.png" alt="curves" style="max-width: 100%"></body>'
+    console.save_html(str(out / "compare.html"), code_format=CONSOLE_HTML_FORMAT.replace("</body>", picture))
     draw([row.variant for row in compared], metric).savefig(out / "compare.png", dpi=150, metadata={"Software": None})
-    print(f"written: {out / 'compare.txt'}, compare.png")
+    print(f"written: {out / 'compare.txt'}, compare.png, compare.html")
     return 0

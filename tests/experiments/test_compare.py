@@ -87,6 +87,7 @@ def test_the_table_holds_what_the_runs_logged(sweep: Path, capsys: pytest.Captur
     assert main([str(sweep), "--baseline", "slow"]) == 0
     text = (sweep / "compare.txt").read_text()
     assert "0.688 +- 0.036" in text and "+0.125 +- 0.000" in text and "learner.learning_rate" in text
+    assert "0.688 +- 0.036" in (sweep / "compare.html").read_text()
     assert (sweep / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert "0.688" in capsys.readouterr().out
 
