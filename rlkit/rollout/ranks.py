@@ -62,22 +62,18 @@ class RankedEngine:
 
         def listen(rank: int) -> None:
             part: list[Any] = [[]]
-            while part[0] is not None:
+            while True:
                 torch.distributed.recv_object_list(part, src=rank)
                 if part[0] == INTERRUPTED:
                     raise Interrupted("another rank was stopped; the same command goes on from the checkpoint")
+                if part[0] is None:
+                    return
                 loop.call_soon_threadsafe(found.put_nowait, part[0])
 
-        async def hear(rank: int) -> None:
-            try:
-                await asyncio.to_thread(listen, rank)
-            except BaseException:
-                found.put_nowait(None)
-                raise
-
-        others = [asyncio.create_task(hear(rank)) for rank in range(1, self.ranks)]
         own = asyncio.create_task(sample())
-        own.add_done_callback(lambda _: found.put_nowait(None))
+        others = [asyncio.create_task(asyncio.to_thread(listen, rank)) for rank in range(1, self.ranks)]
+        for task in (own, *others):
+            task.add_done_callback(lambda _: found.put_nowait(None))
         open_ranks = self.ranks
         try:
             while open_ranks:

@@ -9,25 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scored import inputs
 
 from rlkit.algorithms.advantages.bnpo import Bnpo, inverse_density, prior
 from rlkit.algorithms.advantages.dr_grpo import MeanCentredAdvantage
-from rlkit.algorithms.base import AdvantageInputs
 from rlkit.errors import ConfigError, TrainingError
 
 NAN = float("nan")
 BINARY = st.lists(st.lists(st.integers(0, 1).map(float), min_size=2, max_size=6), min_size=1, max_size=6)
 FRACTIONAL = st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=5), min_size=1, max_size=6)
-
-
-def inputs(groups: list[list[float]], **parts: list[float]) -> AdvantageInputs:
-    flat = [(score, number) for number, scores in enumerate(groups) for score in scores]
-    return AdvantageInputs(
-        scores=torch.tensor([s for s, _ in flat], dtype=torch.float64),
-        group=torch.tensor([g for _, g in flat]),
-        lengths=torch.ones(len(flat), dtype=torch.float64),
-        parts={name: torch.tensor(values, dtype=torch.float64) for name, values in parts.items()},
-    )
 
 
 def density(p: float, alpha: float, beta: float) -> float:

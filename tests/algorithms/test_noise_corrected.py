@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scored import inputs
 
 from rlkit.algorithms.advantages.grpo import GroupNormalizedAdvantage
 from rlkit.algorithms.advantages.noise_corrected import Backward, Forward
@@ -21,16 +22,6 @@ from rlkit.errors import ConfigError, TrainingError
 NAN = float("nan")
 RATES = st.tuples(st.floats(0, 0.45), st.floats(0, 0.45))
 GROUPS = st.lists(st.lists(st.integers(0, 1).map(float), min_size=1, max_size=6), min_size=1, max_size=5)
-
-
-def inputs(groups: list[list[float]], **parts: list[float]) -> AdvantageInputs:
-    flat = [(score, number) for number, scores in enumerate(groups) for score in scores]
-    return AdvantageInputs(
-        scores=torch.tensor([s for s, _ in flat], dtype=torch.float64),
-        group=torch.tensor([g for _, g in flat]),
-        lengths=torch.ones(len(flat), dtype=torch.float64),
-        parts={name: torch.tensor(values, dtype=torch.float64) for name, values in parts.items()},
-    )
 
 
 def both(rho0: float, rho1: float, **more: object) -> tuple[Backward, Forward]:
