@@ -125,6 +125,16 @@ class MicroBatch(Movable):
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
 
 
+def padded_tokens(rows: int, prompts: int, prompt_width: int, rest: int, longest: int) -> tuple[int, bool]:
+    """Of a micro-batch's forward pass, and whether it shares its prompts.
+
+    `prompts`: how many differ, up to `prompt_width` tokens each; `rest`: of the longest completion, `longest`: of the
+    longest sequence. A last token predicts nothing: with completions of one token nothing follows a shared prompt.
+    """
+    whole, shared = rows * longest, prompts * prompt_width + rows * (rest - 1)
+    return (shared, True) if prompt_width and rest > 1 and shared < SHARED_BELOW * whole else (whole, False)
+
+
 def plan_microbatches(
     lengths: Sequence[int], max_tokens: int, ranks: int = 1, prompts: Sequence[tuple[Hashable, int]] | None = None
 ) -> list[list[int]]:
@@ -154,9 +164,7 @@ def plan_microbatches(
             prompt, tokens = shared[i]
             width, prompt_width, whole = max(width, rest[i]), max(prompt_width, tokens), max(whole, lengths[i])
             count = len(plan[-1]) + 1 if plan else 0
-            size = count * width + len(seen | {prompt}) * prompt_width
-            if size >= SHARED_BELOW * count * whole:  # then `collate` does not share them
-                size = count * whole
+            size = padded_tokens(count, len(seen | {prompt}), prompt_width, width, whole)[0]
             if plan and size <= budget:
                 plan[-1].append(i)
                 seen.add(prompt)
@@ -197,19 +205,19 @@ def collate(
     chosen = [sequences[i] for i in indices]
     counts = [s.loss_tokens for s in chosen]
     distinct = {s.prompt_token_ids.tobytes(): s.prompt_token_ids for s in chosen}
-    prompt_width, rest = max(map(len, distinct.values())), max(len(s.token_ids) for s in chosen) - 1
-    whole = len(chosen) * max(s.total_tokens for s in chosen)
+    prompt_width, rest = max(map(len, distinct.values())), max(len(s.token_ids) for s in chosen)
+    longest = max(s.total_tokens for s in chosen)
     prompts = None
-    if share_prompts and rest > 0 and len(distinct) * prompt_width + len(chosen) * rest < SHARED_BELOW * whole:
+    if share_prompts and padded_tokens(len(chosen), len(distinct), prompt_width, rest, longest)[1]:
         place = {key: row for row, key in enumerate(distinct)}
         owner = torch.tensor([place[s.prompt_token_ids.tobytes()] for s in chosen])
         ids = pad_sequence([torch.from_numpy(p) for p in distinct.values()], batch_first=True)
         lengths = torch.tensor([len(s.prompt_token_ids) for s in chosen])[:, None]
-        columns = torch.arange(prompt_width + rest)
+        columns = torch.arange(prompt_width + rest - 1)
         mask = ((columns < lengths) | (columns >= prompt_width)).long()
         prompts = SharedPrompts(input_ids=ids, owner=owner, mask=mask)
         input_ids = pad_sequence([torch.from_numpy(s.token_ids[:-1]) for s in chosen], batch_first=True)
-        position_ids = lengths + torch.arange(rest)
+        position_ids = lengths + torch.arange(rest - 1)
     else:
         texts = [torch.from_numpy(np.concatenate([s.prompt_token_ids, s.token_ids])) for s in chosen]
         input_ids = pad_sequence(texts, batch_first=True)

@@ -149,6 +149,7 @@ def test_gradient_is_the_same_with_and_without_shared_prompts(dtype, bound, kl):
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 30)), min_size=1, max_size=60), st.integers(1, 200))
 @example([(0, 30), (0, 30)], 61)  # shared 61 tokens, but they are not
+@example([(0, 1), (0, 1), (2, 1)], 17)  # nothing follows the prompts: not shared
 def test_shared_prompts_keep_the_budget(rows, budget):
     """Whether a micro-batch shares its prompts or, where that saves little, does not."""
     data = [
