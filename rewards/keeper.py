@@ -75,7 +75,7 @@ class Child(Peer):
 
     def __init__(self, ours: socket.socket, zygote: Zygote, pid: int) -> None:
         super().__init__(ours)
-        self.zygote, self.pid, self.alive = zygote, pid, True
+        self.zygote, self.pid, self.alive, self.served = zygote, pid, True, 0
 
 
 class Keeper:

@@ -35,8 +35,8 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
     spec: names to `{"_target_": import path, "weight": float, **settings}`.
     timeout_s: wall-clock seconds for one sample over all its rewards; then the process that scores it is killed and
         the sample's score is None with reason "timeout".
-    batch_size: most samples that one process scores. Model text that runs can reach the samples behind it in its
-        process: 1 isolates each, for a few milliseconds a sample.
+    batch_size: most samples that one process scores, of however many calls. Model text that runs can reach the samples
+        behind it in its process: 1 isolates each, for about ten milliseconds of CPU time a sample.
     sandbox: "strict" or "limits", see `rewards.sandbox`.
     memory_mb: address space of a scoring process, in MiB beyond what the warm process already maps.
 
@@ -141,39 +141,49 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
 
     def _work(self) -> None:
         """A thread's life. The kernel ends a zygote with the thread that started it, so all live until `close`."""
+        child: Child | None = None
         while (handed_in := self._batches.get()) is not None:
             future, batch = handed_in
             try:
-                scores = self._score_batch(batch, future)
+                child, scores = self._score_batch(batch, future, child)
             except BaseException as error:  # raised again where the scores are waited for
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
             else:
                 if future.set_running_or_notify_cancel():
                     future.set_result(scores)
+        if child is not None:
+            child.socket.close()
 
-    def _score_batch(self, batch: list[bytes | Score], future: Scores) -> list[Score]:
-        """Score a batch, by as many children as it takes, or until it is cancelled. Raises RewardError."""
+    def _score_batch(
+        self, batch: list[bytes | Score], future: Scores, child: Child | None
+    ) -> tuple[Child | None, list[Score]]:
+        """Score a batch, until it is cancelled, by `child` and others as it takes; with the one that can go on.
+
+        Raises RewardError.
+        """
         scores: list[Score] = []
         deaths = 0  # of zygotes with the next sample in hand: it may have killed them
-        while not future.cancelled():
-            child = None
+        # An empty batch asks for a child and nothing else.
+        while not future.cancelled() and (len(scores) < len(batch) or not (batch or child)):
             try:
-                child = self._keeper.fork()
-                while child.alive and len(scores) < len(batch) and not future.cancelled():
+                if child is None or not child.alive or child.zygote is not self._keeper.zygote:
+                    child = None
+                    child = self._keeper.fork()
+                if len(scores) < len(batch):
                     entry = batch[len(scores)]
                     scores.append(entry if isinstance(entry, Score) else self._score(child, len(scores), entry))
-                    deaths = 0
-                if child.alive:
-                    self._keeper.end(child)
+                    deaths, child.served = 0, child.served + 1
+                if child.alive and child.served >= self._batch_size:
+                    spent, child = child, None
+                    self._keeper.end(spent)
             except ZygoteDied as death:
                 deaths += child is not None and len(scores) < len(batch)
+                child = None
                 if deaths >= _ATTEMPTS:
                     scores.append(self._unscored(f"verifier worker died ({death})"))
                     deaths = 0
-            if child is not None and len(scores) == len(batch):
-                break
-        return scores
+        return child, scores
 
     def _score(self, child: Child, position: int, request: bytes) -> Score:
         """Score one sample; the child is ended if it does not do as it should. Raises ZygoteDied."""

@@ -253,9 +253,9 @@ def test_fork_bomb_makes_no_process(told: VerifierPool, sample: Make) -> None:
     assert len(psutil.pids()) < before + 20
     worker = psutil.Process(warm_pid(told))
     deadline = time.monotonic() + 2
-    while worker.children() and time.monotonic() < deadline:
+    while len(worker.children(recursive=True)) > 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert worker.children() == []
+    assert len(worker.children(recursive=True)) <= 2  # the children that go on, one a worker
 
 
 def test_scoring_processes_do_not_inherit_secrets(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,16 +271,22 @@ def test_scoring_processes_do_not_inherit_secrets(sample: Make, monkeypatch: pyt
         assert [score.score for score in pool.score_sync([sample(text) for text in texts])] == [1.0] * 3
 
 
-@pytest.mark.parametrize("batch_size", [8, 1])
-def test_reach_within_a_batch(batch_size: int, sample: Make) -> None:
-    """Known and documented: evaluated text can forge its batch, unless each sample has a process of its own."""
+@pytest.mark.parametrize("batch_size", [3, 1])
+def test_reach_within_a_child(batch_size: int, sample: Make) -> None:
+    """Known and documented: evaluated text can forge what its process scores after it, `batch_size` samples at most."""
     forge = "evaluate setattr(__import__('user_rewards'), 'float', lambda text: 99.0) or True"
     spec = {"told": {"_target_": "user_rewards.Misbehave"}}
     with VerifierPool(spec, workers=1, batch_size=batch_size) as pool:
         scores = pool.score_sync([sample(forge), sample("value 1")])
         assert scores[1].score == (1.0 if batch_size == 1 else 99.0)
-        # The next batch has a child of its own, whatever happened before.
-        assert pool.score_sync([sample("value 1")])[0].score == 1.0
+        assert pool.score_sync([sample("value 1")])[0].score == (1.0 if batch_size == 1 else 99.0)
+        assert pool.score_sync([sample("value 1")])[0].score == 1.0  # the child has had its samples
+
+
+def test_a_child_scores_batch_size_samples_of_any_number_of_calls(sample: Make) -> None:
+    with VerifierPool({"told": {"_target_": "user_rewards.Misbehave"}}, workers=1, batch_size=3) as pool:
+        pids = [score.score for count in (1, 1, 2, 5) for score in pool.score_sync([sample("pid")] * count)]
+    assert [pids.index(pid) // 3 for pid in pids] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and None not in pids
 
 
 @pytest.mark.parametrize("endless", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{2^{2^{100}}+1}"])
@@ -314,7 +320,7 @@ def test_limits_only_still_bounds_memory_and_ends_grandchildren(sample: Make) ->
     spec = {"told": {"_target_": "user_rewards.Misbehave"}}
     with (
         pytest.warns(RuntimeWarning, match="sandbox=limits"),
-        VerifierPool(spec, workers=1, sandbox="limits", memory_mb=256) as pool,
+        VerifierPool(spec, workers=1, batch_size=2, sandbox="limits", memory_mb=256) as pool,
     ):
         daemon = f"evaluate {OS}.fork() or __import__('time').sleep(3600)"
         scores = pool.score_sync([sample("evaluate bytearray(10**10)"), sample(daemon)])

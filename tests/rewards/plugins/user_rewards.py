@@ -68,6 +68,8 @@ class Misbehave:
             case ["kill-parent"]:
                 os.kill(os.getppid(), signal.SIGKILL)
                 time.sleep(0.5)
+            case ["pid"]:
+                return float(os.getpid())
             case ["evaluate", *rest]:
                 return float(bool(eval(" ".join(rest))))
         return 1.0
