@@ -1,1 +1,0 @@
-"""The versioned buffer between rollout workers and learner: sql.py, docs/buffer.md."""

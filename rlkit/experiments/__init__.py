@@ -1,1 +1,0 @@
-"""Several runs: start them (sweep) and compare them."""

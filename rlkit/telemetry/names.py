@@ -1,7 +1,4 @@
-"""The metric registry: every name a run may log, slash groups with the statistic last. metrics.yaml says what it means.
-
-`python -m rlkit.telemetry.names > docs/metrics.md` makes the glossary.
-"""
+"""The metric registry: every name a run may log, slash groups with the statistic last. metrics.yaml says what it means."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +7,6 @@ from importlib import resources
 from typing import NamedTuple, TypeAlias
 
 import yaml
-from jinja2 import Template
 
 from rlkit.errors import RlkitError, nearest
 
@@ -86,13 +82,3 @@ def alias(name: str, library: str) -> str | None:
 def is_warm_start(metrics: Metrics) -> bool:
     """Whether a row's step counts warm-start updates and not learner steps."""
     return any(name.startswith("sft/") for name in metrics)
-
-
-def to_markdown() -> str:
-    """The glossary as a Markdown page."""
-    template = Template(read_resource("templates/metrics.md.j2"), trim_blocks=True, keep_trailing_newline=True)
-    return str(template.render(_GLOSSARY | _ALIASES | {"metrics": METRICS}))
-
-
-if __name__ == "__main__":
-    print(to_markdown(), end="")
