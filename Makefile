@@ -15,8 +15,8 @@ test: $(INSTALLED) lint
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check rlkit rewards recipes tests benchmarks docs
-	$(BIN)/ruff format --check rlkit rewards recipes tests benchmarks docs
+	$(BIN)/ruff check rlkit rewards recipes tests benchmarks docs/generate
+	$(BIN)/ruff format --check rlkit rewards recipes tests benchmarks docs/generate
 	$(BIN)/mypy
 
 docs: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""docs/metrics.md, from rlkit/telemetry/metrics.yaml and aliases.yaml: python docs/generate/metrics.py."""
+"""docs/metrics.md, from rlkit/telemetry/metrics.yaml and aliases.yaml: python docs/generate/metrics.py > docs/metrics.md."""
 
 from pathlib import Path
 
@@ -7,17 +7,16 @@ from jinja2 import Template
 
 from rlkit.telemetry.names import ALIASES, GROUPS, LIBRARIES, METRICS, read_resource
 
-HERE = Path(__file__).parent
-
 
 def markdown() -> str:
     """The whole page."""
     introduction = yaml.safe_load(read_resource("metrics.yaml"))["introduction"]
-    page = Template((HERE / "metrics.md.j2").read_text("utf-8"), trim_blocks=True, keep_trailing_newline=True)
-    return page.render(
-        introduction=introduction, groups=GROUPS, metrics=METRICS, libraries=LIBRARIES, aliases=ALIASES
+    text = Path(__file__).with_suffix(".md.j2").read_text("utf-8")
+    page = Template(text, trim_blocks=True, keep_trailing_newline=True)
+    return str(
+        page.render(introduction=introduction, groups=GROUPS, metrics=METRICS, libraries=LIBRARIES, aliases=ALIASES)
     )
 
 
 if __name__ == "__main__":
-    (HERE.parent / "metrics.md").write_text(markdown(), "utf-8")
+    print(markdown(), end="")

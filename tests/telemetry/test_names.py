@@ -34,7 +34,7 @@ def examples(pattern: str) -> list[str]:
 
 def test_glossary_is_up_to_date() -> None:
     made = runpy.run_path(str(DOCS / "generate" / "metrics.py"))["markdown"]()
-    assert (DOCS / "metrics.md").read_text() == made, "run: python docs/generate/metrics.py"
+    assert (DOCS / "metrics.md").read_text() == made, "run: python docs/generate/metrics.py > docs/metrics.md"
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.pattern)
