@@ -1,4 +1,4 @@
-"""docs/metrics.md, from rlkit/telemetry/metrics.yaml and aliases.yaml: python docs/generate/metrics.py > docs/metrics.md."""
+"""docs/metrics.md, from metrics.yaml and aliases.yaml: python docs/generate/metrics.py > docs/metrics.md."""
 
 from pathlib import Path
 

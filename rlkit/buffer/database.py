@@ -1,18 +1,15 @@
-"""Opening the buffer's database, and its two kinds of transaction: read and write.
-
-SQLite in WAL mode: readers see a snapshot and never wait, one writer at a time (BEGIN IMMEDIATE), others wait up to
-`BUSY_TIMEOUT_S`. It needs shared memory between the processes that use it, hence a node-local disk.
-"""
+"""Opening the buffer's database, and its two kinds of transaction: read and write. docs/buffer.md, Storage."""
 
 import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from sqlalchemy import Connection, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -21,7 +18,6 @@ from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
 from rlkit.errors import BufferError
 
 BUSY_TIMEOUT_S = 30.0
-_MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = re.compile(
     r"^(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|ocfs2|gfs2?|orangefs"
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
@@ -38,8 +34,7 @@ class Database:
     def __init__(self, url: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
         self.path = sqlite_path(url)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if _MOUNTS.exists():  # on Linux
-            refuse_network_filesystem(self.path, _MOUNTS.read_text())
+        refuse_network_filesystem(self.path, psutil.disk_partitions(all=True))
         self._pid = os.getpid()
         arguments = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
         self._engine = create_engine(f"sqlite:///{self.path}", connect_args=arguments)
@@ -111,20 +106,11 @@ def sqlite_path(url: str) -> Path:
     return Path(file).absolute()
 
 
-def filesystem_type(path: Path, mountinfo: str) -> str | None:
-    """Type of the filesystem `path` is on, of the text of /proc/self/mountinfo; None if unknown."""
-    kinds: dict[Path, str] = {}
-    for line in mountinfo.splitlines():
-        fields, _, rest = line.partition(" - ")
-        mount = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), fields.split()[4])
-        kinds[Path(mount)] = rest.split()[0]  # of mounts on one point the last one listed lies on top
-    return next((kinds[x] for x in (path, *path.parents) if x in kinds), None)
-
-
-def refuse_network_filesystem(path: Path, mountinfo: str) -> None:
-    """BufferError if `path` is on a network filesystem."""
-    kind = filesystem_type(path.parent.resolve(), mountinfo)
-    if kind is not None and _NETWORK.match(kind):
+def refuse_network_filesystem(path: Path, mounts: Iterable[Any]) -> None:
+    """BufferError if `path` is on a network filesystem, by `mounts` as psutil lists them."""
+    kinds = {Path(x.mountpoint): x.fstype for x in mounts}  # of mounts on one point the last one listed lies on top
+    kind = next((kinds[x] for x in path.resolve().parents if x in kinds), "")
+    if _NETWORK.match(kind):
         problem = f"SQLite would lose data on a network filesystem ({kind})"
         fix = "set buffer.url=sqlite:////local/disk/buffer.db, or output_dir to a local disk"
         raise BufferError(problem, key="buffer.url", value=str(path), fix=fix)

@@ -1,12 +1,9 @@
-"""Checkpoints: what one covers (ordinals below its `next_ordinal`), and how a run goes on from it.
-
-Rollback re-establishes the invariant behind the staleness bound (docs/buffer.md) for every group it keeps:
-
-    ordinal - (drops below it) < (step of its oldest version + S + 1) * P
-"""
+"""Checkpoints: what one covers (ordinals below its `next_ordinal`), and how a run goes on from it: docs/buffer.md."""
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -47,10 +44,8 @@ class Checkpoints:
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.
 
-        Such groups return to SCORED if all their tokens' versions survive, else they are requested again under the
-        same ordinal. Every lease is void. Requests beyond the admission bound are removed. Also right for an empty
-        database (the run folder lost its buffer) and for one that is behind the checkpoint (power loss); the ledger
-        then begins at the checkpoint. Without a checkpoint: Watermark(step=0, version=0, next_ordinal=0, refused=0).
+        Every lease is void. Each group that is kept fulfils the invariant behind the staleness bound. Also right for a
+        database that is empty or behind the checkpoint; without a checkpoint, all numbers of the watermark are 0.
         """
         with self._db.write() as connection:
             now = self._clock()
@@ -71,20 +66,24 @@ class Checkpoints:
                 end += 1
             connection.execute(delete(groups).where(groups.c.ordinal >= end))
 
-            parts: dict[int, list[Any]] = {ordinal: [] for ordinal in range(frontier, end)}
-            for part in connection.execute(select(slices).where(slices.c.ordinal >= frontier)):
-                parts[part.ordinal].append(part)
             restored: list[int] = []
             corrupt: list[int] = []
-            for ordinal, group in parts.items():
+            kept = select(slices).where(slices.c.ordinal >= frontier).order_by(slices.c.ordinal)
+            for ordinal, parts in groupby(connection.execute(kept).all(), attrgetter("ordinal")):
+                group = list(parts)
                 if all(
                     x.state == GroupState.SCORED
                     and x.newest_version in steps  # then so are its older ones: the newest dies first
                     and ordinal < bound(place, steps[x.oldest_version], watermark.refused)
                     for x in group
                 ):
-                    (restored if all(_readable(self._payloads, x) for x in group) else corrupt).append(ordinal)
-            again = tuple(sorted(parts.keys() - set(restored)))
+                    try:
+                        for x in group:
+                            self._payloads.read(x)
+                        restored.append(ordinal)
+                    except BufferError:  # reported, and sampled again
+                        corrupt.append(ordinal)
+            again = tuple(sorted(set(range(frontier, end)) - set(restored)))
             undone: dict[str, Any] = {"trained_step": None, "drop_reason": None, "outcomes": None}
             connection.execute(of(groups, restored).values(state=GroupState.SCORED, **undone))
             undone |= {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
@@ -128,14 +127,6 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
     dying = connection.execute(select(versions.c.version).where(newer).order_by(versions.c.version)).scalars().all()
     connection.execute(update(versions).where(newer).values(live=False))
     return tuple(dying)
-
-
-def _readable(payloads: RecordFiles, row: Any) -> bool:
-    try:
-        payloads.read(row)
-    except BufferError:
-        return False  # reported as corrupt by the caller
-    return True
 
 
 def _check(connection: Connection, watermark: Watermark) -> Any:

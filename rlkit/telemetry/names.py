@@ -1,4 +1,4 @@
-"""The metric registry: every name a run may log, slash groups with the statistic last. metrics.yaml says what it means."""
+"""The metric registry: every name a run may log, slash groups with the statistic last; metrics.yaml explains them."""
 
 import re
 from collections.abc import Mapping
