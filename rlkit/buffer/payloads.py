@@ -1,12 +1,8 @@
 """Payloads: records as bytes, and the files outside the database that hold the long ones.
 
 Values are msgpack, arrays as raw numbers: integers take 4 bytes where that holds them, else 8, and an array of one
-repeated value is stored as that value; a 16k-token single-turn rollout takes about 130 kB. What comes back is equal bit
-for bit, dtypes included. A prompt's metadata holds JSON values (load_prompts sees to it): tuples come back as lists.
-
-The rollouts of a slice are a file of their own, named by ordinal, start and lease: a CRC-32 (little-endian) and the
-record. The row that refers to it is committed once the operating system has the bytes: only a power loss or a bad disk
-loses a record that a row refers to, and reading finds that.
+repeated value is stored as that value. What comes back is equal bit for bit, dtypes included. A prompt's metadata holds
+JSON values (load_prompts sees to it): tuples come back as lists. A file is a CRC-32 (little-endian) and the record.
 """
 
 import zlib

@@ -1,6 +1,4 @@
-"""Records of the versioned buffer. The verbs are SqlBuffer's (sql.py, leases.py); docs/buffer.md has the terms
-(ordinal, version, step, lag, watermark), the contract of learner and workers, and the proof of the staleness bound.
-"""
+"""Records of the versioned buffer; docs/buffer.md has the terms (ordinal, version, step, lag, watermark)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +36,7 @@ class Lease:
 
 
 class FencedError(BufferError):
-    """A write under a lease that is not its slice's newest (expired, released, rolled back).
-
-    `lost` holds those leases. What the same call wrote for its other leases is kept.
-    """
+    """Writes under leases, `lost`, that are not their slices' newest; those for the call's other leases are kept."""
 
     def __init__(self, lost: Sequence[Lease]) -> None:
         slices = ", ".join(str(x) for x in lost[:8])
@@ -53,10 +48,7 @@ class FencedError(BufferError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watermark:
-    """What a checkpoint says of the buffer: everything below `next_ordinal` is trained or dropped (`refused` of them).
-
-    Every step trains P groups, so next_ordinal = step * P + refused always holds.
-    """
+    """What a checkpoint says of the buffer: all below `next_ordinal` = step * P + `refused` is trained or dropped."""
 
     step: int
     version: int

@@ -112,8 +112,7 @@ def _move_versions(connection: Connection, watermark: Watermark, now: float) -> 
     known, place = _check(connection, watermark), position(connection)
     newest = connection.execute(select(func.max(versions.c.version))).scalar_one()
     if known is None and watermark.version > newest and watermark.step > place.step:  # a buffer behind it, or empty
-        made = {"version": watermark.version, "step": watermark.step, "published_at": now}
-        connection.execute(insert(versions).values(made))
+        connection.execute(insert(versions).values(version=watermark.version, step=watermark.step, published_at=now))
     else:
         expected = f"a live version of the buffer (newest: {place.version}); or move the buffer aside to start it empty"
         live = known is not None and known.live

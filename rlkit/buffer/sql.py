@@ -1,12 +1,12 @@
-"""The versioned buffer on a SQL database. Every verb is one transaction; misuse raises BufferError.
+"""The versioned buffer on a SQL database: the learner's verbs, whose admission and order are the staleness bound.
 
-The learner's verbs are here; admission and order (request, take, drop, publish) are the whole of the staleness bound,
-as docs/buffer.md proves. The workers' verbs are in leases.py, what checkpoints and rollback do in recovery.py.
+Every verb is one transaction; misuse raises BufferError. The workers' verbs are in leases.py; contract: docs/buffer.md.
 """
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from itertools import chain
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
 class SqlBuffer(Leases, Checkpoints):
-    """What learner and rollout workers rely on. Any number of processes use one database; each opens its own.
+    """What learner and rollout workers rely on; each process opens its own.
 
     Args:
         url: sqlite:///path.
@@ -88,24 +88,20 @@ class SqlBuffer(Leases, Checkpoints):
             rows = _lowest_open(connection, count)
             if rows is None:
                 return None
-            ordinals = [row.ordinal for row in rows]
-            parts: dict[int, list[Any]] = {ordinal: [] for ordinal in ordinals}
-            query = select(slices).where(slices.c.ordinal.in_(ordinals)).order_by(slices.c.ordinal, slices.c.start)
-            for part in connection.execute(query):
-                parts[part.ordinal].append(part)
+            query = select(slices).where(slices.c.ordinal.in_([row.ordinal for row in rows]))
+            parts = connection.execute(query.order_by(slices.c.ordinal, slices.c.start)).all()
             taken = []
-            for row in rows:
-                records = [decode(self._payloads.read(x), list[Rollout]) for x in parts[row.ordinal]]
-                verdicts = [decode(x.verdicts, list[Verdict]) for x in parts[row.ordinal]]
-                group = Group(
-                    ordinal=row.ordinal, prompt=decode(row.prompt, Prompt), samples=row.samples,
-                    rollouts=tuple(chain.from_iterable(records)), verdicts=tuple(chain.from_iterable(verdicts)),
-                )  # fmt: skip
-                taken.append(group)
-            for group in taken:
-                pairs = zip(group.rollouts, group.verdicts, strict=True)
+            for row, (ordinal, own) in zip(rows, groupby(parts, attrgetter("ordinal")), strict=True):
+                rollouts: list[Rollout] = []
+                verdicts: list[Verdict] = []
+                for part in own:
+                    rollouts += decode(self._payloads.read(part), list[Rollout])
+                    verdicts += decode(part.verdicts, list[Verdict])
+                pairs = zip(rollouts, verdicts, strict=True)
                 known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")
-                connection.execute(of(groups, [group.ordinal]).values(state=GroupState.TAKEN, outcomes=known))
+                connection.execute(of(groups, [ordinal]).values(state=GroupState.TAKEN, outcomes=known))
+                done, prompt = {"rollouts": tuple(rollouts), "verdicts": tuple(verdicts)}, decode(row.prompt, Prompt)
+                taken.append(Group(ordinal=ordinal, prompt=prompt, samples=row.samples, **done))
         return taken
 
     def drop(self, ordinals: Sequence[int], reason: str) -> None:
@@ -120,11 +116,7 @@ class SqlBuffer(Leases, Checkpoints):
             connection.execute(update(meta).values(refused=meta.c.refused + len(ordinals)))
 
     def publish(self, version: int, trained: Sequence[int]) -> None:
-        """TAKEN groups `trained` become TRAINED by the step that made `version`; step += 1.
-
-        `trained` must be all TAKEN groups and exactly P of them: without that the staleness bound does not hold. A
-        taken group not to be trained on is dropped first, and replaced.
-        """
+        """TAKEN groups `trained`, all of them and exactly P (rule R4), become TRAINED by the step that made `version`."""
         with self._db.write() as connection:
             now = tables.position(connection)
             at_least("version", version, now.next_version)
@@ -143,8 +135,7 @@ class SqlBuffer(Leases, Checkpoints):
     def history(self, prompt_ids: Collection[str], latest: int) -> dict[str, list[list[tuple[float, int]]]]:
         """(score, tokens) of the scored samples of each prompt's `latest` groups, newest first; no group: left out.
 
-        Groups that were taken, those `commit` forgot included: the answer depends on what the learner did in the
-        surviving lineage, not on how far the workers are.
+        Of groups that were taken, committed ones too: the answer does not depend on how far the workers are.
         """
         age = func.row_number().over(partition_by=groups.c.prompt_id, order_by=groups.c.ordinal.desc()).label("age")
         taken = groups.c.prompt_id.in_(prompt_ids) & groups.c.outcomes.is_not(None)
