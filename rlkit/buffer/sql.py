@@ -100,8 +100,10 @@ class SqlBuffer(Leases, Checkpoints):
                 pairs = zip(rollouts, verdicts, strict=True)
                 known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")
                 connection.execute(of(groups, [ordinal]).values(state=GroupState.TAKEN, outcomes=known))
-                done, prompt = {"rollouts": tuple(rollouts), "verdicts": tuple(verdicts)}, decode(row.prompt, Prompt)
-                taken.append(Group(ordinal=ordinal, prompt=prompt, samples=row.samples, **done))
+                taken.append(Group(
+                    ordinal=ordinal, prompt=decode(row.prompt, Prompt), samples=row.samples,
+                    rollouts=tuple(rollouts), verdicts=tuple(verdicts),
+                ))  # fmt: skip
         return taken
 
     def drop(self, ordinals: Sequence[int], reason: str) -> None:
@@ -116,7 +118,7 @@ class SqlBuffer(Leases, Checkpoints):
             connection.execute(update(meta).values(refused=meta.c.refused + len(ordinals)))
 
     def publish(self, version: int, trained: Sequence[int]) -> None:
-        """TAKEN groups `trained`, all of them and exactly P (rule R4), become TRAINED by the step that made `version`."""
+        """All TAKEN groups, `trained`, exactly P (rule R4), become TRAINED by the step that made `version`."""
         with self._db.write() as connection:
             now = tables.position(connection)
             at_least("version", version, now.next_version)
