@@ -25,7 +25,7 @@ from scipy.stats import bootstrap
 from rlkit.config.keys import leaves
 from rlkit.errors import RlkitError, nearest
 from rlkit.telemetry.figures import CYCLE, STYLE
-from rlkit.telemetry.record import EvalCurve, RunRecord, load_run
+from rlkit.telemetry.record import EvalCurve, RunRecord
 from rlkit.types import FloatArray
 
 FREE = ("name", "output_dir", "seed", "telemetry", "checkpoint", "resume")  # in which runs of one variant may differ
@@ -114,7 +114,7 @@ def find_variants(folders: Iterable[Path]) -> list[Variant]:
         if not logs:
             raise RlkitError("no run here", key="run", value=str(folder), expected="a run folder, or a sweep's folder")
         for file in logs:
-            run, place = load_run(file.parent), file.parent.resolve()
+            run, place = RunRecord(file.parent), file.parent.resolve()
             name = place.parent.name if place.name.startswith("seed_") else place.name
             seed = int(run.config.get("seed", 0))
             if seed in (variant := found.setdefault(name, {})):

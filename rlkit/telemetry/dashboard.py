@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from rlkit.telemetry.names import TelemetryError, check_name, sections
-from rlkit.telemetry.record import RunRecord, load_run, replace_file
+from rlkit.telemetry.record import RunRecord, replace_file
 from rlkit.telemetry.sinks import CLOCK, optional
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--entity", help="wandb user or team that owns the project (default: the account's)")
     parser.add_argument("--dry-run", action="store_true", help="only write dashboard.json, even with an account")
     options = parser.parse_args(argv)
-    runs = [load_run(path) for path in options.run]
+    runs = [RunRecord(path) for path in options.run]
     project, *others = {(run.config.get("telemetry") or {}).get("wandb_project", "rlkit") for run in runs}
     if others:
         fix = "make one dashboard for each project"

@@ -8,8 +8,7 @@ Several lines may carry the same step; of a metric logged twice for a step the l
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +35,7 @@ class Row(NamedTuple):
         return msgspec.json.encode(record) + b"\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """A held-out figure at a learner step; `error` is its standard error, when it was logged."""
 
     step: int
@@ -84,7 +82,7 @@ class EvalCurve:
 
 
 class RunRecord:
-    """What a run folder holds.
+    """What a run folder holds. Raises TelemetryError: it does not exist, or a file in it is broken.
 
     Attributes:
         config: the recipe; empty where the file is missing.
@@ -97,9 +95,13 @@ class RunRecord:
         averages: the avg@k curve of every held-out set, or else its logprob@k, of the largest k.
     """
 
-    def __init__(self, run_dir: Path, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
-        self.run_dir, self.rows, self.config = run_dir, rows, config
-        self.name = str(config.get("name", run_dir.resolve().name))
+    def __init__(self, run_dir: Path) -> None:
+        if not run_dir.is_dir():
+            expected = "a run folder, outputs/<name>: what `rlkit train` printed"
+            raise TelemetryError("no such folder", key="run", value=str(run_dir), expected=expected)
+        self.run_dir, self.config = run_dir, read_mapping(run_dir / "config.yaml")
+        self.rows = rows = read_metrics(run_dir)
+        self.name = str(self.config.get("name", run_dir.resolve().name))
         self.seconds = max((row.seconds for row in rows), default=0.0)
         self.training = [row for row in rows if not is_warm_start(row.metrics)]
         trained = (r.step for r in self.training if any(not n.startswith(("eval/", "time/eval")) for n in r.metrics))
@@ -173,11 +175,3 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise TelemetryError(f"not a readable mapping: {error}", key=path.name, value=path.parent.name) from error
-
-
-def load_run(run_dir: Path) -> RunRecord:
-    """Read a run folder. Raises TelemetryError: it does not exist, or a file in it is broken."""
-    if not run_dir.is_dir():
-        expected = "a run folder, outputs/<name>: what `rlkit train` printed"
-        raise TelemetryError("no such folder", key="run", value=str(run_dir), expected=expected)
-    return RunRecord(run_dir, read_metrics(run_dir), read_mapping(run_dir / "config.yaml"))

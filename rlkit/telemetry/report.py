@@ -15,7 +15,7 @@ from rlkit.telemetry.environment import redact
 from rlkit.telemetry.figures import draw_all
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.names import TelemetryError, read_resource
-from rlkit.telemetry.record import RunRecord, load_run, read_mapping, replace_file, with_error
+from rlkit.telemetry.record import RunRecord, read_mapping, replace_file, with_error
 from rlkit.telemetry.rollouts import COLOURS, examples, facts, judged_rollouts, rollout_steps, visible
 from rlkit.telemetry.sinks import duration
 
@@ -52,9 +52,9 @@ def _stage(run: RunRecord, step: int) -> dict[str, Any]:
 def write_report(run_dir: Path) -> Path:
     """Write report.html and plots/*.png into a run folder and return the report's path.
 
-    The same files give the same bytes. What the run did not log is said to be missing. Raises as `load_run`.
+    The same files give the same bytes. What the run did not log is said to be missing. Raises as `RunRecord`.
     """
-    run = load_run(run_dir)
+    run = RunRecord(run_dir)
     steps, stages, no_samples = rollout_steps(run_dir), [], "No rollouts were kept (telemetry.save_rollouts)."
     try:
         stages = [_stage(run, step) for step in dict.fromkeys((*steps[:1], *steps[-1:]))]
@@ -83,7 +83,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
     `steps` are learner steps trained, `seconds` run time with resumes summed. The avg@k figures of eval_set, the
     first of the recipe, are at the top level; `eval` maps each set to its figures. None where nothing was measured.
     """
-    run = load_run(run_dir)
+    run = RunRecord(run_dir)
     first = next(iter(run.averages), None)
     summary: dict[str, Any] = {
         "name": run.name, "seed": run.config.get("seed"),
@@ -101,7 +101,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
 def print_summary(run_dir: Path, console: Console | None = None) -> None:
     """Print held-out figures before and after, and the paths of report and learning curve."""
     console = console or Console(highlight=False)
-    run = load_run(run_dir)
+    run = RunRecord(run_dir)
     for curve in run.evaluations:
         held = f"{curve.set} {curve.label}: {with_error(curve.before)} before, {with_error(curve.after)} after"
         sure = curve.change is not None and curve.change.sure

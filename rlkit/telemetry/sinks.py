@@ -19,7 +19,7 @@ from rich.text import Text
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry.environment import redact
 from rlkit.telemetry.names import EVAL_NAME, REPORT, Metrics, TelemetryError, alias, check_name, is_warm_start
-from rlkit.telemetry.record import Row, load_run, read_metrics, replace_file
+from rlkit.telemetry.record import Row, RunRecord, read_metrics, replace_file
 from rlkit.telemetry.rollouts import examples, judged_rollouts, rollout_steps
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class WandbSink:
         if run is None:
             return
         try:
-            for curve in load_run(self._run_dir).evaluations:
+            for curve in RunRecord(self._run_dir).evaluations:
                 run.summary.update({f"eval/{curve.set}/{name}": value for name, value in curve.figures().items()})
             run.finish(exit_code=int(failed))
         except TimeoutError:

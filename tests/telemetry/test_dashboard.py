@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlkit.telemetry.names import TelemetryError
-from rlkit.telemetry.record import load_run
+from rlkit.telemetry.record import RunRecord
 
 pytest.importorskip("wandb_workspaces")
 
@@ -29,7 +29,7 @@ def sections_of(spec: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_it_shows_every_metric_of_the_runs_once_in_its_section(make_run) -> None:
-    runs = [load_run(make_run("a", steps=2)), load_run(make_run("b", steps=1, sft_steps=2))]
+    runs = [RunRecord(make_run("a", steps=2)), RunRecord(make_run("b", steps=1, sft_steps=2))]
     workspace = build(runs, entity="", project="p")
     sections = sections_of(json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)))
     assert list(sections) == ["Headline", "Health", "Lengths", "Speed", "Off-policy", "Optimiser"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlkit.telemetry.names import TelemetryError, is_warm_start
-from rlkit.telemetry.record import load_run, read_metrics
+from rlkit.telemetry.record import RunRecord, read_metrics
 from rlkit.telemetry.sinks import JsonlSink
 
 
@@ -35,7 +35,7 @@ def test_not_finite_is_null_and_warned_once_a_name(tmp_path: Path, caplog: pytes
     assert [row.metrics["policy/loss"] for row in read_metrics(tmp_path)] == [None, None, None, 1.0]
     assert len([r for r in caplog.records if "policy/loss" in r.message]) == 1
     assert len(caplog.records) == 2
-    assert load_run(tmp_path).metric("policy/loss") == ([3], [1.0])
+    assert RunRecord(tmp_path).metric("policy/loss") == ([3], [1.0])
 
 
 @pytest.mark.parametrize("value", ["0.5", [1.0], object()])
@@ -116,7 +116,7 @@ def test_the_later_row_of_a_step_counts(tmp_path: Path) -> None:
     sink.log(5, {"sft/loss": 1.0})
     sink.close()
     rows = read_metrics(tmp_path)
-    assert load_run(tmp_path).metric("reward/mean") == ([1, 2], [0.2, 0.3])
+    assert RunRecord(tmp_path).metric("reward/mean") == ([1, 2], [0.2, 0.3])
     assert [is_warm_start(row.metrics) for row in rows] == [False] * 3 + [True]
 
 

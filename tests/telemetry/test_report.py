@@ -12,7 +12,7 @@ from rich.console import Console
 from rlkit.telemetry.figures import PANELS, smooth
 from rlkit.telemetry.findings import findings
 from rlkit.telemetry.names import TelemetryError
-from rlkit.telemetry.record import load_run
+from rlkit.telemetry.record import RunRecord
 from rlkit.telemetry.report import HEAD_CHARACTERS, TAIL_CHARACTERS, main, print_summary, write_report, write_summary
 from rlkit.telemetry.rollouts import write_rollouts
 
@@ -53,7 +53,7 @@ def page_of(run_dir: Path) -> Page:
 
 
 def texts(run_dir: Path, level: str | None = None) -> str:
-    found = findings(load_run(run_dir))
+    found = findings(RunRecord(run_dir))
     return "\n".join(f.text for f in found if level in {None, f.level})
 
 
@@ -120,7 +120,7 @@ def test_summary_has_the_first_sets_figures(whole: Path) -> None:
     assert (summary["name"], summary["seed"], summary["steps"]) == ("chain_sum", 7, 60)
     assert summary["eval_set"] == "held_out"
     assert summary["eval"]["longer"]["avg@4_after"] == pytest.approx(0.29)
-    rows = load_run(whole).rows
+    rows = RunRecord(whole).rows
     assert summary["seconds"] == rows[-1].seconds < rows[-1].time - rows[0].time  # less the pause
 
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from tiny import TINY
 
-from rlkit.telemetry.record import load_run
+from rlkit.telemetry.record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
@@ -171,7 +171,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_of_a_real_run_in_a_browser(trained: Path, tmp_path: Path) -> None:
     report = trained / "report.html"
     page = look_at(report, tmp_path / "profile")
-    run = load_run(trained)
+    run = RunRecord(trained)
     (curve,) = run.averages
     assert curve.before is not None and curve.after is not None and curve.change is not None
     for shown in (f"{curve.before.value:.3f} \u2192 {curve.after.value:.3f}", f"{curve.change.value:+.3f}", "3 of 3"):

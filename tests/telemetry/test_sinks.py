@@ -18,7 +18,7 @@ from rich.console import Console
 from rlkit.config.schema import TelemetryConfig
 from rlkit.telemetry import sinks
 from rlkit.telemetry.names import Metrics, TelemetryError
-from rlkit.telemetry.record import load_run, read_metrics
+from rlkit.telemetry.record import RunRecord, read_metrics
 from rlkit.telemetry.report import write_summary
 from rlkit.telemetry.rollouts import judged_rollouts
 from rlkit.telemetry.sinks import ConsoleSink, JsonlSink, Telemetry, WandbSink, duration
@@ -126,7 +126,7 @@ run_offline(pathlib.Path({run!r}))
 
 def run_offline(run_dir: Path) -> None:
     """Everything a run folder holds, logged offline in this process; the service process must be gone afterwards."""
-    run = load_run(run_dir)
+    run = RunRecord(run_dir)
     telemetry = TelemetryConfig(wandb="offline", aliases="trl")
     sink = WandbSink(run_dir, telemetry, name="n", config=run.config, started=time.monotonic() - 500)
     assert any("wandb" in name for name in children())
