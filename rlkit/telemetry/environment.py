@@ -58,11 +58,8 @@ def peak_memory_gb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def collect_environment() -> dict[str, Any]:
-    """Versions, machine and commit as plain JSON types.
-
-    `git` is the commit of rlkit's source, and whether tracked files differ from it; None for an installed wheel.
-    """
+def write_environment(run_dir: Path) -> None:
+    """Write versions, machine and commit of rlkit's source (null for an installed wheel) into a run folder."""
     import torch
 
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name}
@@ -72,7 +69,7 @@ def collect_environment() -> dict[str, Any]:
     # A wheel may lie inside somebody else's repository, hence the question whether git tracks rlkit.
     tracked = _git("ls-files", "--error-unmatch", "__init__.py") is not None
     commit = {"commit": _git("rev-parse", "HEAD"), "modified": bool(_git("status", "--porcelain", "-uno"))}
-    return {
+    found = {
         "versions": {"python": platform.python_version(), "rlkit": rlkit.__version__}
         | {name: installed[name] for name in PACKAGES if name in installed},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -86,8 +83,4 @@ def collect_environment() -> dict[str, Any]:
         ],
         "git": commit if tracked else None,
     }
-
-
-def write_environment(run_dir: Path) -> None:
-    """Write environment.json into a run folder."""
-    (run_dir / "environment.json").write_text(json.dumps(collect_environment(), indent=2) + "\n")
+    (run_dir / "environment.json").write_text(json.dumps(found, indent=2) + "\n")

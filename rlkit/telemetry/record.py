@@ -58,8 +58,7 @@ def with_error(point: Point | None, sign: str = "") -> str:
 class EvalCurve:
     """One statistic of one held-out set over the run; `label` is avg@k, pass@k, maj@k or logprob@k.
 
-    `before` is the evaluation before the first step, `after` the last one after any training, `change` after - before;
-    each None where there is none. The error of `change` takes the two as independent: too large.
+    `before` any step, `after` the last evaluated one, `change` with the error of two independent figures: too large.
     """
 
     def __init__(self, set: str, label: str, points: Sequence[Point]) -> None:

@@ -133,20 +133,8 @@ def _seen(text: str, style: str = "") -> Text:
     return Text.assemble(*((piece, "reverse" if escaped else "") for piece, escaped in visible(text)), style=style)
 
 
-def _print(row: Mapping[str, Any], console: Console) -> None:
-    """A judged row for reading: verdict, prompt, completion."""
-    colour, score = COLOURS[row["verdict"]], "" if row["score"] is None else f" {row['score']:g}"
-    title = f"step {row['step']}  ordinal {row['ordinal']}  {row['verdict']}{score}"
-    console.print(Rule(Text(title, style=f"bold {colour}"), style=colour))
-    console.print(_seen("  ".join(facts(row)), "dim"))
-    styles = {"prompt": "", "completion": colour, "answer": "bold", "reference": "bold", "reason": "yellow"}
-    for key, style in styles.items():
-        if row[key] is not None:
-            console.print(Text.assemble((f"{key:>10}  ", "dim"), _seen(row[key], style)))
-
-
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Run `rlkit rollouts`; return the exit status (0, also when nothing matches). Raises TelemetryError."""
+    """Run `rlkit rollouts`; returns 0, also when nothing matches. Raises TelemetryError."""
     parser = argparse.ArgumentParser(prog="rlkit rollouts", description="Read a run's completions.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--step", type=int, help="learner step; default: the newest kept")
@@ -159,7 +147,14 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     rows = judged_rollouts(options.run, options.step, read_mapping(options.run / "config.yaml"))
     chosen = [row for row in rows if row["verdict"] in options.verdicts][: options.limit]
     for row in chosen:
-        _print(row, console)
+        colour, score = COLOURS[row["verdict"]], "" if row["score"] is None else f" {row['score']:g}"
+        title = f"step {row['step']}  ordinal {row['ordinal']}  {row['verdict']}{score}"
+        console.print(Rule(Text(title, style=f"bold {colour}"), style=colour))
+        console.print(_seen("  ".join(facts(row)), "dim"))
+        styles = {"prompt": "", "completion": colour, "answer": "bold", "reference": "bold", "reason": "yellow"}
+        for key, style in styles.items():
+            if row[key] is not None:
+                console.print(Text.assemble((f"{key:>10}  ", "dim"), _seen(row[key], style)))
     step = rollout_steps(options.run)[-1] if options.step is None else options.step
     console.print(Text(f"{len(chosen)} of {len(rows)} rollouts of step {step}", style="dim"))
     return 0

@@ -6,11 +6,12 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlkit.telemetry import environment
-from rlkit.telemetry.environment import collect_environment, redact, write_environment
+from rlkit.telemetry.environment import redact, write_environment
 
 
 def test_containers_are_redacted_by_key_at_any_depth() -> None:
@@ -56,7 +57,12 @@ def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: p
     package.mkdir()
     (package / "__init__.py").write_text("")
     monkeypatch.setattr(environment.rlkit, "__file__", str(package / "__init__.py"))
-    assert collect_environment()["git"] is None
+
+    def commit() -> dict[str, Any] | None:
+        write_environment(tmp_path)
+        return json.loads((tmp_path / "environment.json").read_text())["git"]
+
+    assert commit() is None
 
     def git(*words: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -66,10 +72,11 @@ def test_the_commit_is_that_of_rlkits_own_sources(tmp_path: Path, monkeypatch: p
     (tmp_path / "other").write_text("")
     git("add", "other")
     git("commit", "-m", "one")
-    assert collect_environment()["git"] is None  # somebody else's repository
+    assert commit() is None  # somebody else's repository
     git("add", "rlkit")
     git("commit", "-m", "two")
-    clean = collect_environment()["git"]
-    assert len(clean["commit"]) == 40 and clean["modified"] is False
+    clean = commit()
+    assert clean and len(clean["commit"]) == 40 and clean["modified"] is False
     (package / "__init__.py").write_text("x = 1")
-    assert collect_environment()["git"]["modified"] is True
+    changed = commit()
+    assert changed and changed["modified"] is True
