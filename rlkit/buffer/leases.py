@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from operator import attrgetter
 from typing import Any
 
@@ -42,13 +43,12 @@ class Leases:
     _clock: Callable[[], float]
 
     def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
-        """Lease slices of the lowest ordinals, at most `max_samples` samples in all; [] if none.
+        """Reclaim expired leases, then lease slices of the lowest ordinals; [] if none.
 
-        A slice is never larger than `slice_samples`, and one larger than `max_samples` is split. Expired leases are
-        reclaimed first.
+        At most `max_samples` samples in all: a slice larger than that is split.
         """
         at_least("max_samples", max_samples, 1)
-        _positive(timeout_s)
+        at_least("timeout_s", timeout_s, 0.001, Real)
         with self._db.read() as connection:
             waiting = select(slices.c.ordinal).where(_WAITING | _EXPIRED).limit(1)
             if connection.execute(waiting, {"now": self._clock()}).first() is None:
@@ -83,7 +83,7 @@ class Leases:
 
     def renew(self, leases: Sequence[Lease], timeout_s: float) -> list[Lease]:
         """Extend the deadlines; a lost lease raises FencedError, the others are extended."""
-        _positive(timeout_s)
+        at_least("timeout_s", timeout_s, 0.001, Real)
         with self._holding(leases) as (connection, held):
             deadline = self._clock() + timeout_s
             if held:
@@ -118,10 +118,7 @@ class Leases:
             _update_slices(connection, updates)
 
     def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
-        """Store the verdicts of slices, in order of sample index; a group is SCORED once all its slices are.
-
-        Lost leases raise FencedError after the rest is stored.
-        """
+        """Store the verdicts of slices in order of index (SCORED); lost leases raise as in `submit_many`."""
         problem, fix = "a verdict's score must be a finite number or None", "let the verifier answer score=None"
         for lease, verdicts in work:
             _check_covers(lease, "verdicts", [(lease.ordinal, lease.start + i) for i in range(len(verdicts))])
@@ -143,8 +140,7 @@ class Leases:
     ) -> Iterator[tuple[Connection, dict[int, Any]]]:
         """A write, and the slices (by lease_id) of those leases that are the newest of theirs.
 
-        The other leases raise FencedError after it: what is written for the held ones is kept, the count too.
-        BufferError for a lease named twice, or a held slice that is not in `state`.
+        The others raise FencedError once it is committed; BufferError: named twice, or a held slice not in `state`.
         """
         ids = [x.lease_id for x in leases]
         require(len(set(ids)) == len(ids), "named twice", key="leases", value=ids, expected="distinct leases")
@@ -159,11 +155,6 @@ class Leases:
                 connection.execute(update(meta).values(fenced_writes=meta.c.fenced_writes + len(lost)))
         if lost:
             raise FencedError(lost)
-
-
-def _positive(timeout_s: float) -> None:
-    right = 0 < timeout_s < math.inf
-    require(right, "timeout_s is out of range", key="timeout_s", value=timeout_s, expected="> 0 seconds")
 
 
 def _at(row: Any) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Records of the versioned buffer; docs/buffer.md has the terms (ordinal, version, step, lag, watermark)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def require(holds: bool, problem: str, **fields: Any) -> None:
         raise BufferError(problem, **fields)
 
 
-def at_least(key: str, value: int, least: int) -> None:
-    """BufferError unless `value` is a whole number from `least` up."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= least, f"{key} is out of range", key=key, value=value, expected=f">= {least}")
+def at_least(key: str, value: float, least: float, kind: type = int) -> None:
+    """BufferError unless `value` is a number of this kind, finite, from `least` up."""
+    right = isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
+    require(right, f"{key} is out of range", key=key, value=value, expected=f">= {least}")

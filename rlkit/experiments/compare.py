@@ -1,9 +1,7 @@
 """`rlkit compare A B ...`: variants side by side, over seeds, as text, PNG and HTML.
 
-An argument is a run folder or a folder with runs below it (a sweep). Runs named seed_<n> are runs of the variant that
-their parent folder is called after; any other run is a variant of its own. The first variant, or the one named by
---baseline, is what the others are compared with. Seeds are the unit of resampling: with three of them an interval is
-wide and its coverage poor; it says how far the seeds lie apart, not more.
+Runs named seed_<n> are of the variant that their parent folder is called after; any other run is a variant of its own.
+Seeds are the unit of resampling: with three an interval says how far they lie apart, not more (its coverage is poor).
 """
 
 import argparse
@@ -18,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Drawing
 from rich.console import CONSOLE_HTML_FORMAT, Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from scipy.stats import bootstrap
 
@@ -90,9 +88,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def improvement_probability(values: Mapping[int, float], baseline: Mapping[int, float]) -> float:
-    """P(a run beats a run of the baseline) over all pairs of seeds, a tie counts half (Agarwal et al. 2021,
-    arXiv 2108.13264, section 4.3: the Mann-Whitney U statistic over n m).
-    """
+    """P(a run beats one of the baseline), a tie counts half (Agarwal et al. 2021, arXiv 2108.13264, section 4.3)."""
     pairs = np.subtract.outer(list(values.values()), list(baseline.values()))
     return float(np.mean(0.5 + 0.5 * np.sign(pairs)))
 
@@ -194,17 +190,15 @@ def main(argv: Sequence[str]) -> int:
     metric = options.metric or (f"{first[0].set}/{first[0].label}" if first else "")
     baseline = options.baseline or variants[0].name
     compared = compare(variants, metric, baseline)
-    shown = Table(title=f"{metric}: mean +- standard error over seeds; differences paired by seed with {baseline}")
-    interval = "95 % interval"
-    shown.add_column("variant")
-    for heading in ("seeds", "after", interval, "difference", interval, "P(better)", "tokens", "seconds"):
-        shown.add_column(heading, justify="right")
+    title = f"{metric}: mean +- standard error over seeds; differences paired by seed with {baseline}"
+    headings = ("seeds", "after", "95 % interval", "difference", "95 % interval", "P(better)", "tokens", "seconds")
+    shown = Table("variant", *(Column(heading, justify="right") for heading in headings), title=title)
     for row in compared:
         tokens, seconds = np.mean([spent[-1] for spent in row.variant.spent], axis=0)
         better = "-" if row.improvement is None else f"{row.improvement:.2f}"
         estimates = (*_shown(row.after), *_shown(row.difference, "+"), better)
-        cells = (row.variant.name, str(row.after.seeds), *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}")
-        shown.add_row(*cells)
+        start = row.variant.name, str(row.after.seeds)
+        shown.add_row(*start, *estimates, f"{tokens / 1e6:.2f} M", f"{seconds:.0f}")
     out: Path = options.out or options.folders[0]
     out.mkdir(parents=True, exist_ok=True)
     runs = [(f"{variant.name} seed {seed}", run) for variant in variants for seed, run in variant.runs.items()]

@@ -1,9 +1,7 @@
-"""`rlkit sweep`: variants x seeds of a recipe, each a run of its own, resumed where they were left.
+"""`rlkit sweep`: variants x seeds of a recipe, each a run of its own; started again, finished ones are left alone.
 
 Overrides with a comma are swept, as in Hydra: `algorithm=grpo,rloo seed=0,1,2` makes six runs in
-<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}. All runs of a seed see the same prompts in the same order and sample with
-the same keyed random numbers; a warm start is trained once and shared through its cache. Started again, a sweep goes
-on: finished runs are left alone, others resume from their checkpoints, and what is swept may have grown.
+<output_dir>/<name>/{grpo,rloo}/seed_{0,1,2}; more values may be added later.
 """
 
 import asyncio
@@ -14,9 +12,8 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 
@@ -30,21 +27,18 @@ from rlkit.telemetry.record import read_mapping
 END_DEADLINE_S = 90.0  # a run that was told to end writes a checkpoint first; it is killed after this
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One training run of a sweep."""
+class Run(NamedTuple):
+    """One training run of a sweep; what it prints is beside its folder, in seed_<n>.log."""
 
     title: str  # variant and seed
     folder: Path
-    log: Path  # what it printed
     overrides: tuple[str, ...]
-    steps: int
-    recipe: Mapping[str, Any] = field(hash=False)  # resolved
+    recipe: Mapping[str, Any]  # resolved
 
     @property
     def finished(self) -> bool:
         """Whether its summary says that every planned step was trained; ConfigError if it was by another recipe."""
-        done = int(read_mapping(self.folder / "summary.json").get("steps", -1)) >= self.steps
+        done = int(read_mapping(self.folder / "summary.json").get("steps", -1)) >= self.recipe["steps"]
         before, now = leaves(read_mapping(self.folder / "config.yaml")), leaves(self.recipe)
         changed = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
         if done and (wrong := sorted(key for key in changed if key.split(".")[0] not in (*FREE, "steps"))):
@@ -77,9 +71,7 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
         parent = str(folder.parent).replace("\\", "\\\\").replace("'", "\\'")
         given = (*combination, f"output_dir='{parent}'", f"name={folder.name}")
         _, resolved = load(recipe, given, config_dir=config_dir)
-        runs[folder] = Run(
-            f"{variant} seed {config.seed}", folder, folder.with_suffix(".log"), given, config.steps, resolved
-        )
+        runs[folder] = Run(f"{variant} seed {config.seed}", folder, given, resolved)
     return root, list(runs.values())
 
 
@@ -113,8 +105,9 @@ def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: i
         return 128 + received
     failed = [run for run in waiting if not run.finished]
     for run in failed:
-        tail = run.log.read_text(errors="replace")[-2000:] if run.log.exists() else ""
-        print(f"{run.title} failed, see {run.log}:\n{tail}", file=sys.stderr)
+        log = run.folder.with_suffix(".log")
+        tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+        print(f"{run.title} failed, see {log}:\n{tail}", file=sys.stderr)
     print(f"compare: rlkit compare {root}")
     return 1 if failed else 0
 
@@ -158,7 +151,7 @@ async def _train(run: Run, command: list[str], jobs: int) -> int:
     except filelock.Timeout:
         print(f"{run.title}: another process uses {run.folder}", file=sys.stderr)
         return -1
-    with run.log.open("ab") as log:
+    with run.folder.with_suffix(".log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=asyncio.subprocess.STDOUT,
             env=threads | os.environ, start_new_session=True, preexec_fn=_end_with_parent,

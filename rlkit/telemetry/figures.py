@@ -16,7 +16,6 @@ from rlkit.telemetry.record import RunRecord
 CYCLE = ("#2563a8", "#d9822b", "#2e8b57", "#7a4fa3", "#c23b3b", "#6b7280", "#b3a125")
 STYLE = REPORT["style"]
 LINES: dict[str, tuple[str, dict[str, str]]] = REPORT["lines"]
-PANELS = ("learning_curve", "evaluations", "named_rewards", *LINES)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -26,10 +25,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def lines(run: RunRecord, title: str, names: dict[str, str], size: tuple[float, float]) -> Figure | None:
-    """One axis (inches) with the metrics (label -> name) that were logged, by step, from 0 up; None without any.
-
-    A metric is thin as logged, thick smoothed; one with standard errors, held out, has whiskers.
-    """
+    """One axis (inches) with the metrics (label -> name) that were logged, by step, from 0 up; None without any."""
     found = [(label, name, *run.metric(name)) for label, name in names.items() if run.metric(name)[0]]
     if not found:
         return None
@@ -42,7 +38,7 @@ def lines(run: RunRecord, title: str, names: dict[str, str], size: tuple[float, 
             whiskers = [errors.get(step, 0.0) for step in steps]
             axes.errorbar(steps, values, yerr=whiskers, color=colour, label=label, marker="o", markersize=4, capsize=3)
         else:
-            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)  # as logged
             axes.plot(steps, smooth(values), color=colour, label=label, marker="o" if len(steps) == 1 else "")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     if len(found) > 3:  # more would hide the curves
@@ -62,7 +58,7 @@ def draw_all(run: RunRecord) -> dict[str, tuple[str, str] | None]:
     parts = {n.split("/")[1]: n for n in sorted(logged) if n.startswith("reward/") and n.count("/") == 2}
     panels = {"learning_curve": ("Score by learner step", {"training": "reward/mean"} | averages)}
     panels |= {"evaluations": ("Held-out figures", held_out), "named_rewards": ("Rewards by name", parts)} | LINES
-    drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(PANELS)
+    drawn: dict[str, tuple[str, str] | None] = dict.fromkeys(panels)
     for name, (title, metrics) in panels.items():
         with mpl.rc_context(STYLE):
             figure = lines(run, title, metrics, (11.0, 3.9) if name == "learning_curve" else (4.4, 2.7))

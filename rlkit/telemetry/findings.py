@@ -21,8 +21,7 @@ class Finding(NamedTuple):
 
 def findings(run: RunRecord) -> list[Finding]:
     """All findings, problems first, then good news, then notes."""
-    found = [*_progress(run), *_limits(run), *_trends(run)]
-    found += [finding for curve in run.averages for finding in _evaluation(run, curve)]
+    found = [*_progress(run), *_training(run), *(one for curve in run.averages for one in _evaluation(run, curve))]
     said = []
     for name, values in found:
         level, text, remedy = REPORT["findings"][name]
@@ -59,7 +58,7 @@ def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
             yield f"eval_{name}", {"share": f"{100 * values[-1]:.3g} %", "set": curve.set}
 
 
-def _limits(run: RunRecord) -> Found:
+def _training(run: RunRecord) -> Found:
     said = False
     for name, limit in REPORT["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
@@ -68,10 +67,7 @@ def _limits(run: RunRecord) -> Found:
             said = True
             when = "the last step" if len(values) == 1 else f"the last {len(values)} steps"
             yield name, {"share": f"{100 * mean:.3g} %", "mean": mean, "when": when}
-
-
-def _trends(run: RunRecord) -> Found:
-    """First against last WINDOW steps, where the run is long enough to tell them apart."""
+    # first against last steps, where the run is long enough to tell them apart
     entropy, rewards = run.metric("policy/entropy")[1], run.metric("reward/mean")[1]
     if len(entropy) >= 2 * WINDOW:
         start, end = fmean(entropy[:WINDOW]), fmean(entropy[-WINDOW:])

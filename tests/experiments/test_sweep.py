@@ -28,7 +28,7 @@ def test_plan_is_the_product_of_what_is_swept(tmp_path: Path) -> None:
     assert root == tmp_path / "all"
     places = [str(run.folder.relative_to(root)) for run in runs]
     assert places == ["grpo/seed_0", "grpo/seed_1", "rloo/seed_0", "rloo/seed_1"]
-    assert {run.steps for run in runs} == {3} and not any(run.finished for run in runs)
+    assert {run.recipe["steps"] for run in runs} == {3} and not any(run.finished for run in runs)
     _, several = plan("quickstart", ["algorithm=grpo,rloo", "learner.learning_rate=1e-3,1e-4"], None)
     assert [run.folder.parent.name for run in several] == ["grpo_0.001", "grpo_0.0001", "rloo_0.001", "rloo_0.0001"]
 
