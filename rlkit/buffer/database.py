@@ -27,8 +27,7 @@ _NETWORK = re.compile(
 class Database:
     """A SQLite database of the buffer's schema, made if there is none.
 
-    BufferError if it is not a SQLite file URL, on a network filesystem, corrupt, of another schema version, or made
-    with other settings than `prompts_per_step` and `max_staleness`.
+    BufferError: no SQLite file's URL, a network filesystem, damage, or made with another schema version, P or S.
     """
 
     def __init__(self, url: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
@@ -96,9 +95,9 @@ def sqlite_path(url: str) -> Path:
     """File of a `sqlite:///...` URL; BufferError for anything else."""
     try:
         parsed = make_url(url)
+        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
     except ArgumentError:
-        parsed = None
-    file = parsed.database if parsed is not None and parsed.get_backend_name() == "sqlite" else None
+        file = None
     if not file or file == ":memory:" or file.startswith("file:"):
         problem = "the buffer must be a SQLite file: other processes open it too"
         expected = "sqlite:///path/to/buffer.db; leave it out for a file in the run folder"

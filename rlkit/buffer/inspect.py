@@ -17,8 +17,6 @@ from rlkit.buffer.tables import IN_WORK, capacity, groups, position, slices, sta
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
-SLOWEST = 10
-
 
 def view(run_dir: Path, now: float) -> Group:
     """The buffer of a run folder at `now` (unix seconds), for rich; BufferError: there is none, or it is unreadable."""
@@ -57,7 +55,7 @@ def _contents(connection: Connection, now: float) -> list[Text | Table]:
     workers = workers.where(slices.c.state.in_(IN_WORK)).group_by(slices.c.worker_id)
     seconds = func.coalesce(groups.c.scored_at, now) - groups.c.requested_at
     slow = select(groups.c.ordinal, groups.c.prompt_id, groups.c.state, func.printf("%.1f s", seconds))
-    slow = slow.where(groups.c.state != GroupState.DROPPED).order_by(seconds.desc(), groups.c.ordinal).limit(SLOWEST)
+    slow = slow.where(groups.c.state != GroupState.DROPPED).order_by(seconds.desc(), groups.c.ordinal).limit(10)
     shown: list[Text | Table] = [Text(head)]
     for title, columns, rows in (
         ("groups", ("state", "groups"), stats.states.items()),
@@ -75,4 +73,4 @@ def _contents(connection: Connection, now: float) -> list[Text | Table]:
 
 def main(run_dir: Path) -> None:
     """Print the buffer of a run folder."""
-    Console().print(view(Path(run_dir), time.time()))
+    Console().print(view(run_dir, time.time()))

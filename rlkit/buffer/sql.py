@@ -25,13 +25,8 @@ from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 class SqlBuffer(Leases, Checkpoints):
     """What learner and rollout workers rely on; each process opens its own.
 
-    Args:
-        url: sqlite:///path.
-        payload_dir: folder of the payloads; the same for every process.
-        prompts_per_step, max_staleness: P and S of the admission bound; fixed for a database's life.
-        slice_samples: largest slice of the groups this process requests.
-        clock: unix seconds; it decides when a lease has expired.
-
+    `prompts_per_step` and `max_staleness`, P and S of the admission bound, are fixed for a database's life;
+    `slice_samples` is the largest slice of groups this process requests; `clock`, in unix seconds, ends leases.
     Raises BufferError for a setting out of range, or see Database.
     """
 
@@ -135,10 +130,7 @@ class SqlBuffer(Leases, Checkpoints):
             connection.execute(update(meta).values(step=step, version=version, next_version=version + 1))
 
     def history(self, prompt_ids: Collection[str], latest: int) -> dict[str, list[list[tuple[float, int]]]]:
-        """(score, tokens) of the scored samples of each prompt's `latest` groups, newest first; no group: left out.
-
-        Of groups that were taken, committed ones too: the answer does not depend on how far the workers are.
-        """
+        """(score, tokens) of the scored samples of each prompt's `latest` taken groups, newest first, if any."""
         age = func.row_number().over(partition_by=groups.c.prompt_id, order_by=groups.c.ordinal.desc()).label("age")
         taken = groups.c.prompt_id.in_(prompt_ids) & groups.c.outcomes.is_not(None)
         part = select(groups.c.prompt_id, groups.c.outcomes, age).where(taken).subquery()

@@ -72,13 +72,10 @@ slices = sa.Table(
 )
 """One row a slice of a group's samples; removed once a checkpoint covers the group."""
 
-OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)
-"""States of a group that is neither taken nor at its end."""
+OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)  # before it is taken
 UNENDED = (*OPEN, GroupState.TAKEN)
-IN_WORK = (GroupState.LEASED, GroupState.GENERATED)
-"""States of a slice that needs a living lease."""
-UNLEASED: dict[str, Any] = dict.fromkeys(x.name for x in slices.c if x.nullable)
-"""A slice nobody works on. Its epoch stays: the next lease takes the next one."""
+IN_WORK = (GroupState.LEASED, GroupState.GENERATED)  # of a slice that needs a living lease
+UNLEASED: dict[str, Any] = dict.fromkeys(x.name for x in slices.c if x.nullable)  # the epoch stays, the next is higher
 
 
 def position(connection: sa.Connection) -> Any:

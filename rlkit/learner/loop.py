@@ -29,7 +29,7 @@ from rlkit.rollout.engine import Engine
 from rlkit.rollout.ranks import RankedEngine
 from rlkit.rollout.worker import RolloutWorker
 from rlkit.telemetry.environment import peak_memory_gb
-from rlkit.telemetry.rollouts import rows_of, write_rollouts
+from rlkit.telemetry.rollouts import write_rollouts
 from rlkit.telemetry.sinks import Telemetry
 from rlkit.types import Group
 
@@ -133,7 +133,7 @@ class Trainer:
         if config.telemetry.save_rollouts:
             advantages = {(s.group, s.index): s.advantage for s in sequences}
             path = self.folder / "rollouts" / f"step_{self.step}.parquet"
-            write_rollouts(path, self.step, rows_of(groups, advantages))
+            write_rollouts(path, self.step, groups, advantages)
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
         ended = time.perf_counter()
         metrics |= clock | {

@@ -1,7 +1,4 @@
-"""`rlkit dashboard RUN ...`: a curated wandb workspace for runs, its sections as metrics.yaml groups the metrics.
-
-It is built without a network or an account, and written as JSON; with an account it is saved in the runs' project.
-"""
+"""`rlkit dashboard RUN ...`: a curated wandb workspace for runs, written as JSON; with an account it is saved there."""
 
 import argparse
 import shlex

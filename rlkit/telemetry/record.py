@@ -1,11 +1,9 @@
 """A run folder read back: metrics, recipe, environment, evaluations before and after.
 
-metrics.jsonl has one flat JSON object a line, `{"step": int, "time": unix seconds, "seconds": run time, **metrics}`.
-Several lines may carry the same step; of a metric logged twice for a step the later line counts. A torn last line
-(the machine died) is left out when reading and removed when the run goes on; one anywhere else is an error.
+Several lines of metrics.jsonl may carry the same step; of a metric logged twice for a step the later line counts. A
+torn last line (the machine died) is left out when reading and removed when the run goes on.
 """
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import yaml
 
 from rlkit.telemetry.names import EVAL_NAME, Metrics, TelemetryError, is_warm_start
 
@@ -31,8 +28,8 @@ class Row(NamedTuple):
 
     def line(self) -> bytes:
         """The row as a line of the file."""
-        record = {"step": self.step, "time": self.time, "seconds": self.seconds, **self.metrics}
-        return msgspec.json.encode(record) + b"\n"
+        fixed = {"step": self.step, "time": self.time, "seconds": self.seconds}
+        return msgspec.json.encode({**fixed, **self.metrics}) + b"\n"
 
 
 class Point(NamedTuple):
@@ -83,15 +80,10 @@ class EvalCurve:
 class RunRecord:
     """What a run folder holds. Raises TelemetryError: it does not exist, or a file in it is broken.
 
-    Attributes:
-        config: the recipe; empty where the file is missing.
-        name: the recipe's name, or the folder's.
-        seconds: run time in all processes of the run.
-        training: the rows whose step is the learner's.
-        last_step: the last step that trained (one that was only evaluated does not count); 0 for none.
-        pauses: (first step after it, seconds) of every gap in which the run did not run.
-        evaluations: curves of all held-out sets: sets in the recipe's order, avg, pass, maj, logprob, k descending.
-        averages: the avg@k curve of every held-out set, or else its logprob@k, of the largest k.
+    `config` is empty where the file is missing; `training` has the rows whose step is the learner's, `last_step` is the
+    last that trained (0 for none), `pauses` are (first step after it, seconds) of gaps in which nothing ran.
+    `evaluations` are the curves of all held-out sets: sets in the recipe's order, avg, pass, maj, logprob, k
+    descending; `averages` those of avg@k, or else logprob@k, of each set's largest k.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -143,10 +135,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """All rows of a run in the order written; empty when there is no metrics.jsonl yet.
-
-    Raises TelemetryError: a line other than a torn last one is broken.
-    """
+    """All rows of a run as written, none without a file; TelemetryError: a line but a torn last one is broken."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
@@ -170,7 +159,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        text = path.read_text("utf-8")
-        return dict(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        language = msgspec.json if path.suffix == ".json" else msgspec.yaml
+        return language.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise TelemetryError(f"not a readable mapping: {error}", key=path.name, value=path.parent.name) from error

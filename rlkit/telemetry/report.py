@@ -50,10 +50,7 @@ def _stage(run: RunRecord, step: int) -> dict[str, Any]:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html and plots/*.png into a run folder and return the report's path.
-
-    The same files give the same bytes. What the run did not log is said to be missing. Raises as `RunRecord`.
-    """
+    """Write report.html and plots/*.png into a run folder, the same bytes for the same files; returns its path."""
     run = RunRecord(run_dir)
     steps, stages, no_samples = rollout_steps(run_dir), [], "No rollouts were kept (telemetry.save_rollouts)."
     try:
@@ -71,17 +68,15 @@ def write_report(run_dir: Path) -> Path:
     return run_dir / "report.html"
 
 
-def main(run_dir: str | Path) -> int:
-    """Write the report of a run folder and print its path; return the exit status."""
-    Console(highlight=False).print(Text(str(write_report(Path(run_dir)))), soft_wrap=True)
-    return 0
+def main(run_dir: Path) -> None:
+    """Write the report of a run folder and print its path."""
+    Console(highlight=False).print(Text(str(write_report(run_dir))), soft_wrap=True)
 
 
 def write_summary(run_dir: Path) -> dict[str, Any]:
     """Write summary.json into a run folder and return what it holds.
 
-    `steps` are learner steps trained, `seconds` run time with resumes summed. The avg@k figures of eval_set, the
-    first of the recipe, are at the top level; `eval` maps each set to its figures. None where nothing was measured.
+    The avg@k figures of eval_set, the recipe's first, are at the top level too. None where nothing was measured.
     """
     run = RunRecord(run_dir)
     first = next(iter(run.averages), None)

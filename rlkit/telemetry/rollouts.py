@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,34 +33,28 @@ _UNSEEN = re.compile(
 )
 
 
-def rows_of(groups: Iterable[Group], advantages: Mapping[tuple[int, int], float] | None = None) -> list[dict[str, Any]]:
-    """Rows of scored groups; `advantages`: (ordinal, index) -> advantage of the samples trained on."""
-    trained = advantages or {}
-    return [
+def write_rollouts(path: Path, step: int, groups: Sequence[Group], advantages: Mapping[tuple[int, int], float]) -> None:
+    """Write a learner step's scored groups to <run_dir>/rollouts/step_<step>.parquet, whole or not at all.
+
+    `advantages`: (ordinal, index) -> advantage of the samples trained on.
+    """
+    rows: list[dict[str, Any]] = [
         {
-            "ordinal": group.ordinal, "prompt_id": group.prompt.id, "prompt": group.prompt.text,
-            "reference": group.prompt.reference, "advantage": trained.get((group.ordinal, rollout.index)),
+            "step": step, "ordinal": group.ordinal, "prompt_id": group.prompt.id, "prompt": group.prompt.text,
+            "reference": group.prompt.reference, "advantage": advantages.get((group.ordinal, rollout.index)),
             "index": rollout.index, "completion": rollout.text, "finish_reason": rollout.finish_reason,
-            "token_ids": rollout.token_ids, "behavior_logprobs": rollout.behavior_logprobs,
-            "versions": rollout.versions(),
-            "score": verdict.score, "parts": verdict.parts, "answer": verdict.answer, "reason": verdict.reason,
+            "tokens": len(rollout.token_ids), "token_ids": rollout.token_ids, "versions": rollout.versions(),
+            "behavior_logprobs": rollout.behavior_logprobs, "score": verdict.score,
+            "parts": json.dumps(dict(verdict.parts)), "answer": verdict.answer, "reason": verdict.reason,
         }
         for group in groups
         for rollout, verdict in zip(group.rollouts, group.verdicts, strict=True)
     ]  # fmt: skip
-
-
-def write_rollouts(path: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a learner step's rows (of `rows_of`) to <run_dir>/rollouts/step_<step>.parquet, whole or not at all."""
-    whole = []
-    for row in rows:
-        # a lone surrogate, which UTF-8 cannot hold, becomes "?"
-        texts = {key: x.encode("utf-8", "replace").decode() for key, x in row.items() if isinstance(x, str)}
-        own = {"step": step, "tokens": len(row["token_ids"]), "parts": json.dumps(dict(row["parts"]))}
-        whole.append({**row, **texts, **own})
+    for row in rows:  # a lone surrogate, which UTF-8 cannot hold, becomes "?"
+        row.update({key: x.encode("utf-8", "replace").decode() for key, x in row.items() if isinstance(x, str)})
     buffer = io.BytesIO()
     # a dictionary of token arrays would take longer and no less space
-    pq.write_table(pa.Table.from_pylist(whole, SCHEMA), buffer, compression="zstd", use_dictionary=TEXT_COLUMNS)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd", use_dictionary=TEXT_COLUMNS)
     replace_file(path, buffer.getvalue())
 
 
@@ -73,10 +67,7 @@ def rollout_steps(run_dir: Path) -> list[int]:
 def read_rollouts(
     run_dir: Path, step: int | None = None, columns: Sequence[str] = SCHEMA.names
 ) -> list[dict[str, Any]]:
-    """Rows of a step (default: the newest kept) in the order written; `parts` as a dict.
-
-    Raises TelemetryError: the run kept no rollouts, or none of this step, or the file is broken.
-    """
+    """Rows of a step (default: the newest) as written, `parts` a dict. TelemetryError: none kept, or a broken file."""
     steps = rollout_steps(run_dir)
     if not steps:
         fix = "train with telemetry.save_rollouts=true"

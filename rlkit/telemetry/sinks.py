@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -35,27 +35,15 @@ FIELDS: dict[str, tuple[str, str]] = REPORT["console"]
 PACE_WINDOW_S = 3600.0  # the time left is told by the pace of the steps in it
 
 
-class Sink(Protocol):
-    """Takes rows of metrics until it is closed."""
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Take one row, now; names are known to the registry, a value is None where it was not finite."""
-
-    def close(self, *, failed: bool = False) -> None:
-        """Let go of everything; `failed` says that the run ended in an error. Twice is harmless."""
-
-
 class JsonlSink:
     """Append rows to run_dir/metrics.jsonl, each flushed, so that a killed run leaves what it knew.
 
-    An existing file's run time goes on. Training rows of steps after `resume_step`, the checkpoint the run goes on
-    from, are removed; warm-start rows stay: their steps count something else. Raises TelemetryError: a broken file.
+    Training rows after `resume_step`, where the run goes on, are removed. Raises TelemetryError: a broken file.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         rows = read_metrics(run_dir)
-        # what was lost counts as well
-        self.started = time.monotonic() - max((row.seconds for row in rows), default=0.0)
+        self.started = time.monotonic() - max((row.seconds for row in rows), default=0.0)  # what was lost counts too
         self._warned: set[str] = set()
         last = math.inf if resume_step is None else resume_step
         kept = [row.line() for row in rows if is_warm_start(row.metrics) or row.step <= last]
@@ -63,10 +51,7 @@ class JsonlSink:
         self._file = (run_dir / "metrics.jsonl").open("ab")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write one line; a value that is not finite becomes null, and its name is warned once.
-
-        Raises TelemetryError: a value is not a number.
-        """
+        """Write one line; what is not finite becomes null, warned once a name. TelemetryError: not a number."""
         values: dict[str, float | None] = {}
         for name, value in metrics.items():
             if not isinstance(value, Real | None):
@@ -103,9 +88,8 @@ class WandbSink:
     """Log rows to one Weights & Biases run, all of it inside the run folder; a resumed run keeps its id.
 
     The axes are ours: `learner/step` or `sft/step`, so that a resumed run may log a step again, and `run/seconds` since
-    `started` (monotonic clock; earlier parts of the run counted in). A table of completions goes with an evaluation
-    and every telemetry.completions_every_steps; the summary ends with the held-out figures of summary.json.
-    telemetry.wandb is "offline" (no account, no network) or "online". Raises TelemetryError: the run cannot start.
+    `started` (monotonic clock; earlier parts of the run counted in). The summary ends with the held-out figures of
+    summary.json. Raises TelemetryError: the run cannot start.
     """
 
     def __init__(
@@ -113,15 +97,13 @@ class WandbSink:
     ) -> None:
         mode, project = telemetry.wandb, telemetry.wandb_project
         if mode == "offline":
-            # Before the import: wandb reports its own errors to its makers over the network.
-            os.environ["WANDB_ERROR_REPORTING"] = "false"
+            os.environ["WANDB_ERROR_REPORTING"] = "false"  # before the import: it tells its makers its own errors
         self._wandb = optional("wandb", "wandb")
         self._run_dir, self._telemetry, self._config, self._started = run_dir, telemetry, config, started
         self._tabled = 0  # step of the last table
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
-            identity.parent.mkdir(parents=True, exist_ok=True)
-            identity.write_text(secrets.token_hex(4))
+            replace_file(identity, secrets.token_hex(4).encode())
         shown = redact(dict(config))  # it may leave the machine
         try:
             self._run: Any = self._wandb.init(
@@ -194,10 +176,7 @@ def figure(value: float | None, spec: str) -> str:
 
 
 class ConsoleSink:
-    """Progress bar with steps and time left on a terminal; plain lines anywhere else.
-
-    `total_steps`: learner steps of the whole run, or updates of a warm start; `start_step` of them are done already.
-    """
+    """Progress bar with steps (of a warm start: updates) and time left on a terminal; plain lines anywhere else."""
 
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -230,6 +209,10 @@ class ConsoleSink:
         self._progress.stop()
 
 
+# Takes rows, of known names and None for what was not finite, until it is closed, which it may be twice.
+Sink: TypeAlias = JsonlSink | TensorboardSink | WandbSink | ConsoleSink
+
+
 class Telemetry:
     """Fan out rows to sinks, and own them: a context manager that always closes every one."""
 
@@ -241,9 +224,8 @@ class Telemetry:
         cls, telemetry: TelemetryConfig, run_dir: Path, *, name: str, total_steps: int, config: Mapping[str, Any],
         resume_step: int | None = None,
     ) -> Self:  # fmt: skip
-        """Make the sinks a recipe asks for; `config` is the resolved recipe as plain containers, for wandb.
+        """Make the sinks a recipe asks for; `config` is the resolved recipe, `resume_step` the checkpoint's, if any.
 
-        `resume_step` is the step of the checkpoint the run goes on from (later rows are removed), None for a new run.
         Raises TelemetryError: wandb or TensorBoard is asked for and cannot start, or metrics.jsonl is broken.
         """
         rows = JsonlSink(run_dir, resume_step)

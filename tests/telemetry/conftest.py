@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from rlkit.telemetry.rollouts import write_rollouts
+from rlkit.types import Group, Prompt, Rollout, Verdict, VersionSpan
 
 CONFIG = """\
 name: chain_sum
@@ -115,29 +115,40 @@ def eval_metrics(step: int, steps: int) -> dict[str, float]:
     return out
 
 
-def rollout_row(ordinal: int, index: int, score: float | None) -> dict[str, Any]:
-    """One completion; of ordinal 0 the text tries to break out of whatever shows it."""
-    a, b = 3 * ordinal + 4, 11 + index
-    answer = a + b + (0 if score else 1)
-    text = NASTY if ordinal == 0 else f"First {a} and {b} are added.\n{a}+{b}={answer}"
-    tokens = len(text)
-    return dict(
-        ordinal=ordinal,
-        index=index,
-        prompt_id=f"chain_sum/{ordinal}",
-        prompt=f"State the final answer of {a}+{b}=",
-        completion=text,
-        reference=str(a + b),
-        score=score,
-        parts={"math": score, "format": 1.0},
-        answer=None if score is None else str(answer),
-        reason="timeout after 5.0 s" if score is None else None,
-        finish_reason="stop" if index else "length",
-        advantage=None if score is None else score - 0.5,
-        token_ids=np.arange(tokens),
-        behavior_logprobs=np.full(tokens, -0.5, dtype=np.float32),
-        versions=np.full(tokens, 3),
-    )
+def scored_group(ordinal: int, *scores: float | None, text: str | None = None) -> Group:
+    """A group with a completion a score; of ordinal 0 the text tries to break out of whatever shows it."""
+    a, b = 3 * ordinal + 4, 11
+    rollouts, verdicts = [], []
+    for index, score in enumerate(scores):
+        answer = a + b + (0 if score else 1)
+        plain = NASTY if ordinal == 0 else f"First {a} and {b} are added.\n{a}+{b}={answer}"
+        tokens = len(plain)
+        rollout = Rollout(
+            ordinal=ordinal,
+            index=index,
+            token_ids=np.arange(tokens),
+            behavior_logprobs=np.full(tokens, -0.5, dtype=np.float32),
+            loss_mask=np.ones(tokens, dtype=np.bool_),
+            segments=np.zeros(tokens, dtype=np.int64),
+            version_spans=(VersionSpan(version=3, start=0, end=tokens),),
+            finish_reason="stop" if index else "length",
+            engine_id="e",
+            text=plain if text is None else text,
+        )
+        rollouts.append(rollout)
+        known = dict(answer=str(answer)) if score is not None else dict(reason="timeout after 5.0 s")
+        verdicts.append(Verdict(score=score, parts={"math": score, "format": 1.0}, **known))
+    question, reference = f"State the final answer of {a}+{b}=", str(a + b)
+    prompt = Prompt(id=f"chain_sum/{ordinal}", text=question, token_ids=np.array([1]), reference=reference)
+    whole, judged = tuple(rollouts), tuple(verdicts)
+    return Group(ordinal=ordinal, prompt=prompt, samples=len(scores), rollouts=whole, verdicts=judged)
+
+
+def save_rollouts(run_dir: Path, step: int, *groups: Group) -> None:
+    """As the trainer does, with an advantage for each scored sample."""
+    scores = {(g.ordinal, i): verdict.score for g in groups for i, verdict in enumerate(g.verdicts)}
+    advantages = {place: score - 0.5 for place, score in scores.items() if score is not None}
+    write_rollouts(run_dir / "rollouts" / f"step_{step}.parquet", step, groups, advantages)
 
 
 class MakeRun:
@@ -145,7 +156,8 @@ class MakeRun:
 
     training_metrics = staticmethod(training_metrics)
     eval_metrics = staticmethod(eval_metrics)
-    rollout_row = staticmethod(rollout_row)
+    scored_group = staticmethod(scored_group)
+    save_rollouts = staticmethod(save_rollouts)
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
@@ -196,8 +208,8 @@ class MakeRun:
         if rollouts and steps:
             for step in sorted({1, steps}):
                 scores: list[float | None] = [1.0, 0.0, 0.0, None]
-                rows = [rollout_row(o, i, scores[(o + i) % 4]) for o in range(4) for i in range(4)]
-                write_rollouts(run_dir / "rollouts" / f"step_{step}.parquet", step, rows)
+                groups = [scored_group(o, *(scores[(o + i) % 4] for i in range(4))) for o in range(4)]
+                save_rollouts(run_dir, step, *groups)
         return run_dir
 
 

@@ -14,7 +14,6 @@ from rlkit.telemetry.findings import findings
 from rlkit.telemetry.names import TelemetryError
 from rlkit.telemetry.record import RunRecord
 from rlkit.telemetry.report import HEAD_CHARACTERS, TAIL_CHARACTERS, main, print_summary, write_report, write_summary
-from rlkit.telemetry.rollouts import write_rollouts
 
 
 class Page(html.parser.HTMLParser):
@@ -190,8 +189,7 @@ def test_a_stale_picture_is_removed(make_run) -> None:
 def test_a_long_completion_keeps_head_and_tail(make_run) -> None:
     run_dir = make_run(steps=1, rollouts=False, change=few)
     text = "HEAD" + "x" * 5000 + "TAIL"
-    row = {**make_run.rollout_row(1, 0, 1.0), "completion": text}
-    write_rollouts(run_dir / "rollouts" / "step_1.parquet", 1, [row])
+    make_run.save_rollouts(run_dir, 1, make_run.scored_group(1, 1.0, text=text))
     page = page_of(run_dir).text
     left_out = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
     assert "HEADx" in page and "xTAIL" in page and f"[{left_out} characters left out]" in page

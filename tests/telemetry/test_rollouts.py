@@ -19,7 +19,6 @@ from rlkit.telemetry.rollouts import (
     main,
     read_rollouts,
     rollout_steps,
-    rows_of,
     verdict_of,
     visible,
     write_rollouts,
@@ -56,8 +55,7 @@ def a_group() -> Group:
 
 
 def test_a_group_comes_back_exactly(tmp_path: Path) -> None:
-    rows = rows_of([a_group()], {(3, 0): 0.7})
-    write_rollouts(path_of(tmp_path, 9), 9, rows)
+    write_rollouts(path_of(tmp_path, 9), 9, [a_group()], {(3, 0): 0.7})
     assert pq.read_schema(path_of(tmp_path, 9)).equals(SCHEMA)
     first, second = read_rollouts(tmp_path, 9)
     assert first == {
@@ -83,14 +81,13 @@ def test_a_group_comes_back_exactly(tmp_path: Path) -> None:
 
 
 def test_a_step_without_rollouts_is_a_file_without_rows(tmp_path: Path) -> None:
-    write_rollouts(path_of(tmp_path, 1), 1, [])
+    write_rollouts(path_of(tmp_path, 1), 1, [], {})
     assert read_rollouts(tmp_path, 1) == []
 
 
 def test_steps_are_read_alone_or_together(tmp_path: Path, make_run) -> None:
     for step in (2, 10, 1):
-        row = make_run.rollout_row(step, 0, 1.0)
-        write_rollouts(path_of(tmp_path, step), step, [row])
+        make_run.save_rollouts(tmp_path, step, make_run.scored_group(step, 1.0))
     assert rollout_steps(tmp_path) == [1, 2, 10]
     assert [row["step"] for row in read_rollouts(tmp_path)] == [10]
     assert set(read_rollouts(tmp_path, 2, ["score", "parts"])[0]) == {"score", "parts"}
@@ -99,7 +96,7 @@ def test_steps_are_read_alone_or_together(tmp_path: Path, make_run) -> None:
 
 
 def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, make_run, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rollouts(path_of(tmp_path, 1), 1, [make_run.rollout_row(1, 0, 1.0)])
+    make_run.save_rollouts(tmp_path, 1, make_run.scored_group(1, 1.0))
 
     def half(table: object, file: BinaryIO, **_: object) -> None:
         file.write(b"PAR1 half a file")
@@ -107,7 +104,7 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, make_run, monkeyp
 
     monkeypatch.setattr(module.pq, "write_table", half)
     with pytest.raises(OSError, match="disk full"):
-        write_rollouts(path_of(tmp_path, 1), 1, [make_run.rollout_row(2, 0, 0.0)])
+        make_run.save_rollouts(tmp_path, 1, make_run.scored_group(2, 0.0))
     assert [row["ordinal"] for row in read_rollouts(tmp_path)] == [1]
 
 
