@@ -86,7 +86,7 @@ class RecordFiles:
         """Store a record, under the database's write lock; BufferError if the disk is full."""
         path = self._path(place)
         try:
-            path.write_bytes(_checksum(record) + record)
+            path.write_bytes(zlib.crc32(record).to_bytes(4, "little") + record)
         except OSError as error:  # no row refers to the torn bytes
             problem, fix = f"cannot write a payload: {error.strerror}", "free disk space and resume"
             raise BufferError(problem, key="payload", value=str(path), fix=fix) from error
@@ -95,7 +95,7 @@ class RecordFiles:
         """The record; BufferError naming its file if it is missing, torn or altered."""
         path = self._path(place)
         data = path.read_bytes() if path.exists() else b""
-        if data[:4] != _checksum(data[4:]) or len(data) <= 4:
+        if int.from_bytes(data[:4], "little") != zlib.crc32(data[4:]) or len(data) <= 4:
             problem = f"this payload cannot be used: {'its checksum does not match' if data else 'it is missing'}"
             fix = "resume the run from its checkpoint: the group is then sampled again"
             raise BufferError(problem, key="payload", value=str(path), fix=fix)
@@ -109,7 +109,3 @@ class RecordFiles:
 
     def _path(self, place: Any) -> Path:
         return self._folder / f"{place.ordinal}-{place.start}-{place.lease_id}"
-
-
-def _checksum(record: bytes) -> bytes:
-    return zlib.crc32(record).to_bytes(4, "little")

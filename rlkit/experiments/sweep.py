@@ -50,7 +50,11 @@ class Run(NamedTuple):
 
 def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tuple[Path, list[Run]]:
     """The sweep's folder and its runs; every configuration is composed and checked. Raises ConfigError."""
-    choices = [_values(text) for text in overrides]
+    choices = []
+    for text in overrides:  # one of each value of a comma list, else the text itself
+        override = parsed(text, sweep=True)
+        listed = override.sweep_string_iterator() if override.is_sweep_override() else ()
+        choices.append([f"{override.get_key_element()}={value}" for value in listed] or [text])
     swept = [values[0].partition("=")[0] for values in choices if len(values) > 1]
     if fixed := {"name", "output_dir", "resume"} & set(swept):
         key = ", ".join(sorted(fixed))
@@ -73,13 +77,6 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
         _, resolved = load(recipe, given, config_dir=config_dir)
         runs[folder] = Run(f"{variant} seed {config.seed}", folder, given, resolved)
     return root, list(runs.values())
-
-
-def _values(text: str) -> list[str]:
-    """One override as texts: one of each value of a comma list, else the text itself."""
-    override = parsed(text, sweep=True)
-    swept = override.sweep_string_iterator() if override.is_sweep_override() else ()
-    return [f"{override.get_key_element()}={value}" for value in swept] or [text]
 
 
 def main(recipe: str, overrides: Sequence[str], config_dir: Path | None, jobs: int) -> int:

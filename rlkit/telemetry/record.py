@@ -99,17 +99,6 @@ class RunRecord:
         self.last_step = max(trained, default=0)
         gaps = [(b.step, (b.time - a.time) - (b.seconds - a.seconds)) for a, b in pairwise(rows)]
         self.pauses = [(step, gap) for step, gap in gaps if gap > 3.0]
-        self.evaluations = self._curves()
-        curves = [curve for curve in self.evaluations if curve.label.startswith(("avg", "logprob"))]
-        self.averages = [next(of_one_set) for _, of_one_set in groupby(curves, key=lambda curve: curve.set)]
-
-    def metric(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and finite values of a metric, by step; the last row of a step counts."""
-        values = {row.step: row.metrics[name] for row in self.rows if name in row.metrics}
-        finite = {step: value for step, value in sorted(values.items()) if value is not None}
-        return list(finite), list(finite.values())
-
-    def _curves(self) -> list[EvalCurve]:
         listed = [*((self.config.get("data") or {}).get("eval") or {})]
         curves = {}
         for name in {name for row in self.training for name in row.metrics}:
@@ -120,7 +109,15 @@ class RunRecord:
                 order = (place, match[1], ("avg", "pass", "maj", "logprob").index(match[3]), -int(match[4]))
                 if points:
                     curves[order] = EvalCurve(match[1], match[2], points)
-        return [curve for _, curve in sorted(curves.items())]
+        self.evaluations = [curve for _, curve in sorted(curves.items())]
+        averages = [curve for curve in self.evaluations if curve.label.startswith(("avg", "logprob"))]
+        self.averages = [next(of_one_set) for _, of_one_set in groupby(averages, key=lambda curve: curve.set)]
+
+    def metric(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and finite values of a metric, by step; the last row of a step counts."""
+        values = {row.step: row.metrics[name] for row in self.rows if name in row.metrics}
+        finite = {step: value for step, value in sorted(values.items()) if value is not None}
+        return list(finite), list(finite.values())
 
 
 def replace_file(path: Path, content: bytes) -> None:

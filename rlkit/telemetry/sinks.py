@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from numbers import Real
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -213,7 +213,7 @@ class ConsoleSink:
 Sink: TypeAlias = JsonlSink | TensorboardSink | WandbSink | ConsoleSink
 
 
-class Telemetry:
+class Telemetry(AbstractContextManager["Telemetry"]):
     """Fan out rows to sinks, and own them: a context manager that always closes every one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -248,9 +248,6 @@ class Telemetry:
             raise TelemetryError(problem, key="metrics", value=sorted(metrics), fix="log sft/* in rows of their own")
         for sink in self.sinks:
             sink.log(step, metrics)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close all sinks, the others too when one fails; the failure is raised afterwards."""
