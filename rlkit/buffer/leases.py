@@ -69,12 +69,11 @@ class Leases:
                     connection.execute(insert(slices).values(**rest, state=GroupState.REQUESTED))
                 left -= stop - row.start
                 same = leases and leases[-1].ordinal == row.ordinal
-                lease = Lease(
+                leases.append(Lease(
                     lease_id=first + len(leases), epoch=row.epoch + 1, worker_id=worker_id, ordinal=row.ordinal,
                     start=row.start, stop=stop, prompt=leases[-1].prompt if same else decode(row.prompt, Prompt),
                     min_version=row.min_version, deadline=now + timeout_s,
-                )  # fmt: skip
-                leases.append(lease)
+                ))  # fmt: skip
             fields = {"state": GroupState.LEASED, "worker_id": worker_id, "deadline": now + timeout_s}
             _update_slices(connection, [_at(x) | fields | {"lease_id": x.lease_id, "epoch": x.epoch} for x in leases])
             counts = {"next_lease": first + len(leases), "expired_leases": meta.c.expired_leases + len(expired)}

@@ -110,8 +110,8 @@ def _watermark(connection: Connection) -> Watermark:
 def _move_versions(connection: Connection, watermark: Watermark, now: float) -> tuple[int, ...]:
     """Make `watermark.version` the newest live version; returns the versions that die."""
     known, place = _check(connection, watermark), position(connection)
-    newest = connection.execute(select(func.max(versions.c.version))).scalar_one()
-    if known is None and watermark.version > newest and watermark.step > place.step:  # a buffer behind it, or empty
+    ahead = watermark.version >= place.next_version and watermark.step > place.step
+    if known is None and ahead:  # a buffer behind the checkpoint, or empty
         connection.execute(insert(versions).values(version=watermark.version, step=watermark.step, published_at=now))
     else:
         expected = f"a live version of the buffer (newest: {place.version}); or move the buffer aside to start it empty"

@@ -18,7 +18,6 @@ PACKAGES = [
     "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "hydra-core", "omegaconf",
     "sqlalchemy", "msgspec", "pyarrow", "math-verify", "reasoning-gym", "datasets", "vllm", "wandb",
 ]  # fmt: skip
-GIT_DEADLINE_S = 10.0
 
 # Keys of secrets, after any prefix; eos_token and the like are none.
 _SECRET = re.compile(
@@ -43,7 +42,7 @@ def _git(*arguments: str) -> str | None:
     """Output of git on rlkit's own source folder; None where git or the repository is missing."""
     command = ["git", "-C", str(Path(rlkit.__file__).parent), *arguments]
     try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=GIT_DEADLINE_S).strip()
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=10.0).strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

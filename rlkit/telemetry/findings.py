@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 
 def findings(run: RunRecord) -> list[Finding]:
     """All findings, problems first, then good news, then notes."""
-    found = [*_progress(run), *_training(run), *(one for curve in run.averages for one in _evaluation(run, curve))]
+    found = [*_training(run), *(one for curve in run.averages for one in _evaluation(run, curve))]
     said = []
     for name, values in found:
         level, text, remedy = REPORT["findings"][name]
@@ -29,7 +29,7 @@ def findings(run: RunRecord) -> list[Finding]:
     return sorted(said, key=lambda finding: ("problem", "good", "note").index(finding.level))
 
 
-def _progress(run: RunRecord) -> Found:
+def _training(run: RunRecord) -> Found:
     planned = run.config.get("steps")
     if run.last_step == 0:
         yield "no_step", {}
@@ -43,22 +43,6 @@ def _progress(run: RunRecord) -> Found:
         yield "dropped", {"count": dropped}
     if broken := sorted({name for row in run.rows for name, value in row.metrics.items() if value is None}):
         yield "not_finite", {"names": ", ".join(broken)}
-
-
-def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
-    what, change = f"{curve.label} on {curve.set}", curve.change
-    if curve.before is None or curve.after is None:
-        yield "no_before" if curve.before is None else "no_after", {"what": what}
-    if change is not None and change.error is not None:
-        name = "noise" if not change.sure else "rose" if change.value > 0 else "fell"
-        yield name, {"what": what, "change": change.value, "size": abs(change.value), "error": change.error}
-    for name in ("truncated_frac", "unscored_frac"):
-        values = run.metric(f"eval/{curve.set}/{name}")[1]
-        if values and values[-1] > 0.05:
-            yield f"eval_{name}", {"share": f"{100 * values[-1]:.3g} %", "set": curve.set}
-
-
-def _training(run: RunRecord) -> Found:
     said = False
     for name, limit in REPORT["limits"].items():
         values = run.metric(name)[1][-WINDOW:]
@@ -78,3 +62,16 @@ def _training(run: RunRecord) -> Found:
         start, end, noise = fmean(head), fmean(tail), ((variance(head) + variance(tail)) / WINDOW) ** 0.5
         if end - start <= 2 * noise:
             yield "reward_fell" if end - start < -2 * noise else "reward_flat", {"start": start, "end": end}
+
+
+def _evaluation(run: RunRecord, curve: EvalCurve) -> Found:
+    what, change = f"{curve.label} on {curve.set}", curve.change
+    if curve.before is None or curve.after is None:
+        yield "no_before" if curve.before is None else "no_after", {"what": what}
+    if change is not None and change.error is not None:
+        name = "noise" if not change.sure else "rose" if change.value > 0 else "fell"
+        yield name, {"what": what, "change": change.value, "size": abs(change.value), "error": change.error}
+    for name in ("truncated_frac", "unscored_frac"):
+        values = run.metric(f"eval/{curve.set}/{name}")[1]
+        if values and values[-1] > 0.05:
+            yield f"eval_{name}", {"share": f"{100 * values[-1]:.3g} %", "set": curve.set}

@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
 WANDB: dict[str, Any] = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0, "console": "off"}
 WANDB |= {"x_save_requirements": False, **dict.fromkeys(QUIET, True)}
-OFF = {"wandb": "off", "tensorboard": "false"}  # extra -> value of its key that goes without it
 CLOCK = "run/seconds"
 TABLE = ("step", "prompt_id", "prompt", "completion", "reference", "answer", "score", "verdict", "finish_reason")
 TABLE_ROWS = 4  # of each verdict
@@ -74,7 +73,7 @@ def optional(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fix = f"pip install 'rlkit-rlvr[{extra}]', or set telemetry.{extra}={OFF[extra]}"
+        fix = f"pip install 'rlkit-rlvr[{extra}]', or set telemetry.{extra}={'off' if extra == 'wandb' else 'false'}"
         raise TelemetryError(f"{module} cannot be imported: {error}", key=f"telemetry.{extra}", fix=fix) from error
 
 
@@ -95,7 +94,7 @@ class WandbSink:
     def __init__(
         self, run_dir: Path, telemetry: TelemetryConfig, *, name: str, config: Mapping[str, Any], started: float
     ) -> None:
-        mode, project = telemetry.wandb, telemetry.wandb_project
+        mode, shown = telemetry.wandb, redact(config)  # it may leave the machine
         if mode == "offline":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # before the import: it tells its makers its own errors
         self._wandb = optional("wandb", "wandb")
@@ -104,10 +103,9 @@ class WandbSink:
         identity = run_dir / "wandb" / "rlkit_run_id"
         if not identity.exists():
             replace_file(identity, secrets.token_hex(4).encode())
-        shown = redact(dict(config))  # it may leave the machine
         try:
             self._run: Any = self._wandb.init(
-                project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
+                project=telemetry.wandb_project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
                 resume="allow" if mode == "online" else None, config=shown, settings=self._wandb.Settings(**WANDB),
             )  # fmt: skip
         except self._wandb.errors.Error as error:
