@@ -59,10 +59,8 @@ class Watermark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackReport:
-    """What `rollback` did with ordinals.
-
-    restored: go on as scored. requested_again: to be sampled again, for a dead version, missing scores or (corrupt) a
-    payload that is damaged or gone. removed: beyond the admission bound or no longer stored; to be requested again.
+    """What `rollback` did with ordinals. restored: go on as scored; requested_again: for a dead version, missing scores
+    or (corrupt) a payload that is damaged or gone; removed: not admitted or not stored now, to be requested again.
     """
 
     restored: tuple[int, ...]

@@ -123,8 +123,7 @@ def compare(variants: Sequence[Variant], metric: str, baseline: str) -> list[Com
     """One row a variant, best first."""
     last = {v.name: {seed: c.points[-1].value for seed, c in v.curves(metric).items()} for v in variants}
     if baseline not in last:
-        expected = f"one of {', '.join(last)}"
-        raise RlkitError("no such variant", key="--baseline", value=baseline, expected=expected)
+        raise RlkitError("no such variant", key="--baseline", value=baseline, expected=f"one of {', '.join(last)}")
     rows, base = [], last[baseline]
     for variant in variants:
         values = last[variant.name]

@@ -57,8 +57,7 @@ def plan(recipe: str, overrides: Sequence[str], config_dir: Path | None) -> tupl
         choices.append([f"{override.get_key_element()}={value}" for value in listed] or [text])
     swept = [values[0].partition("=")[0] for values in choices if len(values) > 1]
     if fixed := {"name", "output_dir", "resume"} & set(swept):
-        key = ", ".join(sorted(fixed))
-        raise ConfigError("a sweep has one folder", key=key, value="swept", expected="one value")
+        raise ConfigError("a sweep has one folder", key=", ".join(sorted(fixed)), value="swept", expected="one value")
     runs: dict[Path, Run] = {}
     for combination in itertools.product(*choices):
         config, _ = load(recipe, combination, config_dir=config_dir)

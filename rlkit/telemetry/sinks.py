@@ -94,7 +94,7 @@ class WandbSink:
     def __init__(
         self, run_dir: Path, telemetry: TelemetryConfig, *, name: str, config: Mapping[str, Any], started: float
     ) -> None:
-        mode, shown = telemetry.wandb, redact(config)  # it may leave the machine
+        mode, project, shown = telemetry.wandb, telemetry.wandb_project, redact(config)  # it may leave the machine
         if mode == "offline":
             os.environ["WANDB_ERROR_REPORTING"] = "false"  # before the import: it tells its makers its own errors
         self._wandb = optional("wandb", "wandb")
@@ -105,7 +105,7 @@ class WandbSink:
             replace_file(identity, secrets.token_hex(4).encode())
         try:
             self._run: Any = self._wandb.init(
-                project=telemetry.wandb_project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
+                project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
                 resume="allow" if mode == "online" else None, config=shown, settings=self._wandb.Settings(**WANDB),
             )  # fmt: skip
         except self._wandb.errors.Error as error:
