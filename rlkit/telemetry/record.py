@@ -28,8 +28,8 @@ class Row(NamedTuple):
 
     def line(self) -> bytes:
         """The row as a line of the file."""
-        fixed = {"step": self.step, "time": self.time, "seconds": self.seconds}
-        return msgspec.json.encode({**fixed, **self.metrics}) + b"\n"
+        record = {"step": self.step, "time": self.time, "seconds": self.seconds, **self.metrics}
+        return msgspec.json.encode(record) + b"\n"
 
 
 class Point(NamedTuple):
