@@ -38,7 +38,7 @@ class Run(NamedTuple):
     @property
     def finished(self) -> bool:
         """Whether its summary says that every planned step was trained; ConfigError if it was by another recipe."""
-        done = int(read_mapping(self.folder / "summary.json").get("steps", -1)) >= self.recipe["steps"]
+        done = int(read_mapping(self.folder / "summary.json").get("steps", -1)) >= int(self.recipe["steps"])
         before, now = leaves(read_mapping(self.folder / "config.yaml")), leaves(self.recipe)
         changed = [key for key in before.keys() | now.keys() if before.get(key) != now.get(key)]
         if done and (wrong := sorted(key for key in changed if key.split(".")[0] not in (*FREE, "steps"))):

@@ -157,6 +157,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return {}
     try:
         language = msgspec.json if path.suffix == ".json" else msgspec.yaml
-        return language.decode(path.read_bytes(), type=dict[str, Any])
+        return dict(language.decode(path.read_bytes(), type=dict[str, Any]))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise TelemetryError(f"not a readable mapping: {error}", key=path.name, value=path.parent.name) from error
