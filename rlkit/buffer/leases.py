@@ -13,7 +13,7 @@ from sqlalchemy import Connection, bindparam, func, insert, select, update
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import RecordFiles, check_rollout, decode, encode
 from rlkit.buffer.protocol import FencedError, Lease, at_least, require
-from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, position, slices, versions
+from rlkit.buffer.tables import IN_WORK, UNLEASED, UPDATE_GROUP, groups, meta, position, slices, versions
 from rlkit.types import GroupState, Prompt, Rollout, Verdict
 
 _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)
@@ -22,7 +22,6 @@ _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, Gr
 # statements of the busy verbs, built once: building one costs more than running it
 _SLICE = (slices.c.ordinal == bindparam("at_ordinal")) & (slices.c.start == bindparam("at_start"))
 _UPDATE_SLICE = update(slices).where(_SLICE)
-_UPDATE_GROUP = update(groups).where(groups.c.ordinal == bindparam("at_ordinal"))
 _HELD = select(slices).where(slices.c.lease_id.in_(bindparam("ids", expanding=True)))
 _LIVE = select(versions.c.version).where(versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True)))
 _WAITING = slices.c.state == GroupState.REQUESTED
@@ -196,4 +195,4 @@ def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], score
         state = next(x for x in _PRECEDENCE if x in found)
         oldest, when = (found[state], scored_at) if state == GroupState.SCORED else (None, None)
         updates.append({"at_ordinal": ordinal, "state": state, "oldest_version": oldest, "scored_at": when})
-    connection.execute(_UPDATE_GROUP, updates)
+    connection.execute(UPDATE_GROUP, updates)

@@ -18,7 +18,7 @@ from rlkit.buffer.leases import Leases
 from rlkit.buffer.payloads import RecordFiles, decode, encode
 from rlkit.buffer.protocol import BufferStats, GroupRequest, at_least, require
 from rlkit.buffer.recovery import Checkpoints
-from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, groups, meta, of, slices, versions
+from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, UPDATE_GROUP, groups, meta, of, slices, versions
 from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
@@ -85,7 +85,7 @@ class SqlBuffer(Leases, Checkpoints):
                 return None
             query = select(slices).where(slices.c.ordinal.in_([row.ordinal for row in rows]))
             parts = connection.execute(query.order_by(slices.c.ordinal, slices.c.start)).all()
-            taken = []
+            taken, updates = [], []
             for row, (ordinal, own) in zip(rows, groupby(parts, attrgetter("ordinal")), strict=True):
                 rollouts: list[Rollout] = []
                 verdicts: list[Verdict] = []
@@ -94,11 +94,12 @@ class SqlBuffer(Leases, Checkpoints):
                     verdicts += decode(part.verdicts, list[Verdict])
                 pairs = zip(rollouts, verdicts, strict=True)
                 known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")
-                connection.execute(of(groups, [ordinal]).values(state=GroupState.TAKEN, outcomes=known))
+                updates.append({"at_ordinal": ordinal, "state": GroupState.TAKEN, "outcomes": known})
                 taken.append(Group(
                     ordinal=ordinal, prompt=decode(row.prompt, Prompt), samples=row.samples,
                     rollouts=tuple(rollouts), verdicts=tuple(verdicts),
                 ))  # fmt: skip
+            connection.execute(UPDATE_GROUP, updates)
         return taken
 
     def drop(self, ordinals: Sequence[int], reason: str) -> None:

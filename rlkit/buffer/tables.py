@@ -75,6 +75,7 @@ slices = sa.Table(
 OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)  # before it is taken
 UNENDED = (*OPEN, GroupState.TAKEN)
 IN_WORK = (GroupState.LEASED, GroupState.GENERATED)  # of a slice that needs a living lease
+UPDATE_GROUP = sa.update(groups).where(groups.c.ordinal == sa.bindparam("at_ordinal"))  # built once: it is busy
 UNLEASED: dict[str, Any] = dict.fromkeys(x.name for x in slices.c if x.nullable)  # the epoch stays, the next is higher
 
 
