@@ -10,8 +10,7 @@ with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL seq
     ConstantLength         w_i = 1 / (B max_length)
     PromptMean             w_i = 1 / (G sum_{j of i's group} |o_j|),   G = number of groups with tokens
 
-Micro-batches and ranks just add their sums: the gradient depends neither on how sequences are split nor on the number
-of ranks. A fully masked sequence has weight 0 and is not in B; one whose advantage is 0 counts with its length.
+A fully masked sequence has weight 0 and is not in B; one whose advantage is 0 counts with its length.
 
 Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is TokenMean (Yu et
 al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025, arXiv 2503.20783).

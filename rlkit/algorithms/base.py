@@ -38,8 +38,7 @@ class Advantage(Protocol):
 
     minimum_group_size: ClassVar[int]
 
-    def __call__(self, inputs: AdvantageInputs) -> Tensor:
-        """Return [N] float64."""
+    def __call__(self, inputs: AdvantageInputs) -> Tensor: ...  # [N] float64
 
 
 class GroupFilter(Protocol):
@@ -77,8 +76,7 @@ class Loss(Protocol):
         proportional_to_advantage: a sequence with A = 0 has loss and gradient 0, so it need not be computed.
     """
 
-    def __call__(self, inputs: LossInputs) -> LossOutput:
-        """Return the loss of every token."""
+    def __call__(self, inputs: LossInputs) -> LossOutput: ...
 
 
 class GroupLoss(Protocol):

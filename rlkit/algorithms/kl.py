@@ -32,7 +32,6 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k2": lambda d, _: 0.5 * d.square(),
     "k3": lambda _, clamped: torch.expm1(clamped) - clamped,
 }
-NOISE_AS_LOSS = frozenset({"k1"})  # estimates whose gradient has expectation 0
 
 
 class KL(Protocol):
@@ -47,13 +46,12 @@ class KL(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NoKL:
-    """No penalty and no reference model."""
+    """No penalty and no reference model: zeros without gradient, no metrics."""
 
     needs_reference: ClassVar[bool] = False
     in_reward: ClassVar[bool] = False
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor) -> LossOutput:
-        """logprobs [n] -> zeros [n] without gradient, no metrics."""
         return LossOutput(per_token=torch.zeros_like(logprobs, requires_grad=False))
 
 
@@ -72,7 +70,7 @@ class KLPenalty(Checked):
 
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
-        if self.estimator in NOISE_AS_LOSS and self.coefficient > 0 and not self.in_reward:
+        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             problem = "as a loss, its expected gradient is 0"
             raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)

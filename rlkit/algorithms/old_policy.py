@@ -15,7 +15,6 @@ class RolloutAnchor:
     exact_only_at_lag_zero: ClassVar[bool] = False
 
     def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the behaviour log-probs, [T_i] each."""
         return list(behavior_logprobs)
 
 
@@ -32,5 +31,4 @@ class RecomputeAnchor:
     exact_only_at_lag_zero: ClassVar[bool] = True
 
     def __call__(self, behavior_logprobs: Sequence[Tensor], rescore: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return a no-grad forward of the current policy, [T_i] each."""
         return rescore()

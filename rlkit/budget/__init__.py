@@ -1,1 +1,0 @@
-"""Budgets: how many rollouts each prompt of a step gets."""

@@ -3,12 +3,8 @@
     maximise  sum_i Value(N_i, p_i)   subject to   sum_i N_i = total,   low <= N_i <= high
     Value(N, p) = (1 - p^N - q^N) p q^2,   q = 1 - p,   Value(0, p) = 0
 
-The first factor is the probability that a group of N has unequal scores at pass rate p, so that it has a gradient; the
-second is what such a group is worth, most at p = 1/3.
-
 Greedy is exact: the gain of one more rollout is Value(N + 1) - Value(N) = p^2 q^3 (p^(N-1) + q^(N-1)), which does not
-grow with N >= 1 (the second difference of -p^N is -p^N q^2 <= 0, that of -q^N is -q^N p^2 <= 0). A sum of functions
-concave in N_i is maximal where the total - M low largest of all M (high - low) gains are taken. At N = 0 concavity
+grow with N >= 1, and a sum of functions concave in N_i is maximal where the largest gains are taken. At N = 0 concavity
 ends, hence low >= 1.
 """
 
@@ -20,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rlkit.budget.base import History
+from rlkit.budget.uniform import History
 from rlkit.errors import ConfigError
 from rlkit.settings import Checked, number
 from rlkit.types import IntArray
@@ -34,19 +30,15 @@ def allocate(
 ) -> list[int]:
     """Rollouts of every prompt: `low` to `high` each, `total` in all; a pass rate of None has no history.
 
-    Effective prompts (0 < p < 1) start at `low`, as do solved (p = 1) and unsolved ones (p = 0), whose Value is 0;
-    prompts without history get the uniform share, total // M. What is left goes to the effective ones by greedy gains,
-    ties to the lower index: exact where all are effective. Beyond the paper's objective, as in its code:
-
-    They are served abundantly once they have, together, sum_i ceil(log(0.1) / log(max(p_i, q_i))) rollouts (each term
-    within [low, high]): about what a mixed group takes at confidence 0.9. The rest goes to the unsolved prompts in
+    Prompts without history get the uniform share, total // M, all others `low`. What is left goes to the effective ones
+    (0 < p < 1) by greedy gains, ties to the lower index: exact where all are effective. Beyond the paper's objective,
+    as in its code, they have enough with sum_i ceil(log(0.1) / log(max(p_i, q_i))) rollouts (each term within
+    [low, high]), about what a mixed group takes at confidence 0.9. The rest goes to the unsolved prompts (p = 0) in
     equal shares; where there are none, to the solved and the new ones; where all are effective, to them by greedy. What
     exceeds `high` there goes to the effective prompts, then to all others in equal shares.
 
     `costs`: expected tokens of a rollout of each prompt. Greedy then takes the largest gain / cost, an approximation:
-    the constraint still counts rollouts, so cheaper prompts are preferred and no token budget is kept.
-
-    M x (high - low) floats are held. ValueError: no such allocation, a rate outside [0, 1], a cost that is not > 0.
+    the constraint still counts rollouts. M x (high - low) floats are held. ValueError: no such allocation, a rate outside [0, 1], a cost that is not > 0.
     """
     count = len(pass_rates)
     if low < 1:
@@ -78,7 +70,7 @@ def allocate(
 def _greedy(p: Rates, cost: Rates, amount: int, low: int, high: int) -> IntArray:
     """How many of the `amount` largest gains over all prompts and N = low .. high - 1 are of each prompt, [M]."""
     step, column = np.arange(high - low), p[:, None]
-    # x^(N-1) by products: they do not grow with N, rounded or not
+    # x^(N-1) by products: they do not grow with N, rounded or not.
     one, other = (np.cumprod(np.where(step, x, x ** (low - 1)), axis=1) for x in (column, 1 - column))
     gains = (one + other) * (p**2 * (1 - p) ** 3 / cost)[:, None]
     amount = min(amount, gains.size)

@@ -1,1 +1,0 @@
-"""Evaluation: avg@k, unbiased pass@k and maj@k with standard errors."""

@@ -1,1 +1,0 @@
-"""The learner: forward, batching, updates, checkpoints, the training loop and the warm start."""

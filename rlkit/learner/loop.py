@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from rewards.pool import VerifierPool
 from rlkit.algorithms.base import Advantage, GroupFilter
-from rlkit.budget.base import Budget
+from rlkit.budget.uniform import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.data.prompts import PromptOrder, PromptSet

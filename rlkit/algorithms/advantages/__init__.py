@@ -1,1 +1,0 @@
-"""Advantages: scores of a step's samples -> one number a sequence. One method a file."""

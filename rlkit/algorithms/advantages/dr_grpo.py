@@ -2,8 +2,7 @@
 
     A_i = R_i - mean_g R
 
-Dividing by the group's deviation would weigh very easy and very hard prompts up. Paired with a constant denominator,
-`aggregation.ConstantLength`. With n samples, RLOO's leave-one-out advantage is n / (n - 1) times this one.
+Paired with a constant denominator, `aggregation.ConstantLength`. RLOO's advantage is n / (n - 1) times this one.
 """
 
 from dataclasses import dataclass

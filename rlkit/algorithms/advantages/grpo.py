@@ -3,7 +3,6 @@
     A_i = (R_i - mean_g R) / (std_g R + epsilon)
 
 over the samples of one prompt, with the unbiased standard deviation (n - 1). A group of equal scores has A = 0 exactly.
-Up to epsilon, no increasing affine map of a group's scores changes A: reward corrections of that kind are undone.
 """
 
 from dataclasses import dataclass

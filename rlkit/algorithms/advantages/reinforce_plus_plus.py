@@ -4,8 +4,8 @@
     x_i = R_i - mean_g R         REINFORCE++-baseline
     A_i = (x_i - m) / sqrt(v + epsilon)
 
-with mean m and unbiased variance v over all loss TOKENS of the step: a sequence of length l counts l times. The batch
-shares one scale, so prompts are not weighed by their difficulty. A step whose x are all equal has A = 0 exactly.
+with mean m and unbiased variance v over all loss TOKENS of the step: a sequence of length l counts l times. A step
+whose x are all equal has A = 0 exactly.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,17 @@ class BatchNormalizedAdvantage(Checked):
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         """scores [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
-        return whiten(inputs.scores, inputs.lengths, self.epsilon)
+        values, lengths = self.baselined(inputs), inputs.lengths
+        if not len(values) or bool((values == values[0]).all()):
+            return torch.zeros_like(values)
+        tokens = lengths.sum()
+        centred = values - (values * lengths).sum() / tokens
+        variance = (centred.square() * lengths).sum() / (tokens - 1).clamp_min(1)
+        return centred / (variance + self.epsilon).sqrt()
+
+    def baselined(self, inputs: AdvantageInputs) -> Tensor:
+        """x [N]."""
+        return inputs.scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +46,5 @@ class BatchNormalizedGroupBaselineAdvantage(BatchNormalizedAdvantage):
 
     minimum_group_size: ClassVar[int] = 2
 
-    def __call__(self, inputs: AdvantageInputs) -> Tensor:
-        """scores [N], group [N], lengths [N] -> advantages [N]; their mean over tokens is 0."""
-        return whiten(centred_scores(inputs)[0], inputs.lengths, self.epsilon)
-
-
-def whiten(values: Tensor, lengths: Tensor, epsilon: float) -> Tensor:
-    """(values - m) / sqrt(v + epsilon), [N]; m and v over tokens, `values[i]` counted `lengths[i]` times."""
-    if not len(values) or bool((values == values[0]).all()):
-        return torch.zeros_like(values)
-    tokens = lengths.sum()
-    centred = values - (values * lengths).sum() / tokens
-    variance = (centred.square() * lengths).sum() / (tokens - 1).clamp_min(1)
-    return centred / (variance + epsilon).sqrt()
+    def baselined(self, inputs: AdvantageInputs) -> Tensor:
+        return centred_scores(inputs)[0]

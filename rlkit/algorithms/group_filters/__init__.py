@@ -1,1 +1,0 @@
-"""Which scored groups a step is trained on. One method a file."""

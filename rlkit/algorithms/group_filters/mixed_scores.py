@@ -1,8 +1,4 @@
-"""DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2): only groups with unequal scores.
-
-A group of equal scores has advantage 0 under every group-relative method; the next prompt takes its place, so that
-every step has `prompts_per_step` groups with a gradient.
-"""
+"""DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2): only groups with unequal scores."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,0 @@
-"""Losses: log-probs, anchor and advantages -> loss of every token. One method a file."""

@@ -3,7 +3,7 @@
     w = sg[clip(r, 1 - clip_low, 1 + clip_high)],    L = -w A logprob
 
 with r = exp(logprob - old_logprob) and sg a stop-gradient: the weight is bounded, and every token keeps its gradient.
-In practice there is no lower bound (clip_low = 1) and a generous upper one, near 5 in ScaleRL (arXiv 2510.13786).
+The upper bound of 5 is ScaleRL's (arXiv 2510.13786).
 """
 
 from dataclasses import dataclass

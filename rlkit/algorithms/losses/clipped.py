@@ -3,11 +3,9 @@
     r = exp(logprob - old_logprob)
     L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
 
-Variants by setting, not by name:
-    clip-higher (DAPO, arXiv 2503.14476): clip_high > clip_low, 0.28 against 0.2.
-    dual clip (Ye et al. 2019, arXiv 1912.09729, eq. 5): A < 0: L = min(L, -dual_clip A); dual_clip is often 3 to 10.
-
-The log-ratio is clamped to [-20, 20] before exp: the loss stays finite, with gradient 0 beyond.
+Clip-higher (DAPO, arXiv 2503.14476) is clip_high > clip_low, 0.28 against 0.2. Dual clip (Ye et al. 2019, arXiv
+1912.09729, eq. 5): where A < 0, L = min(L, -dual_clip A); often 3 to 10. The log-ratio is clamped to [-20, 20]
+before exp: the loss stays finite, with gradient 0 beyond.
 """
 
 from dataclasses import dataclass

@@ -4,9 +4,8 @@
     s_it  = sg[s_i] exp(logprob_it - sg[logprob_it])
     L_it  = max(-s_it A_i, -clip(s_it, 1 - clip_low, 1 + clip_high) A_i)
 
-Every token has its sequence's ratio, the geometric mean over tokens, and is clipped or not together with it. The mean
-makes the ratio tighter by about |o_i|: the published bounds are 3e-4 and 4e-4, not 0.2. Pair it with
-SequenceMeanTokenMean, with which sum_t L_it / |o_i| is the paper's sequence loss.
+Every token has its sequence's ratio and is clipped or not together with it. With SequenceMeanTokenMean
+sum_t L_it / |o_i| is the paper's sequence loss. The mean makes the ratio tighter by about |o_i|, hence the bounds.
 """
 
 from dataclasses import dataclass

@@ -4,9 +4,8 @@
     L = -sg[w] A logprob            ImportanceWeightedLoss
     w = min(exp(sum_t (logprob_t - behavior_logprob_t)), max_weight)
 
-The first is the gradient of the expected reward for tokens of the current weights only. The second is so for samples of
-any policy mu in expectation, where max_weight is null; the variance of w grows exponentially with length, hence the
-cut, which biases towards mu.
+The first is the gradient of the expected reward for tokens of the current weights only, the second for samples of any
+policy mu, where max_weight is null; the variance of w grows exponentially with length, hence the cut.
 """
 
 import math

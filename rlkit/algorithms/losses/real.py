@@ -7,7 +7,6 @@
 over the P prompts of the update; the 1 is an anchor with logit 0. A group of one label has L_g = 0 and counts in P.
 Right: advantage > 0, which for binary rewards and a group-centred advantage is R = 1; of other rewards, what is above
 the group's mean. No clipping: |dL_g/ds_k| is 1 / tau times a share of a softmax, so below 1 / tau however far s goes.
-While s = 0 (the first update of a batch) it is (1 / tau) / (1 + right) and (1 / tau) / (1 + wrong).
 """
 
 from dataclasses import dataclass
