@@ -38,7 +38,9 @@ def allocate(
     exceeds `high` there goes to the effective prompts, then to all others in equal shares.
 
     `costs`: expected tokens of a rollout of each prompt. Greedy then takes the largest gain / cost, an approximation:
-    the constraint still counts rollouts. M x (high - low) floats are held. ValueError: no such allocation, a rate outside [0, 1], a cost that is not > 0.
+    the constraint still counts rollouts. M x (high - low) floats are held.
+
+    ValueError: no such allocation, a rate outside [0, 1], a cost that is not > 0.
     """
     count = len(pass_rates)
     if low < 1:

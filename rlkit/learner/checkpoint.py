@@ -7,8 +7,7 @@
         trainer/state.json                                  step, counters, watermark, other RNGs
         manifest.json                                       size and checksum of every file
 
-Written beside its place, flushed, and renamed: there whole or not at all. Loading compares every file with the
-manifest first. Nothing is pickled.
+Written beside its place, flushed, and renamed: there whole or not at all. Nothing is pickled.
 """
 
 import hashlib
@@ -53,21 +52,20 @@ class Checkpoint:
         """
         by_name, trainer = dict(learner.model.named_parameters()), self.path / "trainer"
         optimizer, rng = load_file(trainer / "optimizer.safetensors"), load_file(trainer / "rng.safetensors")
-        unknown = {key.split("/", 1)[1] for key in optimizer} ^ set(by_name)
-        if optimizer and unknown:
+        if optimizer and (unknown := {key.split("/", 1)[1] for key in optimizer} ^ set(by_name)):
             problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
             raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
         for key, tensor in optimizer.items():
             kind, name = key.split("/", 1)
-            # Step counters stay on the CPU in their own dtype, moments go where the parameter is.
-            place = tensor if tensor.ndim == 0 else tensor.to(by_name[name].device)
-            learner.optimizer.state[by_name[name]][kind] = place.clone()
+            # Step counters stay on the CPU, moments go where the parameter is.
+            place = "cpu" if tensor.ndim == 0 else by_name[name].device
+            learner.optimizer.state[by_name[name]][kind] = tensor.to(place, copy=True)
         learner.optimizer_steps = self.optimizer_steps
         # Global generators are for users' components; sampling itself is keyed, not drawn.
         (version, internal, gauss), numpy_state = json.loads((trainer / "state.json").read_text())["rng"]
         torch.set_rng_state(rng["cpu"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([t for name, t in sorted(rng.items()) if name.startswith("cuda")])
+        for device in range(torch.cuda.device_count()):  # there may be more of them, or fewer, than there were
+            torch.cuda.set_rng_state(rng.get(f"cuda{device}", torch.cuda.get_rng_state(device)), device)
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(tuple(numpy_state))
 
@@ -89,10 +87,7 @@ def _flush(path: Path) -> None:
 def save(
     folder: Path, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Mapping[str, Any], *, keep: int
 ) -> None:
-    """Write <folder>/step_N atomically and remove all but the newest `keep`.
-
-    `progress` has the step, the seconds so far, the buffer's watermark (None for a warm start), the advantage's state.
-    """
+    """Write <folder>/step_N atomically and remove all but the newest `keep`; `progress`: fields of a Checkpoint."""
     final, draft = (folder / name.format(progress["step"]) for name in ("step_{}", ".step_{}.tmp"))
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step_*.tmp"):
@@ -102,9 +97,7 @@ def save(
         trainer.mkdir(parents=True)
         learner.model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
-        rng = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        rng = {f"cuda{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
         state = {**progress, "optimizer_steps": learner.optimizer_steps}
         raw = {"state": state, "rng": [random.getstate(), np.random.get_state(legacy=True)]}
         moments = {  # "exp_avg/<parameter>"; tied parameters once
@@ -113,7 +106,7 @@ def save(
             for key, value in learner.optimizer.state.get(parameter, {}).items()
         }
         save_file(moments, trainer / "optimizer.safetensors")
-        save_file(rng, trainer / "rng.safetensors")
+        save_file(rng | {"cpu": torch.get_rng_state()}, trainer / "rng.safetensors")
         (trainer / "state.json").write_text(json.dumps(raw, default=np.ndarray.tolist))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(draft)): [p.stat().st_size, checksum(p)] for p in files}
@@ -126,9 +119,8 @@ def save(
         draft.rename(final)
         _flush(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    finally:
         shutil.rmtree(draft, ignore_errors=True)
-        raise
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step_{old}")
 
@@ -141,9 +133,9 @@ def steps(folder: Path) -> list[int]:
 
 def verify(path: Path) -> None:
     """Compare every file with the manifest; CheckpointError names what is wrong and what to do."""
-    others = [f"step_{s}" for s in steps(path.parent) if f"step_{s}" != path.name]
     fix = "start again with resume=never (the run folder is moved aside, not deleted)"
-    fix = f"delete {path} to go on from {path.with_name(others[-1])}" if others else fix
+    if others := [f"step_{s}" for s in steps(path.parent) if f"step_{s}" != path.name]:
+        fix = f"delete {path} to go on from {path.with_name(others[-1])}"
     wrong = partial(CheckpointError, key="checkpoint", value=str(path), fix=fix)
     try:
         manifest = {name: (size, digest) for name, (size, digest) in json.loads((path / MANIFEST).read_text()).items()}
@@ -153,9 +145,8 @@ def verify(path: Path) -> None:
     for name, (written, digest) in manifest.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
         if size != written or checksum(path / name) != digest:
-            problem = (
-                f"{name} is corrupt ({'missing' if size is None else f'{size} bytes'}, {written} bytes were written)"
-            )
+            found = "missing" if size is None else f"{size} bytes"
+            problem = f"{name} is corrupt ({found}, {written} bytes were written)"
             raise wrong(problem, expected=f"the checksum in {MANIFEST}")
 
 

@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)  # fmt: skip
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkit.config.schema import ModelConfig
 from rlkit.errors import ConfigError, nearest
@@ -68,9 +60,8 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
     inner.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokens.index("<bos>"))]
     )
-    made: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=inner, clean_up_tokenization_spaces=False, **_SPECIAL
-    )
+    fast: Any = transformers.PreTrainedTokenizerFast
+    made: PreTrainedTokenizerBase = fast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **_SPECIAL)
     return made
 
 
@@ -166,14 +157,14 @@ def _new_model(
 
 def _check_architecture(architecture: dict[str, Any]) -> None:
     model_type, type_key = architecture.get("model_type"), "model.architecture.model_type"
-    if model_type not in CONFIG_MAPPING:
-        problem = f"transformers has no such model type.{nearest(str(model_type), CONFIG_MAPPING)}"
+    types = transformers.CONFIG_MAPPING
+    if model_type not in types:
+        problem = f"transformers has no such model type.{nearest(str(model_type), types)}"
         raise ConfigError(problem, key=type_key, value=model_type, expected="a model type, e.g. qwen3 or llama")
-    kind = CONFIG_MAPPING[str(model_type)]
+    kind = types[str(model_type)]
     known = {"model_type", *kind.__dataclass_fields__, *kind.attribute_map}
     if "vocab_size" not in known:
-        problem = "it is not a plain language model: its config has no vocab_size"
-        raise ConfigError(problem, key=type_key, value=model_type)
+        raise ConfigError("not a plain language model: its config has no vocab_size", key=type_key, value=model_type)
     for name, value in architecture.items():
         refused = partial(ConfigError, key=f"model.architecture.{name}", value=value)
         if name in _FROM_TOKENIZER:
@@ -186,7 +177,7 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
             raise refused("importance ratios need dropout off", fix="set it to 0")
 
 
-def _disable_dropout(settings: PreTrainedConfig) -> None:
+def _disable_dropout(settings: transformers.PreTrainedConfig) -> None:
     """Set every dropout probability of a config to 0, whatever the architecture calls it."""
     for name, value in vars(settings).items():
         if name.endswith(("dropout", "_pdrop")) and isinstance(value, int | float) and value:

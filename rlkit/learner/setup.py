@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import filelock
 import torch
@@ -34,6 +35,7 @@ from rlkit.types import Prompt, SamplingParams
 
 REPEAT_S = 0.5  # a second signal within this is the first one again, and not a wish to leave at once
 RANK_TIMEOUT = timedelta(hours=2)  # for ranks that wait for the slowest one's samples, or for rank 0's scores
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,10 @@ class Session:
         if learner.device == "cuda" and not on_gpu:
             problem, fix = "no CUDA device is visible", "set learner.device=auto"
             raise ConfigError(problem, key="learner.device", value="cuda", fix=fix)
-        if not on_gpu:
-            _keep_freed_memory()
+        # glibc's malloc, where it is one, would give every large tensor's memory back and fault it in again.
+        if not on_gpu and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+            mallopt(M_MMAP_THRESHOLD, 2**26)
+            mallopt(M_TRIM_THRESHOLD, 2**30)
         precision = learner.mixed_precision
         if precision == "auto":
             precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
@@ -84,9 +88,9 @@ class Session:
 
     def policy(self, source: ModelConfig, seed: int, temperature: float) -> Policy:
         """A model in the recipe's dtype, on the CPU, with the log-prob head; `seed` is that of weights made new."""
-        dtype, chunk = resolve_dtype(self.config.model.dtype, self.accelerator.device), self.config.learner
+        dtype = resolve_dtype(self.config.model.dtype, self.accelerator.device)
         model = load_model(source, self.tokenizer, dtype, seed)
-        return Policy(model, temperature=temperature, chunk_logits=chunk.logprob_chunk_logits)
+        return Policy(model, temperature=temperature, chunk_logits=self.config.learner.logprob_chunk_logits)
 
     def learner(self, source: ModelConfig, start: ModelConfig) -> Learner:
         """The learner of the weights `source`; a reference model, where the KL needs one, from `start`."""
@@ -96,25 +100,24 @@ class Session:
             old_policy=self.component("old_policy"), likelihood=self.component("reward.likelihood"),
             entropy_coefficient=config.algorithm.entropy_coefficient,
         )  # fmt: skip
-        policy, reference = self.policy(source, config.seed, config.rollout.temperature), None
-        if objective.kl.needs_reference:
-            reference = self.policy(start, config.seed, config.rollout.temperature).requires_grad_(False)
-            reference.to(self.accelerator.device)
+        made = partial(self.policy, seed=config.seed, temperature=config.rollout.temperature)
+        policy, reference = made(source), made(start) if objective.kl.needs_reference else None
+        if reference is not None:
+            reference.requires_grad_(False).to(self.accelerator.device)
         return Learner(policy, reference, objective, config.learner, self.accelerator, config.steps)
 
     def engine(self, model: PreTrainedModel) -> Engine:
         """The recipe's inference engine, on the weights of `model`."""
-        given = model, self.tokenizer, self.check_stop, self.accelerator.process_index
-        engine: Engine = self.component("rollout.engine").open(*given)
-        return engine
+        settings, rank = self.component("rollout.engine"), self.accelerator.process_index
+        return cast(Engine, settings.open(model, self.tokenizer, self.check_stop, rank))
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:
         """Sampling with the recipe's limits and stops."""
-        length, stop = self.config.rollout.max_completion_tokens, (int(self.tokenizer.eos_token_id),)
-        strings = tuple(self.config.rollout.stop)
+        rollout, end = self.config.rollout, int(self.tokenizer.eos_token_id)
         return SamplingParams(
-            temperature=temperature, max_tokens=length, seed=seed, stop_token_ids=stop, stop_strings=strings
-        )
+            temperature=temperature, seed=seed, max_tokens=rollout.max_completion_tokens,
+            stop_token_ids=(end,), stop_strings=tuple(rollout.stop),
+        )  # fmt: skip
 
     def prompt_sets(self) -> tuple[PromptSet, dict[str, PromptSet]]:
         """Training prompts and held-out sets. A reward without `needs_reference = False` or a likelihood needs one."""
@@ -125,19 +128,10 @@ class Session:
         return load_prompts(data.train, self.tokenizer, "data.train", needed), held_out
 
 
-def _keep_freed_memory() -> None:
-    """Tell glibc's malloc, where it is one, not to give every large tensor's memory back and fault it in again."""
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(m_mmap_threshold, 2**26)
-        mallopt(m_trim_threshold, 2**30)
-
-
 def interruptible(body: Callable[[Callable[[], None]], None]) -> int:
     """Run `body(check_stop)`; return 0, or 128 + signal number after SIGINT or SIGTERM, as a shell reports it.
 
-    The first signal is acted on at the next safe point, where `check_stop` raises Interrupted: between stretches of
-    generation, before a step's first update, between evaluation batches. A second signal is acted on at once.
+    The first signal is acted on at the next safe point, where `check_stop` raises Interrupted, a second one at once.
     """
     received: list[tuple[signal.Signals, float]] = []  # with the time
 
@@ -206,11 +200,9 @@ def open_pool(reward: RewardConfig) -> contextlib.AbstractContextManager[Verifie
     return VerifierPool(reward.rewards, reward.workers, reward.timeout_s, batch_size=size, sandbox=sandbox)
 
 
-async def preflight(pool: VerifierPool | None, prompts: tuple[Prompt, ...], count: int = 8) -> None:
-    """Score the reference answers of the first prompts; ConfigError for a NaN, or where none of them gets a score."""
-    if pool is None:
-        return
-    samples = [Sample(p.text, p.reference or "", p.reference, p.metadata, "stop", 1) for p in prompts[:count]]
+async def preflight(pool: VerifierPool, prompts: Sequence[Prompt]) -> None:
+    """Score the prompts' reference answers; ConfigError for a NaN, or where none of them gets a score."""
+    samples = [Sample(p.text, p.reference or "", p.reference, p.metadata, "stop", 1) for p in prompts]
     scores = await pool.score(samples)
     reasons = [s.reason or "no reason given" for s in scores if s.score is None]
     not_a_number = [r for r in reasons if "NaN from reward" in r]

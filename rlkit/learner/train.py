@@ -75,8 +75,8 @@ def _lead(session: Session, folder: Path) -> None:
         scorer.check(sets)
     _begin(folder, previous, sets)
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(open_pool(config.reward))
-        asyncio.run(preflight(pool, train.prompts))
+        if pool := stack.enter_context(open_pool(config.reward)):
+            asyncio.run(preflight(pool, train.prompts[:8]))
         if session.accelerator.num_processes > 1:
             broadcast_object_list([str(previous.path) if previous else None], from_process=0)
         learner = _open_learner(session, previous)

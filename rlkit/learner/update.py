@@ -14,12 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlkit.algorithms.base import Aggregation, GroupLoss, Loss, LossInputs, OldPolicy, group_sum
 from rlkit.algorithms.kl import KL
@@ -51,7 +50,6 @@ def learning_rate(step: int, config: LearnerConfig, total_steps: int) -> float:
     """Learning rate at optimiser step `step` (0-based).
 
     Linear up to the peak over `warmup_steps`; then constant, or linear or half-cosine down to 0 at `total_steps`.
-    Example: peak 1, warmup_steps=2, total_steps=4, linear: 0.5, 1.0, 1.0, 0.5.
     """
     warmup = config.warmup_steps
     if step < warmup:
@@ -59,18 +57,6 @@ def learning_rate(step: int, config: LearnerConfig, total_steps: int) -> float:
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     shares = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
     return config.learning_rate * shares[config.schedule]
-
-
-def make_optimizer(model: nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; norms, biases and other vectors are not decayed."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    # `Learner.step` sets the learning rate before every update.
-    betas: Any = config.betas
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.epsilon, fused=True)
 
 
 class Meter:
@@ -92,7 +78,6 @@ class Meter:
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and maxima over all ranks; every rank must hold the same names."""
-
         names, peaks = sorted(self.sums), sorted(self.maxima)
         table = partial(torch.tensor, dtype=torch.float64, device=accelerator.device)
         totals = accelerator.reduce(table([self.sums[n] for n in names]), "sum").tolist()
@@ -116,7 +101,11 @@ class Learner:
     def __post_init__(self) -> None:
         self.model = self.policy.model
         self.share_prompts = self.policy.can_share_prompts
-        optimizer = make_optimizer(self.policy, self.config)
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        decayed = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.config.weight_decay}
+        others = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}  # norms, biases
+        groups, betas = [x for x in (decayed, others) if x["params"]], cast(tuple[float, float], self.config.betas)
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.config.epsilon, fused=True)  # lr: see `step`
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
         alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
         alone = alone and not getattr(self.objective.likelihood, "answer_gradient", False)
@@ -155,8 +144,8 @@ class Learner:
         aggregation: Any = self.objective.aggregation
         group = [torch.tensor([sequences[i].group for i in indices])]
         with calling(aggregation, "algorithm.aggregation"):
-            weights = aggregation(lengths, *group if getattr(aggregation, "needs_groups", False) else ()).tolist()
-        return dict(zip(indices, weights, strict=True))
+            weights = aggregation(lengths, *group if getattr(aggregation, "needs_groups", False) else ())
+            return dict(zip(indices, weights.tolist(), strict=True))
 
     def microbatches(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> list[MicroBatch]:
         """This rank's part of an update on sequences[indices].
@@ -183,13 +172,12 @@ class Learner:
     def anchored(self, parts: list[list[MicroBatch]]) -> list[list[MicroBatch]]:
         """The updates' micro-batches with the anchor's log-probs, unless those equal the current ones."""
         anchor = self.objective.old_policy
-        done = parts[:1] if anchor.uses_current_weights else []
-        parts = parts[len(done) :]
-        everything = [micro for part in parts for micro in part]
-        behavior = [one for micro in everything for one in micro.behavior_logprobs.split(micro.counts)]
-        old = iter(anchor(behavior, lambda: [one for micro in everything for one in self._rescore(micro)]))
-        later = [[replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in part] for part in parts]
-        return done + later
+        done = int(anchor.uses_current_weights)
+        later = [micro for part in parts[done:] for micro in part]
+        behavior = [one for micro in later for one in micro.behavior_logprobs.split(micro.counts)]
+        old = iter(anchor(behavior, lambda: [one for micro in later for one in self._rescore(micro)]))
+        given = [[replace(m, old_logprobs=torch.cat([next(old) for _ in m.counts])) for m in x] for x in parts[done:]]
+        return parts[:done] + given
 
     def with_slopes(
         self, part: list[MicroBatch], sequences: Sequence[TrainingSequence], indices: Sequence[int], meter: Meter
@@ -204,19 +192,16 @@ class Learner:
         for micro in part:
             if micro.old_logprobs is None:
                 continue  # the current ones: s = 0
-            old = micro.old_logprobs.double().split(micro.counts)
-            drift = [a.double() - b for a, b in zip(self._rescore(micro), old, strict=True)]
+            drift = torch.cat(self._rescore(micro)).double() - micro.old_logprobs.double()
             if micro.counted:
-                scores[micro.indices] = torch.stack([d.mean() for d in drift])
-            values = torch.cat(drift) if micro.counted else torch.zeros(0)
-            meter.add("policy/kl_old", values.expm1() - values)
-        scores = self.accelerator.reduce(scores.to(self.accelerator.device), "sum").cpu()[indices].requires_grad_()
+                scores[micro.indices] = torch.stack([d.mean() for d in drift.split(micro.counts)])
+            meter.add("policy/kl_old", (drift.expm1() - drift)[: len(drift) if micro.counted else 0])
+        scores = self.accelerator.reduce(scores.to(self.accelerator.device), "sum").cpu().requires_grad_()
         group = torch.tensor([sequences[i].group for i in indices]).unique(return_inverse=True)[1]
+        advantages = torch.tensor([sequences[i].advantage for i in indices], dtype=torch.float64)
         with calling(self.group_loss, "algorithm.loss"):
-            advantages = torch.tensor([sequences[i].advantage for i in indices], dtype=torch.float64)
-            loss = self.group_loss(scores, advantages, group)
-            slopes = torch.zeros(len(sequences), dtype=torch.float64)
-            slopes[indices] = torch.autograd.grad(loss, scores)[0]
+            loss = self.group_loss(scores[indices], advantages, group)
+            slopes = torch.autograd.grad(loss, scores)[0]
         meter.add("policy/loss", loss.detach().reshape(1))
         meter.maximum("policy/sequence_slope/max", slopes.abs() * (group.max() + 1))
         negated = [-slopes[m.indices] / torch.tensor(m.counts) for m in part]
@@ -233,7 +218,7 @@ class Learner:
         if self.reference is None or not kl.in_reward:
             return torch.zeros(count, dtype=torch.float64), {}
         reference = torch.cat(self.reference.score(sequences, self.config.max_tokens_per_microbatch))
-        behavior = torch.from_numpy(np.concatenate([s.behavior_logprobs[s.loss_mask] for s in sequences]))
+        behavior = torch.cat([torch.from_numpy(s.behavior_logprobs[s.loss_mask]) for s in sequences])
         with calling(kl, "algorithm.kl"):
             out = kl(behavior.to(reference), reference)
         owner = torch.arange(count).repeat_interleave(torch.tensor([s.loss_tokens for s in sequences]))
@@ -267,8 +252,7 @@ class Learner:
             found, name = tuple(out.per_token.shape), type(self.token_loss).__name__
             problem, expected = "the loss must give one number a token", f"{name}: shape {tuple(logprobs.shape)}"
             raise TrainingError(problem, key="algorithm.loss", value=found, expected=expected)
-        objective = out.per_token
-        observed = dict(out.metrics) | {"policy/entropy": entropy.detach()}
+        objective, observed = out.per_token, dict(out.metrics) | {"policy/entropy": entropy.detach()}
         if self.group_loss is None:
             observed["policy/loss"] = objective.detach()
         if entropy_coefficient:
@@ -295,16 +279,14 @@ class Learner:
 
     def _answer_rewards(self, micro: MicroBatch, inputs: LossInputs, answers: Tensor) -> Tensor:
         """sum_i w_i share_i R_i(theta) over answers with log-probs `answers` [m]; times pi(z) / mu(z) off-policy."""
-        likelihood, total = self.objective.likelihood, answers.sum() * 0
+        likelihood, nothing = self.objective.likelihood, answers.sum() * 0
         if likelihood is None or not len(answers):
-            return total
+            return nothing
         weights = answers.new_tensor(micro.answer_weights)
         if not getattr(self.objective.loss, "needs_fresh_samples", False):
             weights = weights * sequence_weights(inputs, likelihood.max_importance_weight)
-        for own, weight in zip(answers.split(micro.answer_counts), weights, strict=True):
-            if len(own):
-                total = total + weight * likelihood.reward(own)
-        return total
+        parts = zip(answers.split(micro.answer_counts), weights, strict=True)
+        return sum((weight * likelihood.reward(own) for own, weight in parts if len(own)), nothing)
 
     def _apply(self) -> float:
         limit = self.config.max_grad_norm or float("inf")
