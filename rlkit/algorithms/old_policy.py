@@ -22,9 +22,8 @@ class RolloutAnchor:
 class RecomputeAnchor:
     """The learner's weights before the batch's first update.
 
-    Exact when every token was sampled by those weights (lag 0): then the ratio holds staleness only and the engine
-    mismatch is seen apart. At lag > 0 it is a *proximal* anchor (AReaL's decoupled PPO): the ratio starts at 1 whatever
-    the tokens' age, so that clipping is silently off unless importance weights correct for it. Hence refused there.
+    Exact when every token was sampled by those weights (lag 0). At lag > 0 it is a *proximal* anchor (AReaL's decoupled
+    PPO): the ratio starts at 1 whatever the tokens' age, so that clipping is silently off. Hence refused there.
     """
 
     uses_current_weights: ClassVar[bool] = True

@@ -1,7 +1,7 @@
-"""avg@k, pass@k and maj@k of a held-out set, with standard errors over prompts.
+"""avg@k, pass@k and maj@k of a held-out set, with standard errors.
 
-Prompts are the units of replication: samples of one prompt are not independent evidence about the
-set, so a standard error is the standard deviation of the prompts' values (n - 1) / sqrt(prompts).
+Samples of one prompt are not independent evidence about the set: a standard error is the standard deviation (n - 1) of
+the prompts' values over the root of their number.
 """
 
 from collections import Counter
@@ -32,8 +32,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def majority_score(verdicts: Sequence[Verdict], score: Sequence[float]) -> float:
     """Score of the most frequent extracted answer; the mean over answers where several tie.
 
-    Samples without an answer do not vote; with no vote at all the score is 0: a policy that never
-    answers is wrong, and it was judged. Samples of one answer share their mean score.
+    Samples without an answer do not vote; with no vote the score is 0: a policy that never answers is wrong.
     """
     votes = Counter(v.answer for v in verdicts if v.answer is not None)
     winners = [answer for answer, count in votes.items() if count == max(votes.values())]
@@ -46,13 +45,11 @@ def summarise(
 ) -> dict[str, tuple[float, float]]:
     """{"avg@k", "pass@1", "pass@2", ..., "pass@k", "maj@k"} over the prompts of a set, each with its standard error.
 
-    A score is the named part or the total. Unscored samples are left out; a prompt that lost samples
-    counts with the rest in avg@k, but only whole prompts count in pass@j and maj@k, whose value
-    depends on the number of samples. "Correct" is a score of at least `correct_at`, up to rounding.
+    A score is the named part or the total. Unscored samples are left out; a prompt that lost samples counts with the
+    rest in avg@k only: the others depend on the number of samples. "Correct": at least `correct_at`, up to rounding.
     """
     ks = sorted({2**j for j in range(samples.bit_length())} | {samples})
-    names = (f"avg@{samples}", *(f"pass@{k}" for k in ks), f"maj@{samples}")
-    values: dict[str, list[float]] = {name: [] for name in names}
+    values: dict[str, list[float]] = {f"avg@{samples}": [], **{f"pass@{k}": [] for k in ks}, f"maj@{samples}": []}
     for verdicts in verdicts_by_prompt:
         scored = [v for v in verdicts if v.score is not None]
         raw = [v.score if part is None else v.parts.get(part) for v in scored]

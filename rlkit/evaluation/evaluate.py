@@ -26,24 +26,20 @@ async def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """Draw `config.samples` completions of every prompt, score them and summarise.
 
-    Returns eval/<name>/<estimate>, eval/<name>/<estimate>_se, and lengths and shares of the set; figures of verifiers
-    only if there are any, of the references' likelihood only with `likelihood`.
-    Draws are keyed by (sampling.seed, position in the set, sample): two checkpoints see the same
-    random numbers, so that their difference has less noise.
+    Returns eval/<name>/<estimate>, eval/<name>/<estimate>_se, and lengths and shares of the set. Draws are keyed by
+    (sampling.seed, position in the set, sample): the difference of two checkpoints has less noise.
     """
     k = config.samples
-    rollouts: list[Rollout] = []
-    verdicts: list[Verdict] = []
+    rollouts, verdicts = list[Rollout](), list[Verdict]()
     stride = max(1, config.batch_samples // k)
     for start in range(0, len(prompts), stride):
         done = await sample(engine, prompts[start : start + stride], k, sampling, first=start)
         verdicts += await score_rollouts(pool, [prompts[r.ordinal] for r in done], done)
         rollouts += done
-    found: dict[str, tuple[float, float]] = {}
-    out = {}
+    found, out = dict[str, tuple[float, float]](), dict[str, float]()
     if pool is not None:
         by_prompt = [verdicts[i : i + k] for i in range(0, len(verdicts), k)]
-        found = summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part)
+        found |= summarise(by_prompt, samples=k, correct_at=config.correct_at, part=config.part)
         if not pool.extracts_answers:
             del found[f"maj@{k}"]  # there is nothing to vote on, which is not a score of 0
     if likelihood is not None:
@@ -59,14 +55,12 @@ async def evaluate(
 
 def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -> int:
     """`rlkit eval`: print one JSON object, the metrics of every held-out set at a checkpoint or the recipe's model."""
-    settings, source = config.evaluation, config.model
+    settings, source, expected = config.evaluation, config.model, "a folder checkpoints/step_N"
     if not config.data.eval:
-        problem, expected = "this recipe has no held-out set", "at least one named set"
-        raise ConfigError(problem, key="data.eval", value={}, expected=expected)
+        raise ConfigError("this recipe has no held-out set", key="data.eval", value={}, expected="at least one named set")
     if checkpoint is not None:
         if not checkpoint.is_dir():
-            problem, expected = "no such checkpoint", "a folder checkpoints/step_N"
-            raise CheckpointError(problem, key="--checkpoint", value=str(checkpoint), expected=expected)
+            raise CheckpointError("no such checkpoint", key="--checkpoint", value=str(checkpoint), expected=expected)
         if (checkpoint / checkpoints.MANIFEST).exists():
             checkpoints.verify(checkpoint)
         source = model_at(config.model, checkpoint)

@@ -7,10 +7,11 @@ the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a pla
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -78,18 +79,7 @@ class TrainingSequence:
         return int(self.loss_mask.sum())
 
 
-@dataclass(frozen=True, slots=True)
-class Movable:
-    """A dataclass whose tensors go to a device together."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Movable)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedPrompts(Movable):
+class SharedPrompts(NamedTuple):
     """Prompts that are computed once for all completions of a micro-batch that begin with them."""
 
     input_ids: Tensor  # [P, Q] right padded
@@ -98,7 +88,7 @@ class SharedPrompts(Movable):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MicroBatch(Movable):
+class MicroBatch:
     """One forward pass over some sequences; n = their loss tokens, end to end, m = those of their answers behind them.
 
     Example: two sequences, prompts [7 8] and [9], completions [1 2] and [3], all in the loss:
@@ -123,6 +113,11 @@ class MicroBatch(Movable):
     answer_weights: list[float]  # [B] of every answer's reward in the update's loss
     old_logprobs: Tensor | None = None  # [n]; None: equal to the current ones
     counted: bool = True  # False: filler for a rank with no work left; its loss is multiplied by 0
+
+    def to(self, device: torch.device) -> Self:
+        """The same with all tensors on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **send_to_device(values, device))
 
 
 def padded_tokens(rows: int, prompts: int, prompt_width: int, rest: int, longest: int) -> tuple[int, bool]:
@@ -151,15 +146,13 @@ def plan_microbatches(
     for (prompt, _), length in zip(shared, rest, strict=True):
         longest[prompt] = max(length, longest.get(prompt, 0))
     number = {prompt: n for n, prompt in enumerate(longest)}
-    by_length = sorted(range(len(lengths)), key=lambda i: (-rest[i], i))
+    by_length = sorted(range(len(lengths)), key=lambda i: -rest[i])
     by_prompt = sorted(by_length, key=lambda i: (-longest[shared[i][0]], number[shared[i][0]]))
 
     def cut(order: list[int], budget: int) -> tuple[int, list[list[int]]]:
         """Padded tokens and micro-batches."""
-        plan: list[list[int]] = []
-        sizes: list[int] = []
-        seen: set[Hashable] = set()
-        width = prompt_width = whole = 0
+        plan, sizes = list[list[int]](), list[int]()
+        seen, width, prompt_width, whole = set[Hashable](), 0, 0, 0
         for i in order:
             prompt, tokens = shared[i]
             width, prompt_width, whole = max(width, rest[i]), max(prompt_width, tokens), max(whole, lengths[i])
@@ -204,18 +197,17 @@ def collate(
     """
     chosen = [sequences[i] for i in indices]
     counts = [s.loss_tokens for s in chosen]
-    distinct = {s.prompt_token_ids.tobytes(): s.prompt_token_ids for s in chosen}
+    distinct = {s.prompt_key: s.prompt_token_ids for s in chosen}
     prompt_width, rest = max(map(len, distinct.values())), max(len(s.token_ids) for s in chosen)
     longest = max(s.total_tokens for s in chosen)
     prompts = None
     if share_prompts and padded_tokens(len(chosen), len(distinct), prompt_width, rest, longest)[1]:
         place = {key: row for row, key in enumerate(distinct)}
-        owner = torch.tensor([place[s.prompt_token_ids.tobytes()] for s in chosen])
+        owner = torch.tensor([place[s.prompt_key] for s in chosen])
         ids = pad_sequence([torch.from_numpy(p) for p in distinct.values()], batch_first=True)
         lengths = torch.tensor([len(s.prompt_token_ids) for s in chosen])[:, None]
         columns = torch.arange(prompt_width + rest - 1)
-        mask = ((columns < lengths) | (columns >= prompt_width)).long()
-        prompts = SharedPrompts(input_ids=ids, owner=owner, mask=mask)
+        prompts = SharedPrompts(ids, owner, mask=((columns < lengths) | (columns >= prompt_width)).long())
         input_ids = pad_sequence([torch.from_numpy(s.token_ids[:-1]) for s in chosen], batch_first=True)
         position_ids = lengths + torch.arange(rest - 1)
     else:
@@ -255,9 +247,6 @@ def collate(
 
 
 def split_groups(group: Sequence[int], updates: int) -> list[list[int]]:
-    """Split sequences into `updates` lists by whole groups, in order; sizes differ by one group at most.
-
-    `group` gives each sequence's group. Fewer groups than updates: fewer lists.
-    """
+    """Split sequences (their groups are given) into `updates` lists by whole groups, in order; or into fewer of them."""
     parts = np.array_split(np.array(list(dict.fromkeys(group))), updates)
     return [[i for i, g in enumerate(group) if g in part] for part in parts if len(part)]

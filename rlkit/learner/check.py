@@ -63,10 +63,10 @@ def batch_table(config: Config) -> list[Row]:
 
 
 def estimate(config: Config) -> list[Row]:
-    """Peak memory of one learner process with the embedded engine, in bytes; allocates no weights.
+    """Peak memory of one learner process with the embedded engine, in bytes; allocates no weights. ConfigError.
 
-    Weights, gradients and optimiser state are exact; activations, what a transformer block with a gated MLP and fused
-    attention keeps for backward, are good to a factor of two; framework overhead is left out. Raises as `empty_model`.
+    Activations, what a transformer block with a gated MLP and fused attention keeps for backward, are good to a factor
+    of two; framework overhead is left out.
     """
     model = empty_model(config.model)
     text, count = model.config.get_text_config(), model.num_parameters()

@@ -74,8 +74,7 @@ class LikelihoodScorer:
     def check(self, sets: Mapping[str, PromptSet]) -> None:
         """Try all references before anything is sampled. DataError: unknown characters, or all of a set too long."""
         for name, prompts in sets.items():
-            shortest = min(len(self.answer(prompt)) for prompt in prompts.prompts)
-            if shortest >= self.max_tokens:
+            if (shortest := min(len(self.answer(prompt)) for prompt in prompts.prompts)) >= self.max_tokens:
                 problem = f"{name}: no reference fits behind a chain of thought: the shortest has {shortest} tokens"
                 raise DataError(problem, key="rollout.max_completion_tokens", value=self.max_tokens, fix="raise it")
 
@@ -109,12 +108,11 @@ class LikelihoodScorer:
         placed = [(prompt, *self.place(prompt, rollout)) for prompt, rollout in pairs]
         asked = [replace(s, loss_mask=np.arange(len(s.token_ids)) >= s.answer_start) for _, s, why in placed if not why]
         found = iter(policy.score(asked, self.microbatch_tokens))
-        guess = -math.log(policy.model.get_output_embeddings().weight.shape[0])
-        out = []
-        for prompt, sequence, why in placed:
-            floor = torch.full((len(self.answer(prompt)),), guess, dtype=torch.float64)
-            out.append(Answered(sequence, why, floor if why else next(found).double()))
-        return out
+        guess = torch.tensor(-math.log(len(policy.model.get_output_embeddings().weight)), dtype=torch.float64)
+        return [
+            Answered(s, why, guess.expand(len(self.answer(prompt))) if why else next(found).double())
+            for prompt, s, why in placed
+        ]
 
     def score(self, groups: Sequence[Group]) -> tuple[list[Group], list[TrainingSequence], dict[str, float]]:
         """Groups with the reward in the verdicts of their usable samples, what to train on of these, and metrics."""

@@ -5,15 +5,13 @@ With z_iv = (h_i . w_v + b_v) / T the head returns
     logprob_i = z_{i, y_i} - lse_i,     lse_i = log sum_v exp z_iv,
     entropy_i = lse_i - sum_v p_iv z_iv,    p_iv = exp(z_iv - lse_i).
 
-The forward pass walks over slices of the vocabulary, of at most `chunk_logits` logits for all tokens, with a running
-(maximum, sum) per token and keeps `lse` [n] alone; the backward pass makes each slice again and multiplies it into both
-gradients at once:
+Both passes walk over slices of the vocabulary, of at most `chunk_logits` logits for all tokens: the forward pass with a
+running (maximum, sum) per token, of which `lse` [n] is kept; the backward pass makes each slice again:
 
     d logprob_i / d z_iv = [v = y_i] - p_iv,    d entropy_i / d z_iv = -p_iv (log p_iv + entropy_i).
 
-Blockwise log-sum-exp and recomputing backward pass are those of cut cross-entropy (Wijmans et al., arXiv 2411.09009),
-without its gradient filter: exact for every upstream gradient. A pass reads each slice of the weight and writes its
-gradient once; only the [n, H] gradient of the hidden states is accumulated.
+That is cut cross-entropy (Wijmans et al., arXiv 2411.09009) without its gradient filter: exact for every upstream
+gradient. See docs/logprobs.md.
 """
 
 from collections.abc import Iterator
@@ -35,9 +33,8 @@ def selected_logprobs(
 
     Args:
         hidden: [n, H] last hidden states, any floating dtype; n may be 0.
-        weight: [V, H] the output head (tied embeddings are fine), any floating dtype.
+        weight, bias: [V, H] and [V] of the output head, any floating dtype.
         targets: [n] int64, in [0, V): not checked, one outside gives nonsense.
-        bias: [V] or None.
         temperature: the sampling temperature, > 0, no unit.
         chunk_logits: most logits that exist at a time (n where it is less): scratch memory of 8 bytes each, plus 8 H
             bytes for each of the slice's vocabulary entries where the weight is not float32.
@@ -77,8 +74,7 @@ def _slices(
 
 def _in_slice(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Targets' column within a slice [n, 1] (clamped) and whether they lie in it [n, 1]; without `nonzero`'s sync."""
-    column = (targets - columns.start).unsqueeze(1)
-    width = columns.stop - columns.start
+    column, width = (targets - columns.start).unsqueeze(1), columns.stop - columns.start
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
@@ -92,9 +88,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         scaled = hidden.to(dtype) / temperature
         # The lowest finite number, not -inf: a first slice that is all -inf must not make nan.
         peak = scaled.new_full((len(hidden), 1), torch.finfo(dtype).min)
-        total = torch.zeros_like(peak)  # sum_v exp(z - peak)
-        moment = torch.zeros_like(peak)  # sum_v exp(z - peak) (z - peak)
-        selected = torch.zeros_like(peak)
+        # sum_v exp(z - peak), sum_v exp(z - peak) (z - peak), z of the target
+        total, moment, selected = torch.zeros_like(peak), torch.zeros_like(peak), torch.zeros_like(peak)
         for columns, _, (logits, spare) in _slices(scaled, weight, bias, temperature, chunk_logits, 2):
             column, inside = _in_slice(targets, columns)
             selected = torch.where(inside, logits.gather(1, column), selected)

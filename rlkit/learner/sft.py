@@ -1,7 +1,7 @@
-"""Warm start: supervised fine-tuning on completions, cached by what it depends on.
+"""Warm start: supervised fine-tuning on completions, through the learner.
 
-It runs through the learner, with loss -log p a completion token and token-mean aggregation. A finished warm start is
-the checkpoint step_<steps> of a folder named by a hash of its inputs; an interrupted one goes on from its newest.
+A finished one is the checkpoint step_<steps> of a folder named by a hash of its inputs; an interrupted one goes on from
+its newest.
 """
 
 import contextlib
@@ -109,11 +109,10 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
     order, size = PromptOrder(len(examples), sft.seed), sft.batch_size
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            sinks = Telemetry.open(
+            telemetry = stack.enter_context(Telemetry.open(
                 dataclasses.replace(config.telemetry, wandb="off"), folder, name=f"{config.name} warm start",
                 total_steps=sft.steps, config=dict(session.resolved), resume_step=done or None,
-            )  # fmt: skip
-            telemetry = stack.enter_context(sinks)
+            ))  # fmt: skip
         try:
             while step < sft.steps:
                 batch = [sequences[order.index(step * size + i)] for i in range(size)]
