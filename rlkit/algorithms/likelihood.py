@@ -24,8 +24,7 @@ class LikelihoodReward(Checked):
     """What all of them share; a method gives `reward`, or overrides `compared`.
 
     The chain is cut behind the first `delimiter`; `opening`, the reference and `closing` are tokenised by themselves
-    and appended, and all of their tokens count. (The defaults are VeriFree's: no token of the usual vocabularies holds
-    `r>`, so that chain and answer meet at a token boundary.)
+    and appended, and all of their tokens count. (The defaults are VeriFree's: no usual vocabulary has a token `r>`.)
     """
 
     needs_fresh_samples: ClassVar[bool] = False  # as of a loss

@@ -57,7 +57,7 @@ def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -
     """`rlkit eval`: print one JSON object, the metrics of every held-out set at a checkpoint or the recipe's model."""
     settings, source, expected = config.evaluation, config.model, "a folder checkpoints/step_N"
     if not config.data.eval:
-        raise ConfigError("this recipe has no held-out set", key="data.eval", value={}, expected="at least one named set")
+        raise ConfigError("the recipe has no held-out set", key="data.eval", value={}, expected="one named set or more")
     if checkpoint is not None:
         if not checkpoint.is_dir():
             raise CheckpointError("no such checkpoint", key="--checkpoint", value=str(checkpoint), expected=expected)

@@ -26,11 +26,10 @@ def assemble(
     """Scored samples of `groups` -> sequences with advantages, and metrics of rewards and groups.
 
     `penalties` gives what is taken off each score before the advantage, and its metrics; reported rewards are without.
-    `steps_of`: step of every version that sampled; a token's lag is `step` minus that. Unscored samples are left out of
-    the batch and of every mean, and count in reward/unscored_frac. Groups must hold `advantage.minimum_group_size`
-    usable samples or more. With `mask_truncated` completions cut at the limit count in the advantages and the metrics
-    only, in no denominator; of a group whose completions are all cut, one stays with advantage 0. `made`: what takes
-    the place of the usable rollouts, in their order; then scores are no verdicts, and none of them is "correct".
+    `steps_of`: step of every version that sampled; a token's lag is `step` minus that. Unscored samples are in no mean;
+    groups must hold `advantage.minimum_group_size` others. With `mask_truncated` completions cut at the limit count in
+    the advantages and metrics, in no denominator; of a group whose completions are all cut, one stays with advantage 0.
+    `made`: what takes the place of the usable rollouts, in their order; then no score is a verdict, or "correct".
     """
     usable = [(number, g, r, v) for number, g in enumerate(groups) for r, v in usable_samples(g)]
     sequences = made or [TrainingSequence.of(g.prompt, r) for _, g, r, _ in usable]
@@ -73,14 +72,13 @@ def assemble(
 
 
 def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor) -> dict[str, float]:
-    verdicts = [v for g in groups for v in g.verdicts]
-    rollouts = [r for g in groups for r in g.rollouts]
+    verdicts, rollouts = [v for g in groups for v in g.verdicts], [r for g in groups for r in g.rollouts]
     scores = inputs.scores
     constant = constant_groups(scores, inputs.group, len(groups))
     first = torch.zeros(len(groups), dtype=scores.dtype).scatter_(0, inputs.group, scores)
     lengths = np.array([len(r.token_ids) for r in rollouts])
     sizes = np.array([len(g.rollouts) for g in groups])
-    metrics = {
+    return {
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
         "reward/unscored_frac": float(np.mean([v.score is None for v in verdicts])),
@@ -99,7 +97,5 @@ def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch
         "completion/length/max": float(lengths.max()),
         "completion/truncated_frac": float(np.mean([r.finish_reason == "length" for r in rollouts])),
         "off_policy/versions_per_rollout": float(np.mean([len(r.version_spans) for r in rollouts])),
+        **{f"reward/{name}/mean": float(values.nanmean()) for name, values in inputs.parts.items()},
     }
-    for name, values in inputs.parts.items():
-        metrics[f"reward/{name}/mean"] = float(values.nanmean())
-    return metrics

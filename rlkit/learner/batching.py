@@ -247,6 +247,6 @@ def collate(
 
 
 def split_groups(group: Sequence[int], updates: int) -> list[list[int]]:
-    """Split sequences (their groups are given) into `updates` lists by whole groups, in order; or into fewer of them."""
+    """Split sequences, given their groups, into `updates` lists by whole groups, in order; fewer for fewer groups."""
     parts = np.array_split(np.array(list(dict.fromkeys(group))), updates)
     return [[i for i, g in enumerate(group) if g in part] for part in parts if len(part)]

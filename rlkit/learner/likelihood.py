@@ -110,7 +110,7 @@ class LikelihoodScorer:
         found = iter(policy.score(asked, self.microbatch_tokens))
         guess = torch.tensor(-math.log(len(policy.model.get_output_embeddings().weight)), dtype=torch.float64)
         return [
-            Answered(s, why, guess.expand(len(self.answer(prompt))) if why else next(found).double())
+            Answered(s, why, guess.repeat(len(self.answer(prompt))) if why else next(found).double())
             for prompt, s, why in placed
         ]
 

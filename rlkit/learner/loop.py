@@ -1,7 +1,4 @@
-"""The training loop of rank 0: request, roll out, take, train, publish, evaluate, commit.
-
-Synchronous: max_staleness = 0 of the buffer's protocol, with the worker in this process, between learner steps.
-"""
+"""The training loop of rank 0, with the worker in this process, between learner steps."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -57,9 +54,8 @@ class Trainer:
         self.budget: Budget = self.session.component("budget")
         policy = self.session.accelerator.unwrap_model(self.learner.policy)
         self.likelihood = LikelihoodScorer.of(self.session, policy, self.learner.reference)
-        ranks = self.session.accelerator.num_processes
         self.engine: Engine = self.session.engine(self.learner.model)
-        if ranks > 1:
+        if (ranks := self.session.accelerator.num_processes) > 1:
             self.engine = cast(Engine, RankedEngine(self.engine, ranks))
         sampling = self.session.sampling(config.rollout.temperature, config.seed)
         capacity, timeout = config.prompts_per_step * config.samples_per_prompt, config.rollout.lease_timeout_s
@@ -81,7 +77,7 @@ class Trainer:
 
         Raises Interrupted at a safe point after a signal, TrainingError when it cannot go on.
         """
-        config = self.config
+        config, every = self.config, self.config.evaluation.every_steps
         await self.engine.update_weights(self.buffer.watermark().version, None)
         try:
             if self.step == 0 and config.evaluation.at_start:
@@ -92,7 +88,6 @@ class Trainer:
                 if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
                     metrics["time/checkpoint"] = self.save()
                 self.telemetry.log(self.step, metrics)
-                every = config.evaluation.every_steps
                 if self.step == config.steps or (every and self.step % every == 0):
                     await self.evaluate()
         except BaseException:
@@ -106,8 +101,7 @@ class Trainer:
 
     async def train_step(self) -> dict[str, float]:
         """One batch through the whole cycle; returns its metrics."""
-        config = self.config
-        started = time.perf_counter()
+        config, started = self.config, time.perf_counter()
         groups, refused, clock = await self.collect()
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
@@ -116,12 +110,10 @@ class Trainer:
             groups, self.advantage, self.step, self.buffer.steps_of(sampled), made=made,
             penalties=self.learner.reward_penalties, mask_truncated=config.algorithm.mask_truncated,
         )  # fmt: skip
-        metrics |= measured
-        ranks = self.session.accelerator.num_processes
-        if ranks > 1:
+        if (ranks := self.session.accelerator.num_processes) > 1:
             broadcast_object_list([sequences], from_process=0)
         # With several ranks a step is not left half way: the others would wait in a collective.
-        metrics |= self.learner.step(sequences, self.session.check_stop if ranks == 1 else never_stop)
+        metrics |= measured | self.learner.step(sequences, self.session.check_stop if ranks == 1 else never_stop)
         trained = time.perf_counter()
         version = self.buffer.next_version()
         self.buffer.publish(version, [g.ordinal for g in groups])
@@ -156,9 +148,7 @@ class Trainer:
         """Take `prompts_per_step` groups to train on; refuse and replace others. With their reasons, and metrics."""
         wanted = self.config.prompts_per_step
         clock = {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
-        usable: list[Group] = []
-        drawn: list[Group] = []
-        refused: list[str] = []
+        usable, drawn, refused = list[Group](), list[Group](), list[str]()
         while missing := wanted - len(usable):
             self.request()
             while (taken := self.buffer.take(missing)) is None:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from rlkit.errors import ConfigError, nearest
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 _FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 _FROM_MODEL_CONFIG = {"dtype": "model.dtype", "attn_implementation": "model.attention"}
+_CAUSAL_LM: Any = AutoModelForCausalLM  # the stubs know neither from_config's settings nor output_loading_info
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -68,11 +69,10 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerBase:
 def load_model(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, seed: int
 ) -> PreTrainedModel:
-    """The policy on the CPU, in `dtype`, in eval mode with every dropout probability 0.
+    """The policy on the CPU, in `dtype`, in eval mode; every dropout probability is 0, for ratios are of one network.
 
-    Importance ratios compare log-probs of one network; with dropout each forward pass is another. From `path` only
-    safetensors are read, no remote code runs, and weights the file lacks are an error. From `architecture` the weights
-    are a function of the settings and `seed` alone (drawn in float32, then cast). Raises `ConfigError`.
+    From `path` only safetensors are read, no remote code runs, and weights the file lacks are an error. From
+    `architecture` the weights are a function of the settings and `seed` alone (in float32, then cast). `ConfigError`.
     """
     if config.path is not None:
         model = _pretrained_model(config.path, config.attention, dtype)
@@ -97,26 +97,20 @@ def empty_model(config: ModelConfig) -> PreTrainedModel:
             return _new_model(config, load_tokenizer(config), torch.float32, seed=0)
         with _loading("a model", config.path, "model.path") as folder:
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            from_config: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = from_config(settings, attn_implementation=config.attention)
-            return model
+            return cast(PreTrainedModel, _CAUSAL_LM.from_config(settings, attn_implementation=config.attention))
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`float32`, `bfloat16`, or `auto`: bfloat16 where the device computes in it, else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    fast = name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast or name == "bfloat16" else torch.float32
 
 
 def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    # Typed loosely: the stubs do not know that output_loading_info makes it a pair.
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     with _loading("a model in safetensors", name, "model.path") as folder:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _disable_dropout(settings)
-        model, report = from_pretrained(
+        model, report = _CAUSAL_LM.from_pretrained(
             folder, config=settings, dtype=dtype, attn_implementation=attention, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
@@ -125,8 +119,7 @@ def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrain
         problem = f"{len(absent)} weights are missing or of another shape, the first: {', '.join(absent[:3])}"
         expected = "all weights of the architecture that its config.json names"
         raise ConfigError(problem, key="model.path", value=name, expected=expected)
-    loaded: PreTrainedModel = model
-    return loaded
+    return cast(PreTrainedModel, model)
 
 
 def _new_model(
@@ -135,14 +128,14 @@ def _new_model(
     architecture = dict(config.architecture or {})
     _check_architecture(architecture)
     filled = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER} | {"vocab_size": len(tokenizer)}
-    from_config: Any = AutoModelForCausalLM.from_config
     # Only the CPU generator is seeded and put back: torch.manual_seed would reseed CUDA's too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             settings = AutoConfig.for_model(**architecture, **filled)
             _disable_dropout(settings)
-            model: PreTrainedModel = from_config(settings, dtype=torch.float32, attn_implementation=config.attention)
+            given = {"dtype": torch.float32, "attn_implementation": config.attention}
+            model: PreTrainedModel = _CAUSAL_LM.from_config(settings, **given)
         # Architectures check their settings by any kind of error, KeyError to RuntimeError.
         except Exception as error:
             problem = f"the model cannot be made: {type(error).__name__}: {error}"

@@ -62,9 +62,8 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
 
 def _lead(session: Session, folder: Path) -> None:
     """Rank 0. Whatever bad input can break is tried before minutes go into a warm start."""
-    config = session.config
     write_environment(folder)
-    previous = checkpoints.newest(folder / "checkpoints")
+    config, previous = session.config, checkpoints.newest(folder / "checkpoints")
     train, held_out = session.prompt_sets()
     sets = {"data.train": train, **{f"data.eval.{name}": prompts for name, prompts in held_out.items()}}
     for name, prompts in sets.items():
@@ -125,23 +124,18 @@ def _dismiss(kind: type[BaseException] | None, *_: object) -> None:
 async def _follow(session: Session) -> None:
     """Ranks other than 0: sample a share, or train, as rank 0 orders, until it sends None."""
     config, accelerator = session.config, session.accelerator
-    chosen: list[Any] = [None]
-    broadcast_object_list(chosen, from_process=0)
-    newest = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints") if chosen[0] else None
-    if chosen[0] and (newest is None or str(newest.path) != chosen[0]):
+    chosen = broadcast_object_list([None], from_process=0)[0]
+    newest = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints") if chosen else None
+    if chosen and (newest is None or str(newest.path) != chosen):
         problem, fix = "this rank does not see the checkpoint rank 0 goes on from", "put output_dir on a shared disk"
-        raise CheckpointError(problem, key="output_dir", value=config.output_dir, expected=chosen[0], fix=fix)
+        raise CheckpointError(problem, key="output_dir", value=config.output_dir, expected=chosen, fix=fix)
     learner = _open_learner(session, newest)
     engine = session.engine(learner.model)
-    while True:
-        message: list[Any] = [None]
-        broadcast_object_list(message, from_process=0)
-        if isinstance(message[0], GenerateOrder):
-            await carry_out(message[0], engine, accelerator.process_index, accelerator.num_processes)
-        elif message[0] is None:
-            return
+    while (message := broadcast_object_list([None], from_process=0)[0]) is not None:
+        if isinstance(message, GenerateOrder):
+            await carry_out(message, engine, accelerator.process_index, accelerator.num_processes)
         else:
-            learner.step(message[0], never_stop)
+            learner.step(message, never_stop)
 
 
 def _open_learner(session: Session, previous: checkpoints.Checkpoint | None) -> Learner:
@@ -159,8 +153,7 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
 
     Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
     """
-    path = Path(config.output_dir) / config.name
-    fix = "wait for that run to end, or set another name"
+    path, fix = Path(config.output_dir) / config.name, "wait for that run to end, or set another name"
     busy = ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix)
     if config.resume == "never" and path.exists() and any(path.iterdir()):
         with locked(path, busy, key="output_dir"):

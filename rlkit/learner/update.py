@@ -1,8 +1,8 @@
 """One learner step: old log-probs, then one optimiser update per part of the batch.
 
 The loss of an update is   sum_i w_i sum_t (L_it + KL_it - c_H H_it)   over all its sequences i on all ranks, with
-weights w from the aggregation. Nothing else normalises, so micro-batching, bucketing, accumulation and rank count leave
-the gradient as it is. DDP averages gradients over ranks; the loss is multiplied by their number to undo that.
+weights w from the aggregation; nothing else normalises. DDP averages gradients over ranks; the loss is multiplied by
+their number to undo that.
 
 A `GroupLoss` F(s_1 .. s_N) needs all scores s at once: they are found first, without gradient, and gathered over ranks;
 then c_k = dF/ds_k / |o_k| is constant, and the update back-propagates   sum_k c_k sum_t logprob_kt,   whose gradient is
@@ -238,7 +238,7 @@ class Learner:
 
     def _loss(self, micro: MicroBatch, meter: Meter, *, first: bool) -> Tensor:
         entropy_coefficient = self.objective.entropy_coefficient
-        everything: tuple[Tensor, Tensor] = self.policy(micro, entropy_coefficient != 0)
+        everything = self.policy(micro, entropy_coefficient != 0)
         (logprobs, answers), (entropy, _) = (x.tensor_split([len(micro.sequence)]) for x in everything)
         behavior = micro.behavior_logprobs.to(logprobs)
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs.to(logprobs)
@@ -249,9 +249,8 @@ class Learner:
         with calling(self.token_loss, "algorithm.loss"):
             out = self.token_loss(inputs)
         if out.per_token.shape != logprobs.shape:
-            found, name = tuple(out.per_token.shape), type(self.token_loss).__name__
-            problem, expected = "the loss must give one number a token", f"{name}: shape {tuple(logprobs.shape)}"
-            raise TrainingError(problem, key="algorithm.loss", value=found, expected=expected)
+            problem, expected = "the loss must give one number a token", f"a tensor of shape {tuple(logprobs.shape)}"
+            raise TrainingError(problem, key="algorithm.loss", value=tuple(out.per_token.shape), expected=expected)
         objective, observed = out.per_token, dict(out.metrics) | {"policy/entropy": entropy.detach()}
         if self.group_loss is None:
             observed["policy/loss"] = objective.detach()

@@ -42,11 +42,7 @@ async def sample(
     engine: Engine, prompts: Sequence[Prompt], samples: int, sampling: SamplingParams, *, first: int = 0
 ) -> list[Rollout]:
     """`samples` rollouts of every prompt, prompt by prompt; prompts have the ordinals first, first + 1, ..."""
-    requests = [
-        GenerationRequest(ordinal=ordinal, index=index, prompt_token_ids=prompt.token_ids)
-        for ordinal, prompt in enumerate(prompts, first)
-        for index in range(samples)
-    ]
-    return sorted(
-        [r async for part in engine.generate(requests, sampling) for r in part], key=lambda r: (r.ordinal, r.index)
-    )
+    keyed = ((ordinal, index, p.token_ids) for ordinal, p in enumerate(prompts, first) for index in range(samples))
+    requests = [GenerationRequest(ordinal=o, index=i, prompt_token_ids=tokens) for o, i, tokens in keyed]
+    rollouts = [r async for part in engine.generate(requests, sampling) for r in part]
+    return sorted(rollouts, key=lambda r: (r.ordinal, r.index))

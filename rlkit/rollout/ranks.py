@@ -36,10 +36,7 @@ class GenerateOrder:
 
 @dataclass(slots=True)
 class RankedEngine:
-    """Rank 0's view of the engines of all ranks, as one `rlkit.rollout.engine.Engine`: its own but for `generate`.
-
-    The other ranks hear of new weights with their next order.
-    """
+    """The engines of all ranks as one `Engine`, on rank 0; the others hear of new weights with the next order."""
 
     local: Engine
     ranks: int

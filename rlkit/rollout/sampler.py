@@ -1,8 +1,7 @@
 """Keyed sampling: every draw is a pure function of (seed, ordinal, index, position); and where a completion stops.
 
-A token is drawn by inverse CDF from one uniform number of its row and position alone: a run is reproducible, resumes on
-the same draws, and finished rows can leave a batch without changing the others. With it comes its log-prob under the
-full (untruncated) distribution at the sampling temperature: the behaviour log-prob.
+A token is drawn by inverse CDF from one uniform number of its row and position alone. With it comes its log-prob under
+the full (untruncated) distribution at the sampling temperature: the behaviour log-prob.
 """
 
 import numpy as np
@@ -37,8 +36,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
             # float64: over 100,000 float32 terms the sum's error would be larger than rare tokens.
             cumulative = log_probabilities.double().exp_().cumsum(dim=-1)
             threshold = (u * cumulative[:, -1]).unsqueeze(1)
-            token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-            token = token.clamp_max(logits.shape[-1] - 1)
+            token = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
         tokens.append(token)
         logprobs.append(log_probabilities.gather(1, token.unsqueeze(1)).squeeze(1))
     return torch.cat(tokens), torch.cat(logprobs)

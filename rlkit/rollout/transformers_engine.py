@@ -1,8 +1,7 @@
-"""The embedded engine: a transformers model sampled in the learner's own process.
+"""The embedded engine: a transformers model sampled in the learner's own process, on the learner's weights.
 
-It shares the learner's weights, so publishing a version costs nothing and log-probs agree to rounding. A batch is
-generated in stretches of `compact_every` tokens, in a thread: verifiers and lease heartbeats go on meanwhile. A prompt
-is read once for all its samples; after each stretch finished rows leave the batch and its key-value cache.
+A batch is generated in stretches of `compact_every` tokens, in a thread: verifiers and lease heartbeats go on
+meanwhile. After each stretch finished rows leave the batch and its key-value cache.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -166,8 +165,7 @@ class EmbeddedEngine:
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        return cast(Tensor, output.logits[:, -1])
 
     @torch.inference_mode()
     def _stretch(self, batch: _Batch, sampling: SamplingParams) -> tuple[_Batch | None, list[Rollout]]:

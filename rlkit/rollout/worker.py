@@ -1,8 +1,7 @@
 """The rollout worker: lease slices, sample them, have them scored, hand them in.
 
-Slices are scored as soon as all their samples are there, while the engine goes on with the others; those that finish
-together cross the buffer and the verifiers together. Leases are renewed in the background; whatever ends the worker,
-leases it still holds are given back.
+Slices are scored as soon as all their samples are there, while the engine goes on with the others. Leases are renewed
+in the background; whatever ends the worker, leases it still holds are given back.
 """
 
 import asyncio
@@ -48,8 +47,7 @@ class RolloutWorker:
         started = time.perf_counter()
         held = {lease.lease_id: lease for lease in leases}
         renewing = asyncio.create_task(self._renew(held))
-        scoring: list[asyncio.Task[None]] = []
-        tokens = 0
+        scoring, tokens = list[asyncio.Task[None]](), 0
         try:
             async for finished in self._finished_slices(leases):
                 if renewing.done():
@@ -84,8 +82,7 @@ class RolloutWorker:
                 finished = []
                 for rollout in rollouts:
                     lease = owner[rollout.ordinal, rollout.index]
-                    have = arrived[lease.lease_id]
-                    have.append(rollout)
+                    (have := arrived[lease.lease_id]).append(rollout)
                     if len(have) == lease.stop - lease.start:
                         finished.append((lease, sorted(have, key=lambda r: r.index)))
                 if finished:
