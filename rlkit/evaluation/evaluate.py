@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ async def evaluate(
 
 def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -> int:
     """`rlkit eval`: print one JSON object, the metrics of every held-out set at a checkpoint or the recipe's model."""
-    settings, source, expected = config.evaluation, config.model, "a folder checkpoints/step_N"
+    settings, expected = config.evaluation, "a folder checkpoints/step_N"
     if not config.data.eval:
         raise ConfigError("the recipe has no held-out set", key="data.eval", value={}, expected="one named set or more")
     if checkpoint is not None:
@@ -63,10 +64,10 @@ def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -
             raise CheckpointError("no such checkpoint", key="--checkpoint", value=str(checkpoint), expected=expected)
         if (checkpoint / checkpoints.MANIFEST).exists():
             checkpoints.verify(checkpoint)
-        source = model_at(config.model, checkpoint)
-    session = Session.open(config, resolved, source=source)
+        config = replace(config, model=model_at(config.model, checkpoint))
+    session = Session.open(config, resolved)
     _, held_out = session.prompt_sets()
-    policy = session.policy(source, config.seed, config.rollout.temperature).to(session.accelerator.device)
+    policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
     engine, likelihood = session.engine(policy.model), LikelihoodScorer.of(session, policy)
     sampling = session.sampling(settings.temperature, settings.seed)
 

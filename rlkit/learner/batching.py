@@ -7,12 +7,11 @@ the whole update (`rlkit.algorithms.aggregation`), so the update's loss is a pla
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -229,20 +228,19 @@ def collate(
             of_prompt, behind = int(prompts.owner[row]) * prompt_width + last, prompts.input_ids.numel() + row * width
             heads.append(np.where(tokens == 0, of_prompt, behind + tokens - 1))
 
-    def joined(parts: list[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts))
-
-    def each(values: list[Any]) -> Tensor:
-        return torch.from_numpy(np.repeat(values, counts))
-
+    arrays = {
+        "head_positions": np.concatenate(heads),
+        "targets": np.concatenate([s.token_ids[own] for s, own in zip([*chosen, *chosen], places, strict=True)]),
+        "sequence": np.repeat(np.arange(len(chosen)), counts),
+        "behavior_logprobs": np.concatenate([s.behavior_logprobs[s.loss_mask] for s in chosen]),
+        "advantages": np.repeat([s.advantage for s in chosen], counts),
+        "weights": np.repeat([weights[i] for i in indices], counts),
+    }
     return MicroBatch(
-        input_ids=input_ids, position_ids=position_ids, prompts=prompts, head_positions=joined(heads),
-        targets=joined([s.token_ids[own] for s, own in zip([*chosen, *chosen], places, strict=True)]),
-        sequence=each(list(range(len(chosen)))), advantages=each([s.advantage for s in chosen]),
-        behavior_logprobs=joined([s.behavior_logprobs[s.loss_mask] for s in chosen]),
-        weights=each([weights[i] for i in indices]), counts=counts, indices=list(indices), counted=counted,
-        answer_counts=[s.answer_tokens for s in chosen],
+        input_ids=input_ids, position_ids=position_ids, prompts=prompts, counts=counts, indices=list(indices),
+        counted=counted, answer_counts=[s.answer_tokens for s in chosen],
         answer_weights=[weights[i] * sequences[i].answer_share for i in indices],
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
     )  # fmt: skip
 
 

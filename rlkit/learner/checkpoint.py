@@ -2,8 +2,7 @@
 
     checkpoints/step_40/
         config.json, model.safetensors, tokenizer files     AutoModelForCausalLM.from_pretrained works
-        trainer/optimizer.safetensors                       moments by parameter name
-        trainer/rng.safetensors                             torch generators
+        trainer/optimizer.safetensors, rng.safetensors      moments by parameter name, torch generators
         trainer/state.json                                  step, counters, watermark, other RNGs
         manifest.json                                       size and checksum of every file
 

@@ -74,13 +74,9 @@ def load_model(
     From `path` only safetensors are read, no remote code runs, and weights the file lacks are an error. From
     `architecture` the weights are a function of the settings and `seed` alone (in float32, then cast). `ConfigError`.
     """
-    if config.path is not None:
-        model = _pretrained_model(config.path, config.attention, dtype)
-    else:
-        model = _new_model(config, tokenizer, dtype, seed)
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
+    name = config.path
+    model = _new_model(config, tokenizer, dtype, seed) if name is None else _pretrained(name, config.attention, dtype)
+    if len(tokenizer) > (rows := len(cast(Any, model.get_input_embeddings()).weight)):
         problem = f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}"
         value, fix = config.tokenizer or config.path, "use the model's own tokenizer"
         raise ConfigError(problem, key="model.tokenizer", value=value, fix=fix)
@@ -106,7 +102,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast or name == "bfloat16" else torch.float32
 
 
-def _pretrained_model(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
     with _loading("a model in safetensors", name, "model.path") as folder:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _disable_dropout(settings)

@@ -1,8 +1,8 @@
 """The policy as the learner runs it: token ids -> log-probs of the sampled tokens, no logits kept.
 
-Sequences are right-padded and attention is causal: no real token attends to padding, no mask is needed. Position ids
-are explicit, because not every architecture's bare forward counts them as `generate` does. The samples of a prompt
-can share its forward and backward pass: its keys and values, with their graph, are handed to each of them.
+Sequences are right-padded and attention is causal: no mask is needed. Position ids are explicit, because not every
+architecture's bare forward counts them as `generate` does. The samples of a prompt can share its forward and backward
+pass: its keys and values, with their graph, are handed to each of them.
 """
 
 from collections.abc import Sequence

@@ -49,14 +49,8 @@ class Session:
     check_stop: Callable[[], None]
 
     @classmethod
-    def open(
-        cls, config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None] = never_stop,
-        source: ModelConfig | None = None,
-    ) -> Self:  # fmt: skip
-        """Start this rank: threads, determinism, device and precision, then the process group if there is one.
-
-        The tokenizer is that of `source`, or else of the recipe's model.
-        """
+    def open(cls, config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None] = never_stop) -> Self:
+        """Start this rank: threads, determinism, device and precision, then the process group if there is one."""
         learner = config.learner
         transformers.logging.disable_progress_bar()  # bars of a millisecond in the logs of every checkpoint
         if learner.num_threads is not None:
@@ -79,7 +73,7 @@ class Session:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         handlers = [InitProcessGroupKwargs(timeout=RANK_TIMEOUT), ddp]
         accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision, kwargs_handlers=handlers)
-        return cls(config, resolved, accelerator, load_tokenizer(source or config.model), check_stop)
+        return cls(config, resolved, accelerator, load_tokenizer(config.model), check_stop)
 
     def component(self, key: str) -> Any:
         """What the recipe has at a key, made; None where that is null."""
@@ -170,10 +164,7 @@ def model_at(model: ModelConfig, path: Path) -> ModelConfig:
 def locked(
     folder: Path, busy: RlkitError, *, key: str, wait_s: float = 0.0, check_stop: Callable[[], None] = never_stop
 ) -> Iterator[None]:
-    """Make a folder and hold it, one process at a time; `busy` is raised where another has it for `wait_s` more.
-
-    Raises ConfigError, of the setting `key`, if the folder cannot be written.
-    """
+    """Make a folder and hold it; raises `busy` where another process does for `wait_s`, ConfigError if it cannot."""
     lock, deadline = filelock.FileLock(folder / ".lock"), time.monotonic() + wait_s
     try:
         folder.mkdir(parents=True, exist_ok=True)

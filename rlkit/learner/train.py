@@ -149,10 +149,7 @@ def _open_learner(session: Session, previous: checkpoints.Checkpoint | None) -> 
 
 @contextlib.contextmanager
 def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Path]:
-    """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock.
-
-    Raises ConfigError if the folder cannot be written, is in use, or holds a run of another recipe.
-    """
+    """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock; ConfigError for one of another recipe."""
     path, fix = Path(config.output_dir) / config.name, "wait for that run to end, or set another name"
     busy = ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix)
     if config.resume == "never" and path.exists() and any(path.iterdir()):

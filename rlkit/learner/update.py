@@ -249,8 +249,9 @@ class Learner:
         with calling(self.token_loss, "algorithm.loss"):
             out = self.token_loss(inputs)
         if out.per_token.shape != logprobs.shape:
-            problem, expected = "the loss must give one number a token", f"a tensor of shape {tuple(logprobs.shape)}"
-            raise TrainingError(problem, key="algorithm.loss", value=tuple(out.per_token.shape), expected=expected)
+            problem, name = "the loss must give one number a token", type(self.token_loss).__name__
+            expected = f"shape {tuple(logprobs.shape)}; got {tuple(out.per_token.shape)}"
+            raise TrainingError(problem, key="algorithm.loss", value=name, expected=expected)
         objective, observed = out.per_token, dict(out.metrics) | {"policy/entropy": entropy.detach()}
         if self.group_loss is None:
             observed["policy/loss"] = objective.detach()

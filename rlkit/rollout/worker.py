@@ -32,10 +32,7 @@ class RolloutWorker:
     lease_timeout_s: float
 
     async def run_once(self) -> dict[str, float]:
-        """Lease up to `capacity` samples, generate, score and hand them in; returns metrics, none if there are none.
-
-        time/score is what passes from the last token to the last verdict.
-        """
+        """Lease up to `capacity` samples, generate, score and hand them in; returns metrics, none if there are none."""
         leases = self.buffer.lease(self.worker_id, self.capacity, self.lease_timeout_s)
         if not leases:
             return {}
@@ -68,8 +65,8 @@ class RolloutWorker:
         finally:
             renewing.cancel()
             await asyncio.wait([renewing])
-        seconds = {"time/generate": generated - started, "time/score": time.perf_counter() - generated}
-        return seconds | {"perf/sampled_tokens": float(tokens)}
+        scored = time.perf_counter() - generated  # from the last token to the last verdict
+        return {"time/generate": generated - started, "time/score": scored, "perf/sampled_tokens": float(tokens)}
 
     async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[list[tuple[Lease, list[Rollout]]]]:
         """Generate all samples of `leases`; yield the slices whose last samples have just come."""

@@ -5,7 +5,6 @@ Of the truth R* it reports R, with rho0 = P(R = 1 | R* = 0), rho1 = P(R = 0 | R*
     backward   A_i = (Rhat_i - mean of the others' Rhat) / s,    Rhat = (R - rho0) / (1 - rho0 - rho1)
     forward    A_i = (R_i - (1 - rho1)) / s,                     no baseline
 
-With errors that depend on R* alone, expected gradients are that of E[R*] times 1 / s, and (1 - rho0 - rho1) / s.
 rho1 may be estimated from appeals, second verdicts on a share of what was found wrong (a = 1e-5):
 
     FN = overturned / asked * found wrong,    rho1 <- decay rho1 + (1 - decay) (FN + a) / (FN + found right + 2 a)
