@@ -57,10 +57,7 @@ class NoKL:
 
 @dataclass(frozen=True, slots=True)
 class KLPenalty(Checked):
-    """coefficient * estimate, per token; with coefficient 0 it only measures.
-
-    Raises ConfigError for a coefficient < 0, an unknown estimator, k1 as a penalty, or a limit below 0.01.
-    """
+    """coefficient * estimate, per token; with coefficient 0 it only measures. ConfigError for k1 as a penalty."""
 
     needs_reference: ClassVar[bool] = True
     in_reward: ClassVar[bool] = False

@@ -110,9 +110,9 @@ class Trainer:
             groups, self.advantage, self.step, self.buffer.steps_of(sampled), made=made,
             penalties=self.learner.reward_penalties, mask_truncated=config.algorithm.mask_truncated,
         )  # fmt: skip
-        if (ranks := self.session.accelerator.num_processes) > 1:
-            broadcast_object_list([sequences], from_process=0)
+        broadcast_object_list([sequences], from_process=0)
         # With several ranks a step is not left half way: the others would wait in a collective.
+        ranks = self.session.accelerator.num_processes
         metrics |= measured | self.learner.step(sequences, self.session.check_stop if ranks == 1 else never_stop)
         trained = time.perf_counter()
         version = self.buffer.next_version()

@@ -95,9 +95,8 @@ class Session:
             entropy_coefficient=config.algorithm.entropy_coefficient,
         )  # fmt: skip
         made = partial(self.policy, seed=config.seed, temperature=config.rollout.temperature)
-        policy, reference = made(source), made(start) if objective.kl.needs_reference else None
-        if reference is not None:
-            reference.requires_grad_(False).to(self.accelerator.device)
+        policy, device = made(source), self.accelerator.device
+        reference = made(start).requires_grad_(False).to(device) if objective.kl.needs_reference else None
         return Learner(policy, reference, objective, config.learner, self.accelerator, config.steps)
 
     def engine(self, model: PreTrainedModel) -> Engine:

@@ -76,11 +76,9 @@ def _lead(session: Session, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if pool := stack.enter_context(open_pool(config.reward)):
             asyncio.run(preflight(pool, train.prompts[:8]))
-        if session.accelerator.num_processes > 1:
-            broadcast_object_list([str(previous.path) if previous else None], from_process=0)
+        broadcast_object_list([str(previous.path) if previous else None], from_process=0)
         learner = _open_learner(session, previous)
-        if session.accelerator.num_processes > 1:
-            stack.push(_dismiss)
+        stack.push(_dismiss)
         buffer = SqlBuffer(
             config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}", payload_dir=folder / "payloads",
             prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
