@@ -17,10 +17,7 @@ Row = tuple[str, int, str]  # name of a number, the number, where it comes from
 
 
 def main(config: Config, raw: dict[str, Any]) -> int:
-    """Print configuration, batch table and memory estimate; start nothing.
-
-    A hub model out of reach only costs the memory estimate; ConfigError where an architecture cannot be made.
-    """
+    """Print configuration, batch table and memory estimate, if the model is in reach; start nothing."""
     print(OmegaConf.to_yaml(OmegaConf.create(raw)))
     _print("Derived from it", batch_table(config), "{:,}".format)
     try:

@@ -47,10 +47,7 @@ def never_stop() -> None:
 
 
 def learning_rate(step: int, config: LearnerConfig, total_steps: int) -> float:
-    """Learning rate at optimiser step `step` (0-based).
-
-    Linear up to the peak over `warmup_steps`; then constant, or linear or half-cosine down to 0 at `total_steps`.
-    """
+    """At optimiser step `step` (0-based): linear up to the peak, then constant, or linear or half-cosine down to 0."""
     warmup = config.warmup_steps
     if step < warmup:
         return config.learning_rate * ((step + 1) / warmup)

@@ -15,11 +15,10 @@ from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 @dataclass(frozen=True, slots=True)
 class MeanCentredAdvantage:
-    """A_i = R_i - group mean; needs groups of 2 or more (a group of 1 has A = 0)."""
+    """Sums to 0 in every group; needs groups of 2 or more (a group of 1 has A = 0)."""
 
     minimum_group_size: ClassVar[int] = 2
     centred_in_group: ClassVar[bool] = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
-        """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
         return centred_scores(inputs)[0]

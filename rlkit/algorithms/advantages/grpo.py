@@ -16,14 +16,13 @@ from rlkit.settings import Checked, number
 
 @dataclass(frozen=True, slots=True)
 class GroupNormalizedAdvantage(Checked):
-    """A_i = (R_i - mean) / (std + epsilon) within the group; needs groups of 2 or more."""
+    """Sums to 0 in every group; needs groups of 2 or more."""
 
     minimum_group_size: ClassVar[int] = 2
     centred_in_group: ClassVar[bool] = True
     epsilon: float = number(1e-6, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
-        """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
         centred, sizes = centred_scores(inputs)
         variance = group_sum(centred.square(), inputs.group, len(sizes)) / (sizes - 1).clamp_min(1)
         normalised = centred / (variance.sqrt()[inputs.group] + self.epsilon)

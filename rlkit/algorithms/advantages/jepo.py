@@ -17,13 +17,12 @@ from rlkit.algorithms.base import AdvantageInputs
 
 @dataclass(frozen=True, slots=True)
 class GroupLikelihoodAdvantage:
-    """R(all G) - R(the others), both log-mean-exps; needs groups of 2 or more (in a group of 1, A = 0)."""
+    """Of scores that are log-likelihoods; needs groups of 2 or more (in a group of 1, A = 0)."""
 
     minimum_group_size: ClassVar[int] = 2
     log_scores: ClassVar[bool] = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
-        """scores [N] log-likelihoods, group [N] -> advantages [N]."""
         advantages = torch.zeros_like(inputs.scores)
         for own in (inputs.group == number for number in inputs.group.unique()):
             scores, size = inputs.scores[own], int(own.sum())

@@ -15,13 +15,12 @@ from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 @dataclass(frozen=True, slots=True)
 class LeaveOneOutAdvantage:
-    """A_i = R_i - mean of the others; needs groups of 2 or more (in a group of 1, A = 0)."""
+    """Sums to 0 in every group; needs groups of 2 or more (in a group of 1, A = 0)."""
 
     minimum_group_size: ClassVar[int] = 2
     centred_in_group: ClassVar[bool] = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
-        """scores [N], group [N] -> advantages [N]; sums to 0 in every group."""
         centred, sizes = centred_scores(inputs)
         sizes = sizes.to(centred)
         return centred * (sizes / (sizes - 1).clamp_min(1))[inputs.group]

@@ -27,7 +27,6 @@ class PolicyGradientLoss:
     proportional_to_advantage: ClassVar[bool] = True
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """All tensors [n]."""
         return LossOutput(per_token=-inputs.advantages * inputs.logprobs)
 
 
