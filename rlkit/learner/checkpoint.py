@@ -63,8 +63,9 @@ class Checkpoint:
         # Global generators are for users' components; sampling itself is keyed, not drawn.
         (version, internal, gauss), numpy_state = json.loads((trainer / "state.json").read_text())["rng"]
         torch.set_rng_state(rng["cpu"])
-        for device in range(torch.cuda.device_count()):  # there may be more of them, or fewer, than there were
-            torch.cuda.set_rng_state(rng.get(f"cuda{device}", torch.cuda.get_rng_state(device)), device)
+        for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            if f"cuda{device}" in rng:  # there may be more devices now, or fewer
+                torch.cuda.set_rng_state(rng[f"cuda{device}"], device)
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(tuple(numpy_state))
 
@@ -96,7 +97,8 @@ def save(
         trainer.mkdir(parents=True)
         learner.model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
-        rng = {f"cuda{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        rng = {"cpu": torch.get_rng_state()} | {f"cuda{i}": state for i, state in enumerate(cuda)}
         state = {**progress, "optimizer_steps": learner.optimizer_steps}
         raw = {"state": state, "rng": [random.getstate(), np.random.get_state(legacy=True)]}
         moments = {  # "exp_avg/<parameter>"; tied parameters once
@@ -105,7 +107,7 @@ def save(
             for key, value in learner.optimizer.state.get(parameter, {}).items()
         }
         save_file(moments, trainer / "optimizer.safetensors")
-        save_file(rng | {"cpu": torch.get_rng_state()}, trainer / "rng.safetensors")
+        save_file(rng, trainer / "rng.safetensors")
         (trainer / "state.json").write_text(json.dumps(raw, default=np.ndarray.tolist))
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(draft)): [p.stat().st_size, checksum(p)] for p in files}
