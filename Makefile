@@ -20,6 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
+	$(BIN)/python docs/generate/config.py > docs/config.md
 	$(BIN)/python docs/generate/metrics.py > docs/metrics.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -6,24 +6,13 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from rlkit.config.schema import Component, Config, DatasetConfig
 from rlkit.errors import ConfigError, nearest
 
 WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "anything"}
 WORDS |= {Component: "component (a mapping with _target_)"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Key:
-    """One key of the schema: `learner.betas`, its annotation, default, allowed values and documentation."""
-
-    path: str
-    annotation: Any
-    default: Any
-    limits: Mapping[str, Any]  # as `settings.number` and `settings.choice` set them
-    doc: str
 
 
 def unwrap(annotation: Any) -> Any:
@@ -54,28 +43,20 @@ def describe(annotation: Any) -> str:
 
 
 @cache
-def fields(section: type) -> dict[str, Key]:
-    """Keys of one section (a dataclass of the schema), by name, in file order."""
-    hints = get_type_hints(section)
-    # The documentation of a field is the comment beside it.
+def comments(section: type) -> dict[str, str]:
+    """Documentation of a section's keys by name: the comment beside the field."""
     lines = (line for kind in reversed(section.__mro__[:-1]) for line in inspect.getsource(kind).split("\n"))
-    docs = {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+): .*  # (.*)", line))}
-    out = {}
-    for f in dataclasses.fields(section):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        doc = docs.get(f.name) or inspect.getdoc(hints[f.name]) or ""
-        out[f.name] = Key(f.name, hints[f.name], default, f.metadata, doc)
-    return out
+    return {found[1]: found[2] for line in lines if (found := re.match(r"    (\w+): .*  # (.*)", line))}
 
 
-def walk(section: type = Config, prefix: str = "") -> Iterator[Key]:
-    """Every key of the schema, depth first, with dotted paths; `*` stands for a name."""
-    for name, key in fields(section).items():
-        yield dataclasses.replace(key, path=f"{prefix}{name}")
-        inner = unwrap(key.annotation)
+def walk(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every key of the schema by its dotted path, depth first; `*` stands for a name."""
+    for field in dataclasses.fields(section):
+        yield f"{prefix}{field.name}", field
+        inner = unwrap(field.type)
         for kind, dot in [(inner, "."), *((argument, ".*.") for argument in get_args(inner))]:
             if is_section(kind):
-                yield from walk(kind, f"{prefix}{name}{dot}")
+                yield from walk(kind, f"{prefix}{field.name}{dot}")
 
 
 def sections(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,9 +86,10 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
         if inner in (Component, Any):
             return Any
         if is_section(inner):
-            if part not in fields(inner):
-                raise _unknown(path, parent, list(fields(inner)), value, where)
-            annotation = fields(inner)[part].annotation
+            known = {field.name: field.type for field in dataclasses.fields(inner)}
+            if part not in known:
+                raise _unknown(path, parent, list(known), value, where)
+            annotation = known[part]
         elif get_origin(inner) is dict:
             annotation = get_args(inner)[1]
         else:
@@ -119,12 +101,12 @@ def locate(path: str, *, value: object = None, where: str = "") -> Any:
 
 def _unknown(path: str, parent: str, known: list[str], value: object, where: str) -> ConfigError:
     # The right name in the wrong section comes before a similar name in this one.
-    everywhere = [key.path for key in walk()]
+    everywhere = [key for key, _ in walk()]
     same = [key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]]
     near = f" Did you mean {' or '.join(map(repr, same[:3]))}?" if same else ""
     near = near or nearest(path, [f"{parent}.{name}".lstrip(".") for name in known]) or nearest(path, everywhere)
     expected = f"one of {', '.join(known)}" + (f" (in {parent})" if parent else "")
-    fix = "python -m rlkit.config.reference lists all keys (docs/config.md)"
+    fix = "docs/config.md lists all keys"
     return ConfigError(f"no such key{where}.{near}", key=path, value=value, expected=expected, fix=fix)
 
 

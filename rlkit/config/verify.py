@@ -3,6 +3,7 @@
 They read attributes of components (`minimum_group_size`, `exact_only_at_lag_zero`, `needs_fresh_samples`), not names.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from rewards import RewardError
 from rewards import build as build_rewards
 from rlkit.config.combinations import broken, pieces_of
 from rlkit.config.components import TARGET, build, validate
-from rlkit.config.keys import datasets, fields, sections, unwrap
+from rlkit.config.keys import comments, datasets, sections, unwrap
 from rlkit.config.schema import Component, Config
 from rlkit.errors import ConfigError, nearest
 from rlkit.settings import fault
@@ -35,15 +36,16 @@ def problems(config: Config) -> Iterator[ConfigError]:
     """All problems: of single values, of components, then of what must go together."""
     built: dict[str, Any] = {}
     for place, section in sections(config):
-        for name, key in fields(section.__class__).items():
-            path, value = f"{place}.{name}".lstrip("."), getattr(section, name)
-            if wrong := fault(path, value, key.limits, f" ({key.doc.removesuffix('.')})"):
+        for field in dataclasses.fields(section):
+            path, value = f"{place}.{field.name}".lstrip("."), getattr(section, field.name)
+            doc = comments(type(section)).get(field.name, "").removesuffix(".")
+            if wrong := fault(path, value, field.metadata, f" ({doc})"):
                 yield wrong
-            if unwrap(key.annotation) == Component and value is not None and path != "model.architecture":
+            if unwrap(field.type) == Component and value is not None and path != "model.architecture":
                 # Sources are only checked: making one may look for files. The rest is cheap to construct,
                 # which checks the values of its settings too.
                 try:
-                    built[path] = validate(value, path) if name == "source" else build(value, key=path)
+                    built[path] = validate(value, path) if field.name == "source" else build(value, key=path)
                 except ConfigError as error:
                     yield error
     try:

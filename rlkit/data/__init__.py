@@ -1,1 +1,0 @@
-"""Data: rows to prompts and examples."""

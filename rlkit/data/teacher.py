@@ -3,17 +3,12 @@
 `teacher(row, index) -> str` gives that of row number `index`, without end-of-sequence token, the same at every call.
 """
 
-import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlkit.data.text import render
 from rlkit.errors import DataError
-from rlkit.settings import Checked, number
-
-_STEP = re.compile(r"\s*([+-])\s*(-?\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,35 +26,3 @@ class Template:
             problem, fix = f"a field of row {index} is null, or all are empty", "leave such rows out of the file"
             raise DataError(problem, key="template", value=self.template, fix=fix)
         return text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChainSumTeacher(Checked):
-    """A chain of thought for a sum, worked from left to right, with errors at a known rate.
-
-    For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`:
-    it is off by 1..max_error, and the rest is worked from there. A model that imitates it is right with about
-    (1 - error_rate) ** steps: RL has something to improve. Errors are fixed by (seed, index). `expression` is the sum's
-    template. `ConfigError`: settings out of range; `DataError`: a row has no such expression.
-    """
-
-    error_rate: float = number(0.3, 0, 0.99)
-    seed: int = 0
-    max_error: int = number(3, 1)
-    expression: str = "{metadata[expression]}"
-
-    def __call__(self, row: Mapping[str, Any], index: int) -> str:
-        draw = random.Random(f"{self.seed}/{index}")  # seeded by its SHA-512: stable anywhere
-        text = f"+{render(self.expression, row, index, 'expression')}"
-        if not re.fullmatch(rf"({_STEP.pattern})+\s*", text):
-            problem, expected = f"row {index} holds {text[1:]!r}", 'a sum of integers such as "4 - 1 + 7"'
-            raise DataError(problem, key="expression", value=self.expression, expected=expected)
-        (_, first), *rest = _STEP.findall(text)
-        total, steps = int(first), []
-        for operator, term in rest:
-            result = total + int(term) if operator == "+" else total - int(term)
-            if draw.random() < self.error_rate:
-                result += draw.choice((-1, 1)) * draw.randint(1, self.max_error)
-            steps.append(f"{total}{operator}{int(term)}={result}")
-            total = result
-        return f"{';'.join(steps)}#{total}"

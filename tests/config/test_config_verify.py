@@ -105,8 +105,8 @@ def test_all_faults_are_named_at_once(smoke: Smoke, refused: Refused) -> None:
         verify(config)
 
 
-SCHEMA = {key.path: key for key in keys.walk()}
-CHOICES = {path: key.limits["choices"] for path, key in SCHEMA.items() if "choices" in key.limits}
+SCHEMA = dict(keys.walk())
+CHOICES = {path: key.metadata["choices"] for path, key in SCHEMA.items() if "choices" in key.metadata}
 
 
 @pytest.mark.parametrize("path", CHOICES)
@@ -118,16 +118,16 @@ def test_choices(path: str, refused: Refused) -> None:
         verify(load("quickstart", [f"{path}='{choice}'"])[0])
 
 
-NUMBERS = [path for path, key in SCHEMA.items() if keys.unwrap(key.annotation) in (int, float)]
+NUMBERS = [path for path, key in SCHEMA.items() if keys.unwrap(key.type) in (int, float)]
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 def test_every_number_of_the_schema_has_a_range(path: str, refused: Refused) -> None:
-    low = SCHEMA[path].limits["low"]
-    kind = keys.unwrap(SCHEMA[path].annotation)
+    low = SCHEMA[path].metadata["low"]
+    kind = keys.unwrap(SCHEMA[path].type)
     value = -1 if kind is int else "nan" if low == -math.inf else low - 0.001
     name = path.replace("*", "heldout")
-    with refused(f"{name} = {value}", "not allowed", SCHEMA[path].limits["limits"]):
+    with refused(f"{name} = {value}", "not allowed", SCHEMA[path].metadata["limits"]):
         verify(load("quickstart", [f"{name}={value}"])[0])
 
 

@@ -21,7 +21,7 @@ def test_examples_continue_the_prompts_of_reinforcement_learning(tokenizer: Any)
     config = DatasetConfig(
         source={"_target_": "rlkit.data.sources.ReasoningGym", "task": "chain_sum", "size": 40},
         prompt="{metadata[expression]:nospace}=",
-        completion={"_target_": "rlkit.data.teacher.ChainSumTeacher", "error_rate": 0.0},
+        completion={"_target_": "recipes.chain_sum.ChainSumTeacher", "error_rate": 0.0},
     )
     examples, _ = load_examples(config, tokenizer, 200, "sft.data")
     prompts = load_prompts(config, tokenizer, "sft.data", True).prompts

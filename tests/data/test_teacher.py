@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.chain_sum import ChainSumTeacher
 from rlkit.data.sources import ReasoningGym
-from rlkit.data.teacher import ChainSumTeacher, Template
+from rlkit.data.teacher import Template
 from rlkit.errors import ConfigError, DataError
 
 STEP = re.compile(r"(-?\d+)([+-])(-?\d+)=(-?\d+)")
