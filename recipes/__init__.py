@@ -1,1 +1,1 @@
-"""Recipes: Hydra YAML, one file per experiment, groups in folders; the quickstart's teacher. Shipped with the package."""
+"""Recipes: Hydra YAML, one file per experiment, groups in folders; the quickstart's teacher. Shipped."""

@@ -1,8 +1,7 @@
 """Verifiable rewards: named, weighted reward functions, scored in confined, killable processes."""
 
-from rewards.base import RewardError, Sample, Score, Unscorable, nearest
+from rewards.base import RewardError, Sample, Score, Unscorable
 from rewards.pool import VerifierPool
-from rewards.spec import RewardSet, build, check_spec, import_target
+from rewards.spec import build, import_target
 
-__all__ = ["RewardError", "RewardSet", "Sample", "Score", "Unscorable", "VerifierPool"]
-__all__ += ["build", "check_spec", "import_target", "nearest"]
+__all__ = ["RewardError", "Sample", "Score", "Unscorable", "VerifierPool", "build", "import_target"]

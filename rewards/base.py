@@ -20,39 +20,26 @@ class Unscorable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion to judge.
+    """One completion to judge."""
 
-    prompt: its text as rendered; completion: decoded, special tokens removed; reference: the gold answer, if there is
-    one; metadata: JSON-able values of the data set row; finish_reason: "stop" or "length"; completion_tokens: length
-    of the completion in tokens; key: its place in the run, "<prompt's ordinal>/<sample>", if it has one.
-    """
-
-    prompt: str
-    completion: str
-    reference: str | None
-    metadata: Mapping[str, Any]
-    finish_reason: str
+    prompt: str  # as rendered
+    completion: str  # decoded, special tokens removed
+    reference: str | None  # the gold answer, if there is one
+    metadata: Mapping[str, Any]  # JSON-able values of the data set row
+    finish_reason: str  # "stop" or "length"
     completion_tokens: int
-    key: str = ""
+    key: str = ""  # its place in the run, "<prompt's ordinal>/<sample>", if it has one
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The verdict on one sample.
+    """The verdict on one sample."""
 
-    score: weighted sum of the parts; None = could not be scored (drop and count it; it is never 0).
-    parts: one value a named reward, None where that reward gave none.
-    answer: extracted answer for majority voting, in canonical form where the reward knows one.
-    reason: why a part is None ("timeout", "verifier crashed (signal 11)", "NaN from reward 'x'"); beside a score if
-        the missing part has weight 0.
-    seconds: wall-clock time spent on the sample, measured outside the sandbox.
-    """
-
-    score: float | None
-    parts: Mapping[str, float | None]
-    answer: str | None
-    reason: str | None
-    seconds: float
+    score: float | None  # weighted sum of the parts; None: could not be scored (drop and count it; it is never 0)
+    parts: Mapping[str, float | None]  # a value for each named reward, None where it gave none
+    answer: str | None  # extracted, for majority voting; in canonical form where the reward knows one
+    reason: str | None  # why a part is None, also beside a score if the part has weight 0 (docs/rewards.md lists them)
+    seconds: float  # wall-clock time spent on the sample, measured outside the sandbox
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -16,10 +16,8 @@ _NUMERIC = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
 class ExactMatch:
     """1.0 if the extracted answer equals the reference, else 0.0; no answer found is 0.0.
 
-    extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
-    numeric: compare as numbers ("$1,234.50" equals "1234.5"); a reference that is no number is unscorable, an answer
-        that is none is 0.0.
-    ignore_case: for text.
+    extract, marker: where the answer stands (docs/rewards.md); ignore_case: for text; numeric: compare as numbers
+    ("$1,234.50" equals "1234.5"): a reference that is no number is unscorable, an answer that is none is 0.0.
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)

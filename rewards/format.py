@@ -14,8 +14,7 @@ class Format:
     """1.0 if the completion has the shape, else 0.0.
 
     pattern: regular expression the whole completion must match (`.` matches newlines too).
-    tags: names of tags that must each occur exactly once, in this order, not nested:
-        ["think", "answer"] asks for <think>...</think> ... <answer>...</answer>.
+    tags: names of tags that must each occur exactly once, in this order, not nested: ["think", "answer"].
     At least one is needed; with both, both must hold.
     """
 
@@ -33,16 +32,7 @@ class Format:
         check_pattern("pattern", self.pattern)
 
     def __call__(self, sample: Sample) -> float:
-        text = sample.completion
-        if self.pattern and not re.fullmatch(self.pattern, text, re.DOTALL):
+        if self.pattern and not re.fullmatch(self.pattern, sample.completion, re.DOTALL):
             return 0.0
-        position = 0
-        for tag in self.tags:
-            opening, closing = f"<{tag}>", f"</{tag}>"
-            if text.count(opening) != 1 or text.count(closing) != 1:
-                return 0.0
-            start, end = text.find(opening, position), text.find(closing, position)
-            if start < 0 or end < start:
-                return 0.0
-            position = end + len(closing)
-        return 1.0
+        wanted = [mark for tag in self.tags for mark in (f"<{tag}>", f"</{tag}>")]
+        return float(not wanted or re.findall("|".join(map(re.escape, wanted)), sample.completion) == wanted)

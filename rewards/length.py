@@ -10,10 +10,8 @@ from rewards.base import RewardError, Sample
 class OverlongPenalty:
     """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), in [-1, 0].
 
-    With n = completion_tokens: 0 for n <= max_tokens - cache_tokens, then linear down to -1 at
-    max_tokens, and -1 beyond:  min(0, max(-1, (max_tokens - cache_tokens - n) / cache_tokens)).
-
-    max_tokens: most tokens a completion may have; cache_tokens: length of the soft interval.
+    min(0, max(-1, (max_tokens - cache_tokens - completion_tokens) / cache_tokens)); max_tokens: most tokens a
+    completion may have; cache_tokens: length of the soft interval before that, where it falls from 0 to -1.
     """
 
     bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)

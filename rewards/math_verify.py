@@ -18,13 +18,10 @@ _MAX_ANSWER_CHARS = 500
 class MathVerify:
     """1.0 if the answer equals the reference as mathematics, else 0.0; no answer found is 0.0.
 
-    extract, marker: where the answer stands, see `rewards.extraction.METHODS`; "auto" leaves the search to math-verify
-        (a box first, then the last LaTeX or plain expression).
-    strict: variables must carry the same names, and a set is not a tuple.
-
-    The reference is a plain number or LaTeX, with or without dollar signs or a box. One that does not parse makes the
-    sample unscorable, and so does an exception raised in the comparison. math-verify's own time limits work by SIGALRM,
-    which does not interrupt C code. They are off: call this through `VerifierPool`, which keeps the time.
+    extract, marker: where the answer stands (docs/rewards.md); strict: variables must carry the same names, and a set
+    is not a tuple. The reference is a plain number or LaTeX, with or without dollar signs or a box. One that does not
+    parse makes the sample unscorable, and so does an exception raised in the comparison. math-verify's own time limits
+    are off (SIGALRM does not interrupt C code): call this through `VerifierPool`, which keeps the time.
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)

@@ -32,13 +32,10 @@ Scores = Future[list[Score]]
 class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
     """Scores samples with the rewards of a specification, in `workers` processes at a time.
 
-    spec: names to `{"_target_": import path, "weight": float, **settings}`.
-    timeout_s: wall-clock seconds for one sample over all its rewards; then the process that scores it is killed and
-        the sample's score is None with reason "timeout".
-    batch_size: most samples that one process scores, of however many calls. Model text that runs can reach the samples
-        behind it in its process: 1 isolates each, for about ten milliseconds of CPU time a sample.
-    sandbox: "strict" or "limits", see `rewards.sandbox`.
-    memory_mb: address space of a scoring process, in MiB beyond what the warm process already maps.
+    spec: names to `{"_target_": import path, "weight": float, **settings}`; timeout_s: wall-clock seconds for one
+    sample over all its rewards; batch_size: most samples that one process scores, of however many calls; sandbox:
+    "strict" or "limits", see `rewards.sandbox`; memory_mb: address space of a scoring process, in MiB beyond what the
+    warm process already maps.
 
     All methods may be called from any thread and any event loop. Raises RewardError if the specification is wrong or
     the warm process cannot start or dies in a row. Close it, or use `with`; at interpreter exit it closes itself.

@@ -14,13 +14,9 @@ from rewards.extraction import check_extraction, extract
 class ReasoningGym:
     """The score in [0, 1] that the task's data set gives the extracted answer.
 
-    task: name of a task, a list of names, or a mapping of names to the data set's settings. With several,
-        `metadata["source_dataset"]` of the sample says which one it is.
-    extract, marker: where the answer stands, see `rewards.extraction.METHODS`.
-
-    The entry is rebuilt from the sample: answer = reference, metadata = metadata, question = metadata["question"] or
-    else the prompt. No answer found is a verdict, 0.0: the fault is the model's. An exception out of the scorer is no
-    verdict: it handles malformed answers itself, so what escapes is a defect of scorer or entry, or an attack.
+    task: name of a task, a list of names, or a mapping of names to the data set's settings; extract, marker: where the
+    answer stands. What becomes of several tasks, missing answers and exceptions: docs/rewards.md. The entry's question
+    is metadata["question"] or else the prompt.
     """
 
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
@@ -58,12 +54,11 @@ class ReasoningGym:
         """The extracted answer, as the model wrote it."""
         return extract(sample.completion, self.extract, self.marker)
 
-    def _settings(self) -> dict[str, Mapping[str, Any]]:
-        if isinstance(self.task, str):
-            return {self.task: {}} if self.task else {}
+    def _settings(self) -> Mapping[str, Mapping[str, Any]]:
         if isinstance(self.task, Mapping):
-            return dict(self.task)
-        return {name: {} for name in self.task}
+            return self.task
+        names = [self.task] if self.task and isinstance(self.task, str) else self.task
+        return dict.fromkeys(names, {})
 
 
 @functools.cache

@@ -1,9 +1,7 @@
 """What a scoring child may do, applied in the child before it touches model text, and not revocable.
 
-strict: resource limits, and a whitelist of system calls (seccomp, by libseccomp): all others fail with EPERM. Absent on
-    purpose: execve, fork and vfork (clone only with CLONE_THREAD), socket and connect, kill and its kin, ptrace, prctl,
-    setrlimit, mount, and every call that changes the file system.
-limits: resource limits only; model text that is evaluated can then write files, open sockets and start processes.
+strict: resource limits, and a whitelist of system calls (seccomp, by libseccomp): all others fail with EPERM.
+limits: resource limits only. docs/rewards.md says what either prevents, and what not.
 """
 
 import ctypes
@@ -14,7 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import tempfile
 import termios
 from pathlib import Path
 from typing import Any
@@ -45,30 +42,16 @@ _FCNTL = (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fc
 _IOCTL = (termios.TCGETS, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX, termios.FIONREAD)
 _SOCKET_TYPE_MASK = 0xF
 _FILE_MB, _OPEN_FILES = 16, 64
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
-_SECCOMP_MODE_FILTER, _INSTRUCTION_BYTES = 2, 8
-_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG, _libc = 1, ctypes.CDLL(None)
 _MEND = "choose sandbox=limits (resource limits only, see docs/rewards.md)"
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; exit now if it is gone already."""
-    _process_control(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel kill this process when its parent ends; exit now if it is gone already. Raises OSError."""
+    if sys.platform == "linux" and _libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)):
+        raise OSError("prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _process_control(option: int, value: int, argument: Any = ctypes.c_ulong(0)) -> None:  # noqa: B008
-    """prctl(2). Raises OSError; does nothing where there is no prctl."""
-    zero = ctypes.c_ulong(0)
-    if sys.platform == "linux" and _libc.prctl(option, ctypes.c_ulong(value), argument, zero, zero):
-        raise OSError(f"prctl({option}) failed")
-
-
-class _Program(ctypes.Structure):
-    """struct sock_fprog of linux/filter.h."""
-
-    _fields_ = [("count", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 class Sandbox:
@@ -103,9 +86,7 @@ class Sandbox:
             resource.setrlimit(kind, (soft, hard))
         if self._filter is None:
             return
-        _process_control(_PR_SET_NO_NEW_PRIVS, 1)
-        program = _Program(len(self._filter) // _INSTRUCTION_BYTES, self._filter)
-        _process_control(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))
+        self._filter.load()  # and no new privileges, whatever is executed
         try:
             socket.socket().close()
         except PermissionError:
@@ -113,8 +94,8 @@ class Sandbox:
         raise RewardError(f"sandbox 'strict' does not hold on this machine: a socket was had; {_MEND}")
 
 
-def _whitelist() -> bytes:
-    """As a BPF program, made once: that takes longer than a fork. ImportError, RuntimeError without libseccomp."""
+def _whitelist() -> Any:
+    """As a filter that libseccomp can load. ImportError, RuntimeError without libseccomp."""
     import pyseccomp as seccomp
 
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
@@ -141,7 +122,4 @@ def _whitelist() -> bytes:
         add(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
     for request in _IOCTL:
         add(seccomp.ALLOW, "ioctl", seccomp.Arg(1, seccomp.EQ, request))
-    with tempfile.TemporaryFile() as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read()
+    return rules

@@ -1,10 +1,7 @@
 """From a specification to a set of named, weighted rewards, and from their parts to one score.
 
-A reward is a callable `reward(sample) -> float | None`: a function, or an object built from settings. It may have
-  answer(sample) -> str | None     the extracted answer, for majority voting
-  warm_up() -> None                pay imports and caches once, before the first sample
-  bounds: tuple[float, float]      values outside become None: a forged score stays bounded
-  binary: bool                     the class says that it is 1 or 0, which some algorithms need
+A reward is a callable `reward(sample) -> float | None`: a function, or an object built from settings. Members that it
+may have are listed in docs/rewards.md, "Write your own".
 """
 
 import functools
@@ -55,7 +52,6 @@ class RewardSet:
         """Call every reward. Never raises: what goes wrong is that reward's reason."""
         found = Measurement({}, {}, None)
         for weight, function in zip(self.weights, self.functions, strict=True):
-            part: float | None = None
             try:
                 part, reason = _checked(function(sample), weight)
                 if weight.answers and found.answer is None and (answer := function.answer(sample)) is not None:  # type: ignore[attr-defined]

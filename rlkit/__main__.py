@@ -1,5 +1,3 @@
-"""`python -m rlkit` is `rlkit`."""
-
 from rlkit.cli import run
 
 run()

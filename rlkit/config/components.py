@@ -40,23 +40,27 @@ def validate(component: Any, key: str) -> dict[str, Any]:
     if not isinstance(component, Mapping) or TARGET not in component:
         raise ConfigError("not a component", key=key, value=component, expected=f"a mapping with {EXAMPLE}")
     path = component[TARGET]
-    known = parameters(import_target(path, key))
-    names = [name for name, p in known.items() if p.kind is not p.VAR_KEYWORD]
+    target = import_target(path, key)
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (NameError, TypeError, AttributeError):
+        signature = inspect.signature(target)  # an annotation under `if TYPE_CHECKING`: values go unchecked
+    parameters = signature.parameters.values()
+    known = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     settings = {str(name): value for name, value in component.items() if name != TARGET}
     for name, value in settings.items():
         place = f"{key}.{name}"
-        if name in names:
+        if name in known:
             settings[name] = converted(value, known[name].annotation, place, path)
-        elif len(names) == len(known):  # no **settings
-            expected = f"one of {', '.join(names)}" if names else "no settings at all"
+        elif not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            expected = f"one of {', '.join(known)}" if known else "no settings at all"
             fix = f"to replace the whole component choose an option of its group or give '{key}={{_target_: ..., ...}}'"
-            problem = f"{path} has no setting {name!r}.{nearest(name, names)}"
+            problem = f"{path} has no setting {name!r}.{nearest(name, known)}"
             raise ConfigError(problem, key=place, value=value, expected=expected, fix=fix)
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Mapping) and TARGET in inner:
                 validate(inner, place)
-    lacking = [name for name in names if known[name].default is inspect.Parameter.empty and name not in settings]
-    if lacking:
+    if lacking := [p.name for p in known.values() if p.default is p.empty and p.name not in settings]:
         problem = f"{path} needs the setting{'s' * (len(lacking) > 1)} {', '.join(lacking)}"
         raise ConfigError(problem, key=key, value=dict(component), fix=f"set {key}.{lacking[0]}=...")
     return settings
@@ -68,16 +72,6 @@ def import_target(path: Any, key: str) -> Callable[..., Any]:
         return rewards.import_target(path)
     except rewards.RewardError as error:
         raise ConfigError(str(error), key=f"{key}.{TARGET}", value=path, expected=EXAMPLE) from error
-
-
-def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters of a dataclass or callable that can be given by name, and its `**settings`."""
-    try:
-        signature = inspect.signature(target, eval_str=True)
-    except (NameError, TypeError, AttributeError):
-        signature = inspect.signature(target)  # an annotation under `if TYPE_CHECKING`: values go unchecked
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    return {name: p for name, p in signature.parameters.items() if p.kind not in by_position}
 
 
 def converted(value: Any, annotation: Any, key: str, path: str) -> Any:

@@ -167,11 +167,10 @@ def _finished(config: DictConfig) -> tuple[Config, dict[str, Any]]:
             problem = f"mandatory keys have no value: {', '.join(missing)}"
             raise ConfigError(problem, fix=f"set {', '.join(ways)}; or choose an option of the group")
         plain: Any = OmegaConf.to_container(config, resolve=True)
-        typed = OmegaConf.to_object(config)
+        typed: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key, reason = getattr(error, "full_key", None) or None, str(error).partition("\n")[0]
         raise ConfigError(f"interpolation cannot be resolved: {reason}", key=key) from error
-    assert isinstance(typed, Config)
     return typed, plain
 
 

@@ -92,7 +92,7 @@ def _check_model_and_data(config: Config) -> Iterator[ConfigError]:
             fix = f"set {key}.chat=true, or put the text into {key}.prompt"
             yield _fault(f"{key}.system", dataset.system, "a system message needs a chat template", fix=fix)
     if config.sft is not None and config.sft.data.completion is None:
-        expected, fix = "a component of rlkit.data.teacher", "or start from the model as it is: sft=null"
+        expected, fix = "a component, e.g. rlkit.data.text.Template", "or start from the model as it is: sft=null"
         yield _fault("sft.data.completion", None, "a warm start needs target completions", expected, fix)
     evaluation, rewards = config.evaluation, config.reward.rewards
     if evaluation.temperature == 0 and evaluation.samples != 1:

@@ -50,8 +50,7 @@ class PromptSet:
 class PromptOrder:
     """Maps an ordinal, the position in the run's endless sequence of prompts, to a prompt.
 
-    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order without
-    `shuffle`. One epoch's permutation is kept.
+    Ordinals [e * count, (e + 1) * count) are epoch e: each prompt once, shuffled by (seed, e), or in file order.
     """
 
     def __init__(self, count: int, seed: int, shuffle: bool = True) -> None:
@@ -87,10 +86,9 @@ def load_prompts(
 ) -> PromptSet:
     """Read a data set and make a `Prompt` of every row that is short enough.
 
-    A prompt's metadata are the row's fields as JSON values; those of a nested `metadata` mapping are lifted to the top
-    and win over columns. `key` is the set's place in the recipe, e.g. "data.train", for messages; with
-    `require_reference` every row must have a reference answer. `ConfigError`: bad reference_pattern. `DataError`, which
-    names the row: no row (short enough), a missing field or reference, an id used twice, an unknown character.
+    `key` is the set's place in the recipe, e.g. "data.train", for messages; with `require_reference` every row must
+    have a reference answer. `ConfigError`: bad reference_pattern. `DataError`, which names the row: no row (short
+    enough), a missing field or reference, an unknown character.
     """
     rendered, left_out = render_rows(config, tokenizer, key)
     prompts = tuple(

@@ -44,16 +44,12 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """Rows of a data set on the Hugging Face hub or in its local cache: HubDataset(name="openai/gsm8k", subset="main").
+    """Rows of a data set on the Hugging Face hub or in its local cache. `DataError` out of reach."""
 
-    `name` is a hub name or folder, `subset` its configuration, `split` e.g. "train[:100]", `revision` a commit, tag or
-    branch (a commit makes a run repeatable). `DataError` out of reach.
-    """
-
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    name: str  # on the hub, or a folder
+    subset: str | None = None  # its configuration
+    split: str = "train"  # or e.g. "train[:100]"
+    revision: str | None = None  # commit, tag or branch; a commit makes a run repeatable
 
     def rows(self) -> Sequence[Row]:
         from datasets import load_dataset  # here, because it takes a second
@@ -70,21 +66,17 @@ class HubDataset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningGym:
-    """Rows of a reasoning-gym task, made on the fly: `question`, `answer`, `metadata`.
+    """Rows of a reasoning-gym task, made on the fly: `question`, `answer`, `metadata`. How sets overlap: docs/data.md.
 
-    Row i is seeded with `seed + i`: sets whose ranges [seed, seed + size) overlap share rows, and small tasks repeat
-    questions under any seed. `exclude`: sources (components) whose questions must not appear, e.g. in YAML
-    `["${data.eval.heldout.source}"]`; `distinct`: no question twice; rows are drawn until `size` is reached. `settings`
-    are the task's own, e.g. {"min_terms": 2, "max_terms": 4} of "chain_sum". `DataError`: unknown task or setting,
-    fewer than `size` rows.
+    `DataError`: unknown task or setting, fewer than `size` rows.
     """
 
     task: str
     size: int
-    seed: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    distinct: bool = False
-    exclude: tuple[Any, ...] = ()
+    seed: int = 0  # row i is seeded with seed + i
+    settings: dict[str, Any] = field(default_factory=dict)  # the task's own
+    distinct: bool = False  # no question twice
+    exclude: tuple[Any, ...] = ()  # sources (components) whose questions must not appear
 
     def rows(self) -> Sequence[Row]:
         if self.size < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlkit.errors import DataError, nearest
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
 def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str | None:
     """Fill a template from the fields of row `number`; None when a field it uses is null, or all are blank.
 
-    The grammar is that of `str.format` with named fields and indexing (a literal brace is doubled), and one more
-    format: `:nospace` removes all white space, so that "{metadata[expression]:nospace}=" gives "4-1+7=".
+    The grammar is that of `str.format` with named fields and indexing, and `:nospace`, which removes all white space.
     `DataError` names `key` (the setting the template comes from), the row, what is missing and what exists.
     """
     formatter = _Formatter()
@@ -25,7 +25,8 @@ def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str 
         text, filled = formatter.vformat(template, (), row), formatter.filled
         return None if None in filled or (filled and not any(map(str.strip, filter(None, filled)))) else text
     except (LookupError, AttributeError, TypeError, ValueError, MemoryError) as error:
-        fields = field_names(row)
+        nested = [f"{name}[{inner}]" for name, value in row.items() if isinstance(value, Mapping) for inner in value]
+        fields = [*map(str, row), *nested]
         problem = f"not a valid template (row {number}): {error}"
         if isinstance(error, KeyError):
             name = str(error.args[0])
@@ -33,12 +34,6 @@ def render(template: str, row: Mapping[str, Any], number: int, key: str) -> str 
         expected = f"fields of this row: {', '.join(fields)}"
         fix = "name an existing field; write literal braces twice: {{ and }}"
         raise DataError(problem, key=key, value=template, expected=expected, fix=fix) from error
-
-
-def field_names(row: Mapping[str, Any]) -> list[str]:
-    """Names a template can use: `question`, and `metadata[expression]` for nested mappings."""
-    nested = [f"{name}[{inner}]" for name, value in row.items() if isinstance(value, Mapping) for inner in value]
-    return [*map(str, row), *nested]
 
 
 class _Formatter(string.Formatter):
@@ -56,6 +51,24 @@ class _Formatter(string.Formatter):
             return ""
         text = "".join(str(value).split()) if format_spec == "nospace" else str(format(value, format_spec))
         self.filled.append(text)
+        return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A teacher for data with solutions: the completion is the row's own fields, e.g. "{solution}\\n#### {answer}".
+
+    As every teacher it is a component called with a row and its number, gives the same text at every call, and leaves
+    the end-of-sequence token out. `DataError` names the row where a field is missing or null.
+    """
+
+    template: str
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> str:
+        text = render(self.template, row, index, "template")
+        if text is None:
+            problem, fix = f"a field of row {index} is null, or all are empty", "leave such rows out of the file"
+            raise DataError(problem, key="template", value=self.template, fix=fix)
         return text
 
 

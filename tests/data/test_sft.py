@@ -13,7 +13,7 @@ from rlkit.data.prompts import load_examples, load_prompts
 from rlkit.errors import DataError, TrainingError
 
 Make = Callable[..., DatasetConfig]
-TEMPLATE = {"_target_": "rlkit.data.teacher.Template", "template": "{solution}#{answer}"}
+TEMPLATE = {"_target_": "rlkit.data.text.Template", "template": "{solution}#{answer}"}
 ROWS = [{"question": f"{n}=?", "solution": "x" * n, "answer": n} for n in range(1, 15)]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from recipes.chain_sum import ChainSumTeacher
 from rlkit.data.sources import ReasoningGym
-from rlkit.data.teacher import Template
+from rlkit.data.text import Template
 from rlkit.errors import ConfigError, DataError
 
 STEP = re.compile(r"(-?\d+)([+-])(-?\d+)=(-?\d+)")
