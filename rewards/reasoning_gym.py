@@ -54,9 +54,9 @@ class ReasoningGym:
         """The extracted answer, as the model wrote it."""
         return extract(sample.completion, self.extract, self.marker)
 
-    def _settings(self) -> Mapping[str, Mapping[str, Any]]:
+    def _settings(self) -> dict[str, Mapping[str, Any]]:
         if isinstance(self.task, Mapping):
-            return self.task
+            return dict(self.task)
         names = [self.task] if self.task and isinstance(self.task, str) else self.task
         return dict.fromkeys(names, {})
 

@@ -61,15 +61,11 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the verifiers said of one rollout.
+    """What the verifiers said of one rollout."""
 
-    `score` None: it could not be scored (timeout, crash, NaN); the sample is dropped and counted, never treated as 0.
-    `answer` is the extracted answer, for majority voting.
-    """
-
-    score: float | None
+    score: float | None  # None: it could not be scored (timeout, crash, NaN); dropped and counted, never treated as 0
     parts: Mapping[str, float | None] = field(default_factory=dict)
-    answer: str | None = None
+    answer: str | None = None  # extracted, for majority voting
     reason: str | None = None
 
 

@@ -75,10 +75,7 @@ def datasets(config: Config) -> dict[str, DatasetConfig]:
 
 
 def locate(path: str, *, value: object = None, where: str = "") -> Any:
-    """Annotation of the key at a dotted path; `Any` for whatever lies inside a component.
-
-    Raises ConfigError when no such key exists; `where` ("in override 'x=1'") goes into the message.
-    """
+    """Annotation of the key at a dotted path, `Any` inside a component; ConfigError, `where` in it, for no such key."""
     annotation: Any = Config
     parent = ""
     for part in path.partition("[")[0].split("."):

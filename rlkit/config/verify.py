@@ -38,7 +38,7 @@ def problems(config: Config) -> Iterator[ConfigError]:
     for place, section in sections(config):
         for field in dataclasses.fields(section):
             path, value = f"{place}.{field.name}".lstrip("."), getattr(section, field.name)
-            doc = comments(type(section)).get(field.name, "").removesuffix(".")
+            doc = comments(section.__class__).get(field.name, "").removesuffix(".")
             if wrong := fault(path, value, field.metadata, f" ({doc})"):
                 yield wrong
             if unwrap(field.type) == Component and value is not None and path != "model.architecture":

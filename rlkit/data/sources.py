@@ -23,12 +23,9 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFile:
-    """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file; `~` is expanded in `path`.
+    """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file. DataError names a bad line."""
 
-    `DataError` names the line (or item) that is malformed.
-    """
-
-    path: str
+    path: str  # `~` is expanded
 
     def rows(self) -> Sequence[Row]:
         path = Path(self.path).expanduser()

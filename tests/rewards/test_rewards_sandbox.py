@@ -224,6 +224,13 @@ def test_raw_system_calls_fail(call: str, result: int, told: VerifierPool, sampl
     assert score.score == 1.0, score
 
 
+def test_the_kernel_says_that_a_child_is_confined(told: VerifierPool, sample: Make) -> None:
+    """A filter (mode 2), and no new privileges through a program that is executed."""
+    for line in ("Seccomp:\\t2", "NoNewPrivs:\\t1"):
+        (score,) = told.score_sync([sample(f"evaluate '{line}\\n' in open('/proc/self/status').read()")])
+        assert score.score == 1.0, score
+
+
 def test_no_memory_beyond_the_limit(told: VerifierPool, sample: Make) -> None:
     expression = "len(bytearray({size})) == {size}"
     assert eval(expression.format(size=4 * 10**8))  # the control: here it can be had
