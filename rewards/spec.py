@@ -164,8 +164,11 @@ def import_target(path: Any) -> Callable[..., Any]:
         raise RewardError(f"importing {module} raised {_describe(error)}; {fix}") from error
     if not hasattr(place, name):
         raise RewardError(f"{module} has no {name!r}; {nearest(name, (x for x in vars(place) if x[0] != '_'))}")
-    if not callable(found := getattr(place, name)):
-        raise RewardError(f"{path} is a {type(found).__name__}, not a class or function")
+    found = getattr(place, name)
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError) as error:  # not callable; a builtin that does not tell its settings
+        raise RewardError(f"{path} is a {type(found).__name__}, not a class or function with named settings") from error
     return found  # type: ignore[no-any-return]
 
 
