@@ -18,6 +18,7 @@ from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.types import Rollout, SamplingParams
 
 INTERRUPTED = "interrupted"
+SPARED_TENTHS = 3  # of rank 0's share
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,10 @@ class GenerateOrder:
     version: int
 
     def share(self, rank: int, ranks: int) -> Sequence[GenerationRequest]:
-        """Consecutive requests, so that most prompts are read on one rank only."""
-        count = len(self.requests)
-        return self.requests[count * rank // ranks : count * (rank + 1) // ranks]
+        """Consecutive requests, so that most prompts are read on one rank only; rank 0 also keeps buffer and scores."""
+        tenths = [max(0, 10 * r - SPARED_TENTHS) for r in (rank, rank + 1)]
+        first, last = (len(self.requests) * place // (10 * ranks - SPARED_TENTHS) for place in tenths)
+        return self.requests[first:last]
 
 
 @dataclass(slots=True)
