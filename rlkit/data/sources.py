@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -107,6 +108,36 @@ class ReasoningGym:
             expected = f"settings among {', '.join(sorted(DATASETS[self.task][1].__dataclass_fields__))}"
             problem = f"{self.task} refuses them: {error}"
             raise DataError(problem, key="settings", value=self.settings, expected=expected) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Rows of several sources (components) in proportion to `weights`: the next is of the one furthest behind.
+
+    `DataError`: weights that do not fit, or a source with fewer rows than its share of `size`.
+    """
+
+    sources: tuple[Any, ...]
+    weights: tuple[float, ...]
+    size: int
+
+    def rows(self) -> Sequence[Row]:
+        if len(self.weights) != len(self.sources) or min(self.weights, default=0) <= 0:
+            expected = f"{len(self.sources)} numbers above 0, one a source"
+            raise DataError("weights do not fit", key="weights", value=self.weights, expected=expected)
+        shares = np.array(self.weights) / sum(self.weights)
+        every = [iter(as_source(item, f"sources[{number}]").rows()) for number, item in enumerate(self.sources)]
+        kept, taken = list[Row](), np.zeros(len(shares))
+        while len(kept) < self.size:
+            chosen = int(np.argmax(shares * (len(kept) + 1) - taken))
+            if (row := next(every[chosen], None)) is None:
+                problem = f"source {chosen} has {taken[chosen]:.0f} rows, its share of {self.size} is more"
+                raise DataError(
+                    problem, key="size", value=self.size, fix="lower size or its weight, or give it more rows"
+                )
+            kept.append(row)
+            taken[chosen] += 1
+        return kept
 
 
 def as_source(component: Any, key: str) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkit.data.sources import HubDataset, LocalFile, ReasoningGym, as_source
+from rlkit.data.sources import HubDataset, LocalFile, Mixture, ReasoningGym, as_source
 from rlkit.errors import DataError, RlkitError
 
 ROWS = [{"question": "1+1?", "answer": "2", "n": 1}, {"question": "a\u2028b", "answer": "c", "n": 2}]
@@ -159,3 +159,28 @@ class NoRows:
 def test_a_component_without_rows_is_refused() -> None:
     with pytest.raises(RlkitError, match=r"no method rows\(\)"):
         as_source({"_target_": f"{__name__}.NoRows"}, "data.train.source")
+
+
+def numbered(tmp_path, name: str, count: int) -> dict:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(f'{{"id": "{name}{i}"}}\n' for i in range(count)))
+    return {"_target_": "rlkit.data.sources.LocalFile", "path": str(path)}
+
+
+def test_a_mixture_interleaves_its_sources_in_proportion(tmp_path):
+    sources = (numbered(tmp_path, "a", 6), numbered(tmp_path, "b", 2))
+    rows = Mixture(sources=sources, weights=(3.0, 1.0), size=8).rows()
+    assert [row["id"] for row in rows] == ["a0", "a1", "b0", "a2", "a3", "a4", "b1", "a5"]
+    for size in range(1, 9):  # of any beginning each share is right to less than a row
+        own = [row["id"][0] for row in Mixture(sources=sources, weights=(3.0, 1.0), size=size).rows()]
+        assert abs(own.count("b") - size / 4) < 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "size", "says"),
+    [((1.0,), 2, "weights"), ((1.0, 0.0), 2, "above 0"), ((1.0, 1.0), 9, "source 1 has 2 rows")],
+)
+def test_a_mixture_that_cannot_be_made_says_why(tmp_path, weights, size, says):
+    mixture = Mixture(sources=(numbered(tmp_path, "a", 9), numbered(tmp_path, "b", 2)), weights=weights, size=size)
+    with pytest.raises(DataError, match=says):
+        mixture.rows()
