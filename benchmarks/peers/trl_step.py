@@ -10,10 +10,10 @@ rate 1e-6 (so that the policy, and with it lengths and rewards, stay what they a
 one process of either side for each policy, in changing order, and leaves out the first two steps of each.
 
 Both sides run as one process of one thread (a second thread gains neither anything), as `python script.py` and `rlkit
-train` start them; `--ranks 2` runs both under torchrun. TRL runs at its best settings for this machine: micro-batches of
-32 samples (64 and 128 are slower), malloc as rlkit sets it, no gradient checkpointing, the transformers engine, its reward
-a string comparison in process; rlkit scores in sandboxed verifiers, writes its buffer and every rollout. Both are timed
-from the request for completions to the updated weights.
+train` start them; `--ranks 2` runs both under torchrun. TRL runs at its best settings for this machine: micro-batches
+of 32 samples (64 and 128 are slower), malloc as rlkit sets it, no gradient checkpointing, the transformers engine, its
+reward a string comparison in process; rlkit scores in sandboxed verifiers, writes its buffer and every rollout. Both
+are timed from the request for completions to the updated weights.
 
 The last line is JSON: for each policy medians and spreads of both sides, generation and learner apart, peak memory of
 the training process, `ratio` = TRL seconds / rlkit seconds (median of the rounds' ratios, with the smallest and
