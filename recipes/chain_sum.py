@@ -19,11 +19,14 @@ class ChainSumTeacher(Checked):
 
     For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`:
     it is off by 1..max_error, and the rest is worked from there. A model that imitates it is right with about
-    (1 - error_rate) ** steps: RL has something to improve. Errors are fixed by (seed, index). `expression` is the sum's
-    template. `ConfigError`: settings out of range; `DataError`: a row has no such expression.
+    (1 - error_rate) ** steps: RL has something to improve. Sums of `hard_terms` terms or more, if that is not 0, have
+    `hard_error_rate`. Errors are fixed by (seed, index). `expression` is the sum's template. `ConfigError`: settings
+    out of range; `DataError`: a row has no such expression.
     """
 
     error_rate: float = number(0.3, 0, 0.99)
+    hard_terms: int = number(0, 0)
+    hard_error_rate: float = number(0.3, 0, 0.99)
     seed: int = 0
     max_error: int = number(3, 1)
     expression: str = "{metadata[expression]}"
@@ -36,9 +39,10 @@ class ChainSumTeacher(Checked):
             raise DataError(problem, key="expression", value=self.expression, expected=expected)
         (_, first), *rest = _STEP.findall(text)
         total, steps = int(first), []
+        rate = self.hard_error_rate if 0 < self.hard_terms <= len(rest) + 1 else self.error_rate
         for operator, term in rest:
             result = total + int(term) if operator == "+" else total - int(term)
-            if draw.random() < self.error_rate:
+            if draw.random() < rate:
                 result += draw.choice((-1, 1)) * draw.randint(1, self.max_error)
             steps.append(f"{total}{operator}{int(term)}={result}")
             total = result

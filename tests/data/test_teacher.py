@@ -87,3 +87,15 @@ def test_template_teacher() -> None:
         teacher({"solution": None, "answer": 4}, 3)
     with pytest.raises(DataError, match="row 3 has no field 'solution'"):
         teacher({"answer": 4}, 3)
+
+
+def test_hard_sums_have_an_error_rate_of_their_own() -> None:
+    """Of 4 terms or more; the others are as without the setting."""
+    teacher = ChainSumTeacher(error_rate=0.0, hard_terms=4, hard_error_rate=0.9, seed=1)
+    rows = [{"metadata": {"expression": " + ".join("1" * terms)}} for terms in (2, 3, 4, 5) for _ in range(50)]
+    right = [
+        teacher(row, n).endswith(f"#{terms}")
+        for n, (row, terms) in enumerate(zip(rows, sorted([2, 3, 4, 5] * 50), strict=True))
+    ]
+    assert all(right[:100]) and sum(right[100:]) < 20
+    assert ChainSumTeacher(hard_terms=4)(rows[0], 0) == ChainSumTeacher()(rows[0], 0)
