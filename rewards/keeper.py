@@ -105,7 +105,7 @@ class Keeper:
                 raise self._bury(zygote, "did not confine a scoring child") from None
             if problem:
                 raise RewardError(f"a scoring child could not be confined: {problem}")
-        except BaseException:
+        except BaseException:  # raised again: whatever it is, no socket stays open
             ours.close()
             raise
         return child

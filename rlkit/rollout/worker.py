@@ -56,7 +56,7 @@ class RolloutWorker:
                     scoring.append(asyncio.create_task(self._score(kept, held)))
             generated = time.perf_counter()
             await asyncio.gather(*scoring)
-        except BaseException:
+        except BaseException:  # raised again, cancellation too: what is still held goes back at once
             for task in scoring:
                 task.cancel()
             await asyncio.gather(*scoring, return_exceptions=True)
