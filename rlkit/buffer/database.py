@@ -10,47 +10,57 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from sqlalchemy import Connection, create_engine, event, insert, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
 from rlkit.errors import BufferError
 
-BUSY_TIMEOUT_S = 30.0
+BUSY_TIMEOUT_S = (
+    30.0  # a writer's wait for another one; in PostgreSQL also the longest a stopped process may hold one up
+)
 _NETWORK = re.compile(
     r"^(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|ocfs2|gfs2?|orangefs"
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
 )
+# One writer at a time, in PostgreSQL for each run; readers see a snapshot and wait for nobody.
+READ = {"sqlite": "BEGIN", "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
+WRITE = {
+    "sqlite": "BEGIN IMMEDIATE",
+    "postgresql": "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended(current_setting('search_path'), 0))",
+}
 
 
 class Database:
-    """A SQLite database of the buffer's schema, made if there is none.
+    """A SQLite file, or the schema `rlkit_<run>` of a PostgreSQL database, with the buffer's tables; made if missing.
 
-    BufferError: no SQLite file's URL, a network filesystem, damage, or made with another schema version, P or S.
+    BufferError: another kind of URL, a network filesystem, damage, or made with another schema version, P or S.
     """
 
-    def __init__(self, url: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
-        self.path = sqlite_path(url)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_network_filesystem(self.path, psutil.disk_partitions(all=True))
+    def __init__(self, url: str, run: str, *, prompts_per_step: int, max_staleness: int, now: float) -> None:
+        place = parsed(url)
+        self._kind, self.name = place.get_backend_name(), shown(place, run)
+        self.is_file = self._kind == "sqlite"
+        if self.is_file:
+            path = Path(self.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_network_filesystem(path, psutil.disk_partitions(all=True))
         self._pid = os.getpid()
-        arguments = {"timeout": BUSY_TIMEOUT_S, "isolation_level": None}
-        self._engine = create_engine(f"sqlite:///{self.path}", connect_args=arguments)
-        event.listen(self._engine, "connect", _configure)
+        self._engine = connect(place, run)
         try:
-            self._create(prompts_per_step, max_staleness, now)
+            self._create(run, prompts_per_step, max_staleness, now)
         except BaseException:  # raised again: whatever it is, no connection stays
             self.close()
             raise
 
     def read(self) -> AbstractContextManager[Connection]:
         """A snapshot; waits for nobody."""
-        return self._transaction("BEGIN")
+        return self._transaction(READ[self._kind])
 
     def write(self) -> AbstractContextManager[Connection]:
         """The one writer; committed on exit, undone on an exception."""
-        return self._transaction("BEGIN IMMEDIATE")
+        return self._transaction(WRITE[self._kind])
 
     def close(self) -> None:
         """Close connections; idempotent."""
@@ -59,7 +69,7 @@ class Database:
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[Connection]:
         if self._pid != os.getpid():
-            fix = "open it again in this process: SQLite connections do not survive a fork"
+            fix = "open it again in this process: connections do not survive a fork"
             raise self._error("this buffer was opened by the parent process", fix)
         try:
             with self._engine.begin() as connection:
@@ -67,17 +77,22 @@ class Database:
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
             fix = f"look for a full disk, or a process that held it for {BUSY_TIMEOUT_S:g} s; move a damaged file aside"
+            if not self.is_file:
+                fix = f"is the server up and reachable? Nobody may hold up another for {BUSY_TIMEOUT_S:g} s"
             raise self._error(f"the database failed: {getattr(error, 'orig', None) or error}", fix) from error
 
     def _error(self, problem: str, fix: str) -> BufferError:
-        return BufferError(problem, key="buffer", value=str(self.path), fix=fix)
+        return BufferError(problem, key="buffer", value=self.name, fix=fix)
 
-    def _create(self, prompts_per_step: int, max_staleness: int, now: float) -> None:
+    def _create(self, run: str, prompts_per_step: int, max_staleness: int, now: float) -> None:
         with self.write() as connection:
-            problems = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
-            if problems != ["ok"]:
-                fix = "move it and its payloads aside and resume from the checkpoint"
-                raise self._error(f"the database is damaged: {problems[0]}", fix)
+            if self.is_file:
+                problems = connection.exec_driver_sql("PRAGMA quick_check").scalars().all()
+                if problems != ["ok"]:
+                    fix = "move it and its payloads aside and resume from the checkpoint"
+                    raise self._error(f"the database is damaged: {problems[0]}", fix)
+            else:
+                connection.exec_driver_sql(f'CREATE SCHEMA IF NOT EXISTS "rlkit_{run}"')
             metadata.create_all(connection)
             wanted = dict(prompts_per_step=prompts_per_step, max_staleness=max_staleness, schema_version=SCHEMA_VERSION)
             if connection.execute(select(meta.c.id)).first() is None:
@@ -87,22 +102,54 @@ class Database:
         for key, value in wanted.items():
             if row[key] != value:
                 fix = f"set {key}={row[key]}, or start a new run folder"
-                problem = f"the buffer {self.path} was made with {key} = {row[key]}"
+                problem = f"the buffer {self.name} was made with {key} = {row[key]}"
                 raise BufferError(problem, key=key, value=value, expected=str(row[key]), fix=fix)
 
 
-def sqlite_path(url: str) -> Path:
-    """File of a `sqlite:///...` URL; BufferError for anything else."""
+def parsed(url: str) -> URL:
+    """The URL of a SQLite file or a PostgreSQL database; BufferError for anything else."""
     try:
-        parsed = make_url(url)
-        file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+        place = make_url(url)
+        kind = place.get_backend_name()
     except ArgumentError:
-        file = None
-    if not file or file == ":memory:" or file.startswith("file:"):
-        problem = "the buffer must be a SQLite file: other processes open it too"
-        expected = "sqlite:///path/to/buffer.db; leave it out for a file in the run folder"
+        place, kind = make_url("none://"), ""
+    file = place.database or ""
+    if kind == "postgresql":
+        return place.set(drivername="postgresql+psycopg")
+    if kind != "sqlite" or not file or file == ":memory:" or file.startswith("file:"):
+        problem = "the buffer must be a SQLite file or a PostgreSQL database: other processes open it too"
+        expected = "sqlite:///path/to/buffer.db, or postgresql://user@host/database; null: a file in the run folder"
         raise BufferError(problem, key="buffer.url", value=url, expected=expected)
-    return Path(file).absolute()
+    return place.set(database=str(Path(file).absolute()))
+
+
+def shown(place: URL, run: str) -> str:
+    """A database in words: its path, or its URL without the password."""
+    if place.get_backend_name() == "sqlite":
+        return str(place.database)
+    return f"{place.render_as_string(hide_password=True)} (rlkit_{run})"
+
+
+def connect(place: URL, run: str, *, read_only: bool = False) -> Engine:
+    """Connections to a database; a transaction begins with one of the statements above."""
+    if place.get_backend_name() == "sqlite":
+        engine = create_engine(place, connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None})
+        if not read_only:
+            event.listen(engine, "connect", _configure_sqlite)
+        return engine
+    try:
+        engine = create_engine(place, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 10})
+    except ImportError as error:
+        fix = "pip install 'rlkit-rlvr[postgresql]'"
+        raise BufferError(f"{error}", key="buffer.url", value=shown(place, run), fix=fix) from error
+
+    def configure(connection: Any, _record: Any) -> None:
+        connection.execute(f'SET search_path = "rlkit_{run}"')
+        for name in ("lock_timeout", "idle_in_transaction_session_timeout"):
+            connection.execute(f"SET {name} = '{BUSY_TIMEOUT_S:g}s'")
+
+    event.listen(engine, "connect", configure)
+    return engine
 
 
 def refuse_network_filesystem(path: Path, mounts: Iterable[Any]) -> None:
@@ -115,7 +162,7 @@ def refuse_network_filesystem(path: Path, mounts: Iterable[Any]) -> None:
         raise BufferError(problem, key="buffer.url", value=str(path), fix=fix)
 
 
-def _configure(connection: sqlite3.Connection, _record: Any) -> None:
+def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         try:

@@ -9,10 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Connection, create_engine, func, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import DatabaseError
 
-from rlkit.buffer.database import sqlite_path
+from rlkit.buffer.database import READ, connect, parsed, shown
 from rlkit.buffer.tables import IN_WORK, capacity, groups, position, slices, stats_of, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
@@ -21,19 +21,24 @@ from rlkit.types import GroupState
 def view(run_dir: Path, now: float) -> Group:
     """The buffer of a run folder at `now` (unix seconds), for rich; BufferError: there is none, or it is unreadable."""
     config = run_dir / "config.yaml"
-    url = OmegaConf.select(OmegaConf.load(config), "buffer.url") if config.exists() else None
-    path = run_dir / "buffer.db" if url is None else sqlite_path(url)
-    if not path.exists():
-        fix = "name the folder of a training run, such as outputs/run"
-        raise BufferError("this run has no buffer", key="run", value=str(run_dir), expected=f"a file {path}", fix=fix)
-    engine = create_engine(f"sqlite:///file:{quote(str(path.absolute()))}?uri=true&mode=ro")
+    loaded = OmegaConf.load(config) if config.exists() else OmegaConf.create()
+    url, run = OmegaConf.select(loaded, "buffer.url"), str(OmegaConf.select(loaded, "name", default="run"))
+    place = parsed(url or f"sqlite:///{run_dir / 'buffer.db'}")
+    name, fix = shown(place, run), "name the folder of a training run, such as outputs/run"
+    if place.get_backend_name() == "sqlite":
+        if not Path(name).exists():
+            raise BufferError(
+                "this run has no buffer", key="run", value=str(run_dir), expected=f"a file {name}", fix=fix
+            )
+        place = place.set(database=f"file:{quote(name)}", query={"uri": "true", "mode": "ro"})
+        fix = f"if its folder is read-only, copy {name} and {name}-wal to one you can write to"
+    engine = connect(place, run, read_only=True)
     try:
         with engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN")  # one snapshot for all that follows
-            return Group(Text(str(path)), *_contents(connection, now))
+            connection.exec_driver_sql(READ[place.get_backend_name()])  # one snapshot for all that follows
+            return Group(Text(name), *_contents(connection, now))
     except DatabaseError as error:
-        fix = f"if its folder is read-only, copy {path.name} and {path.name}-wal to one you can write to"
-        raise BufferError(f"cannot be read: {error.orig}", key="buffer", value=str(path), fix=fix) from error
+        raise BufferError(f"cannot be read: {error.orig}", key="buffer", value=name, fix=fix) from error
     finally:
         engine.dispose()
 
@@ -51,10 +56,10 @@ def _contents(connection: Connection, now: float) -> list[Text | Table]:
     lags = select(lag, func.count()).join(versions, versions.c.version == groups.c.oldest_version)
     lags = lags.where(groups.c.state == GroupState.TRAINED).group_by(lag).order_by(lag)
     samples, first = func.sum(slices.c.stop - slices.c.start), func.min(slices.c.deadline) - now
-    workers = select(slices.c.worker_id, func.count(), samples, func.printf("%.0f s", first))
+    workers = select(slices.c.worker_id, func.count(), samples, first)
     workers = workers.where(slices.c.state.in_(IN_WORK)).group_by(slices.c.worker_id)
     seconds = func.coalesce(groups.c.scored_at, now) - groups.c.requested_at
-    slow = select(groups.c.ordinal, groups.c.prompt_id, groups.c.state, func.printf("%.1f s", seconds))
+    slow = select(groups.c.ordinal, groups.c.prompt_id, groups.c.state, seconds)
     slow = slow.where(groups.c.state != GroupState.DROPPED).order_by(seconds.desc(), groups.c.ordinal).limit(10)
     shown: list[Text | Table] = [Text(head)]
     for title, columns, rows in (
@@ -66,7 +71,7 @@ def _contents(connection: Connection, now: float) -> list[Text | Table]:
     ):
         table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, min_width=len(title))
         for row in rows:
-            table.add_row(*(Text(str(value)) for value in row))
+            table.add_row(*(Text(f"{x:.1f} s" if isinstance(x, float) else str(x)) for x in row))
         shown += [table] if table.row_count else []
     return shown
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from rlkit.buffer.database import Database
-from rlkit.buffer.payloads import RecordFiles, check_rollout, decode, encode
+from rlkit.buffer.payloads import RecordFiles, RecordRows, check_rollout, decode, encode
 from rlkit.buffer.protocol import FencedError, Lease, at_least, require
 from rlkit.buffer.tables import IN_WORK, UNLEASED, UPDATE_GROUP, groups, meta, position, slices, versions
 from rlkit.types import GroupState, Prompt, Rollout, Verdict
@@ -38,7 +38,7 @@ class Leases:
     """Verbs of the workers; SqlBuffer adds the learner's."""
 
     _db: Database
-    _payloads: RecordFiles
+    _payloads: RecordFiles | RecordRows
     _clock: Callable[[], float]
 
     def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
@@ -111,7 +111,7 @@ class Leases:
                 fix = "publish a version before engines serve it; update them to lease.min_version before they sample"
                 require(not bad, problem, key="versions", value=bad, expected=expected, fix=fix)
                 fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
-                self._payloads.write(lease, record)  # before the row that refers to it
+                self._payloads.write(connection, lease, record)  # before the row that refers to it
                 updates.append(_at(lease) | fields)
             _update_slices(connection, updates)
 

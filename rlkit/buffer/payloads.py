@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from sqlalchemy import Connection, delete, insert, select
 
 from rlkit.buffer.protocol import require
+from rlkit.buffer.tables import payloads
 from rlkit.errors import BufferError
 from rlkit.types import Rollout
 
@@ -82,26 +84,21 @@ class RecordFiles:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, place: Any, record: bytes) -> None:
+    def write(self, connection: Connection, place: Any, record: bytes) -> None:
         """Store a record, under the database's write lock; BufferError if the disk is full."""
         path = self._path(place)
         try:
-            path.write_bytes(zlib.crc32(record).to_bytes(4, "little") + record)
+            path.write_bytes(_sealed(record))
         except OSError as error:  # no row refers to the torn bytes
             problem, fix = f"cannot write a payload: {error.strerror}", "free disk space and resume"
             raise BufferError(problem, key="payload", value=str(path), fix=fix) from error
 
-    def read(self, place: Any) -> bytes:
-        """The record; BufferError naming its file if it is missing, torn or altered."""
+    def read(self, connection: Connection, place: Any) -> bytes:
+        """The record; BufferError naming it if it is missing, torn or altered."""
         path = self._path(place)
-        data = path.read_bytes() if path.exists() else b""
-        if int.from_bytes(data[:4], "little") != zlib.crc32(data[4:]) or len(data) <= 4:
-            problem = f"this payload cannot be used: {'its checksum does not match' if data else 'it is missing'}"
-            fix = "resume the run from its checkpoint: the group is then sampled again"
-            raise BufferError(problem, key="payload", value=str(path), fix=fix)
-        return data[4:]
+        return _opened(path.read_bytes() if path.exists() else b"", str(path))
 
-    def delete_below(self, ordinal: int) -> None:
+    def delete_below(self, connection: Connection, ordinal: int) -> None:
         """Delete the records of all groups before this one."""
         for path in self._folder.glob("*-*-*"):
             if int(path.name.partition("-")[0]) < ordinal:
@@ -109,3 +106,33 @@ class RecordFiles:
 
     def _path(self, place: Any) -> Path:
         return self._folder / f"{place.ordinal}-{place.start}-{place.lease_id}"
+
+
+class RecordRows:
+    """The same as rows of the database, where workers on several hosts see no common folder."""
+
+    def write(self, connection: Connection, place: Any, record: bytes) -> None:
+        connection.execute(insert(payloads).values(**_key(place), record=_sealed(record)))
+
+    def read(self, connection: Connection, place: Any) -> bytes:
+        query = select(payloads.c.record).filter_by(**_key(place))
+        return _opened(connection.execute(query).scalar() or b"", f"row {_key(place)}")
+
+    def delete_below(self, connection: Connection, ordinal: int) -> None:
+        connection.execute(delete(payloads).where(payloads.c.ordinal < ordinal))
+
+
+def _key(place: Any) -> dict[str, int]:
+    return {name: getattr(place, name) for name in ("ordinal", "start", "lease_id")}
+
+
+def _sealed(record: bytes) -> bytes:
+    return zlib.crc32(record).to_bytes(4, "little") + record
+
+
+def _opened(data: bytes, where: str) -> bytes:
+    if int.from_bytes(data[:4], "little") != zlib.crc32(data[4:]) or len(data) <= 4:
+        problem = f"this payload cannot be used: {'its checksum does not match' if data else 'it is missing'}"
+        fix = "resume the run from its checkpoint: the group is then sampled again"
+        raise BufferError(problem, key="payload", value=where, fix=fix)
+    return data[4:]

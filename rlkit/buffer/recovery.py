@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from rlkit.buffer.database import Database
-from rlkit.buffer.payloads import RecordFiles
+from rlkit.buffer.payloads import RecordFiles, RecordRows
 from rlkit.buffer.protocol import RollbackReport, Watermark, require
 from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, of, position, slices, versions
 from rlkit.errors import BufferError
@@ -20,7 +20,7 @@ class Checkpoints:
     """Verbs of the learner's checkpoints."""
 
     _db: Database
-    _payloads: RecordFiles
+    _payloads: RecordFiles | RecordRows
     _clock: Callable[[], float]
 
     def watermark(self) -> Watermark:
@@ -39,7 +39,7 @@ class Checkpoints:
             covered = groups.c.ordinal < watermark.next_ordinal
             connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
             connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
-        self._payloads.delete_below(watermark.next_ordinal)
+            self._payloads.delete_below(connection, watermark.next_ordinal)
 
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.
@@ -79,7 +79,7 @@ class Checkpoints:
                 ):
                     try:
                         for x in group:
-                            self._payloads.read(x)
+                            self._payloads.read(connection, x)
                         restored.append(ordinal)
                     except BufferError:  # reported, and sampled again
                         corrupt.append(ordinal)

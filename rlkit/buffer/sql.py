@@ -15,7 +15,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from rlkit.buffer import tables
 from rlkit.buffer.database import Database
 from rlkit.buffer.leases import Leases
-from rlkit.buffer.payloads import RecordFiles, decode, encode
+from rlkit.buffer.payloads import RecordFiles, RecordRows, decode, encode
 from rlkit.buffer.protocol import BufferStats, GroupRequest, at_least, require
 from rlkit.buffer.recovery import Checkpoints
 from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, UPDATE_GROUP, groups, meta, of, slices, versions
@@ -26,21 +26,22 @@ class SqlBuffer(Leases, Checkpoints):
     """What learner and rollout workers rely on; each process opens its own.
 
     `prompts_per_step` and `max_staleness`, P and S of the admission bound, are fixed for a database's life;
-    `slice_samples` is the largest slice of groups this process requests; `clock`, in unix seconds, ends leases.
+    `slice_samples` is the largest slice of groups this process requests; `clock`, in unix seconds, ends leases. A
+    PostgreSQL database holds any number of runs, and their payloads; beside SQLite, these are files in `payload_dir`.
     Raises BufferError for a setting out of range, or see Database.
     """
 
     def __init__(
         self, url: str, *, payload_dir: str | Path, prompts_per_step: int, max_staleness: int, slice_samples: int,
-        clock: Callable[[], float] = time.time,
+        run: str = "run", clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         at_least("prompts_per_step", prompts_per_step, 1)
         at_least("max_staleness", max_staleness, 0)
         at_least("slice_samples", slice_samples, 1)
         self._clock = clock
         self._slice_samples = slice_samples
-        self._db = Database(url, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock())
-        self._payloads = RecordFiles(Path(payload_dir))
+        self._db = Database(url, run, prompts_per_step=prompts_per_step, max_staleness=max_staleness, now=clock())
+        self._payloads = RecordFiles(Path(payload_dir)) if self._db.is_file else RecordRows()
 
     def capacity(self) -> int:
         """How many further ordinals may be requested now (>= 0)."""
@@ -90,7 +91,7 @@ class SqlBuffer(Leases, Checkpoints):
                 rollouts: list[Rollout] = []
                 verdicts: list[Verdict] = []
                 for part in own:
-                    rollouts += decode(self._payloads.read(part), list[Rollout])
+                    rollouts += decode(self._payloads.read(connection, part), list[Rollout])
                     verdicts += decode(part.verdicts, list[Verdict])
                 pairs = zip(rollouts, verdicts, strict=True)
                 known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")

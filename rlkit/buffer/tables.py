@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBina
 from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 metadata = sa.MetaData()
 
@@ -71,6 +71,14 @@ slices = sa.Table(
     sa.Index("slices_by_lease", "lease_id", unique=True),
 )
 """One row a slice of a group's samples; removed once a checkpoint covers the group."""
+
+payloads = sa.Table(
+    "payloads",
+    metadata,
+    *(Column(x, BigInteger, primary_key=True, autoincrement=False) for x in ("ordinal", "start", "lease_id")),
+    Column("record", LargeBinary, nullable=False),
+)
+"""One row a slice that was handed in, in PostgreSQL; empty in SQLite, beside which payloads are files."""
 
 OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)  # before it is taken
 UNENDED = (*OPEN, GroupState.TAKEN)

@@ -81,7 +81,7 @@ def _lead(session: Session, folder: Path) -> None:
         stack.push(_dismiss)
         buffer = SqlBuffer(
             config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}", payload_dir=folder / "payloads",
-            prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
+            run=config.name, prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
             slice_samples=config.rollout.slice_samples,
         )  # fmt: skip
         stack.enter_context(contextlib.closing(buffer))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from rlkit.buffer.payloads import RecordFiles
 from rlkit.buffer.protocol import GroupRequest, Lease, Watermark
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.types import Group, Prompt, Rollout, Verdict, VersionSpan
 
+SERVER: str | None = None  # of PostgreSQL; the fixture `database` sets it
 START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
 
 
@@ -33,6 +36,13 @@ class Buffer(SqlBuffer):
     def score(self, lease: Lease, verdicts: Sequence[Verdict]) -> None:
         self.score_many([(lease, verdicts)])
 
+    def payloads(self) -> int:
+        """How many records are stored."""
+        if isinstance(self._payloads, RecordFiles):
+            return len([*self._payloads._folder.iterdir()])
+        with self._db.read() as connection:
+            return int(connection.exec_driver_sql("SELECT count(*) FROM payloads").scalar_one())
+
     def trained_ordinals(self) -> list[int]:
         """The surviving lineage's ledger, in training order."""
         query = "SELECT ordinal FROM groups WHERE state = 'trained' ORDER BY trained_step, ordinal"
@@ -42,11 +52,12 @@ class Buffer(SqlBuffer):
 
 def open_at(folder: Path, clock: Clock, *, prompts: int = 2, staleness: int = 1, slice_samples: int = 2) -> Buffer:
     return Buffer(
-        f"sqlite:///{folder / 'buffer.db'}",
+        SERVER or f"sqlite:///{folder / 'buffer.db'}",
         payload_dir=folder / "payloads",
         prompts_per_step=prompts,
         max_staleness=staleness,
         slice_samples=slice_samples,
+        run=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
         clock=clock,
     )
 

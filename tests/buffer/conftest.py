@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import buffer_work
+import postgres
 from buffer_work import Buffer, Clock, open_at
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real server; where PostgreSQL is not installed the test is skipped, on CI it fails."""
+    if postgres.binaries() is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no PostgreSQL (Debian: postgresql)")
+    folder = tmp_path_factory.mktemp("postgres")
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(tempfile.gettempdir()) and place != Path(tempfile.gettempdir()):
+            place.chmod(0o755)  # its account is another one
+    with postgres.server(folder / "server") as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both kinds: what `open_at` opens; a folder's buffer is a schema of its own in PostgreSQL."""
+    if request.param == "postgresql":
+        monkeypatch.setattr(buffer_work, "SERVER", request.getfixturevalue("postgres_server"))
+    return str(request.param)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from buffer_work import Clock, open_at, request, train
 from sqlalchemy import text
 
 from rlkit.buffer import database
-from rlkit.buffer.database import refuse_network_filesystem, sqlite_path
+from rlkit.buffer.database import parsed, refuse_network_filesystem
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import BufferError
 
@@ -59,10 +59,10 @@ def test_this_machines_mount_table_is_understood(tmp_path: Path, monkeypatch: py
         refuse_network_filesystem(tmp_path / "buffer.db", psutil.disk_partitions(all=True))
 
 
-@pytest.mark.parametrize("url", ["postgresql://host/db", "buffer.db", "sqlite://", "sqlite:///:memory:", "mysql://x/y"])
+@pytest.mark.parametrize("url", ["mongodb://host/db", "buffer.db", "sqlite://", "sqlite:///:memory:", "mysql://x/y"])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(BufferError, match=r"buffer\.url"):
-        sqlite_path(url)
+        parsed(url)
 
 
 def test_pragmas(buffer: SqlBuffer) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from buffer_work import Buffer, Clock, open_at, prompt, rollouts, sample_all, train
 from sqlalchemy import event
 
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.types import Verdict
+
+pytestmark = pytest.mark.usefixtures("database")
 
 
 def request(buffer: Buffer, *names: str, samples: int = 4) -> None:

@@ -45,7 +45,7 @@ def test_a_live_buffer(tmp_path: Path, clock: Clock) -> None:
     assert rows(text, "groups")["leased"] == ["2"] and rows(text, "groups")["trained"] == ["2"]
     assert rows(text, "dropped") == {"no": ["signal", "1"]}
     assert rows(text, "staleness of trained groups") == {"0": ["2"]}
-    assert rows(text, "leases") == {"worker-7": ["3", "6", "40", "s"]}
+    assert rows(text, "leases") == {"worker-7": ["3", "6", "40.0", "s"]}
     slowest = rows(text, "slowest prompts")
     assert [*slowest][:4] == ["4", "5", "6", "0"]
     assert (slowest["4"], slowest["0"]) == (["p4", "leased", "20.0", "s"], ["p0", "trained", "3.0", "s"])

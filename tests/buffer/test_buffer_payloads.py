@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +19,8 @@ from rlkit.types import Prompt, Rollout, Verdict, VersionSpan
 
 TEXT = st.text()  # controls too
 INT64 = st.integers(-(2**63), 2**63 - 1)
+
+NOWHERE: Any = None  # files need no connection
 
 
 @st.composite
@@ -137,8 +139,8 @@ def test_every_changed_bit_is_found(
     data: st.DataObject, record: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     store, place = RecordFiles(tmp_path_factory.mktemp("payloads")), Place(7, 4, 3)
-    store.write(place, record)
-    assert store.read(place) == record
+    store.write(NOWHERE, place, record)
+    assert store.read(NOWHERE, place) == record
     (path,) = store._folder.iterdir()
     clean = path.read_bytes()
     bit = data.draw(st.integers(0, len(clean) * 8 - 1))
@@ -147,17 +149,17 @@ def test_every_changed_bit_is_found(
     for damaged in (dirty, clean[: data.draw(st.integers(0, len(clean) - 1))]):
         path.write_bytes(damaged)
         with pytest.raises(BufferError, match=r"7-4-3.*cannot be used"):
-            store.read(place)
+            store.read(NOWHERE, place)
 
 
 def test_records_of_ended_groups_are_deleted(tmp_path: Path) -> None:
     store = RecordFiles(tmp_path)
     for ordinal in (2, 9, 10):
-        store.write(Place(ordinal, 0, ordinal), bytes([ordinal]))
-    store.delete_below(10)
-    assert store.read(Place(10, 0, 10)) == b"\n"
+        store.write(NOWHERE, Place(ordinal, 0, ordinal), bytes([ordinal]))
+    store.delete_below(NOWHERE, 10)
+    assert store.read(NOWHERE, Place(10, 0, 10)) == b"\n"
     with pytest.raises(BufferError, match="9-0-9.*missing"):
-        store.read(Place(9, 0, 9))
+        store.read(NOWHERE, Place(9, 0, 9))
 
 
 def damage(folder: Path, how: str) -> None:

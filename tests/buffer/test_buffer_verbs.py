@@ -28,6 +28,8 @@ from rlkit.buffer.protocol import FencedError, GroupRequest
 from rlkit.errors import BufferError
 from rlkit.types import Verdict
 
+pytestmark = pytest.mark.usefixtures("database")
+
 
 def test_sql_buffer_is_the_protocol(tmp_path: Path) -> None:
     buffer: Buffer = Buffer(
