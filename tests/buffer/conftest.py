@@ -31,11 +31,17 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def postgresql(postgres_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `open_at` opens is a schema of the server, one for each folder."""
+    monkeypatch.setattr(buffer_work, "SERVER", postgres_server)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both kinds: what `open_at` opens; a folder's buffer is a schema of its own in PostgreSQL."""
+def database(request: pytest.FixtureRequest) -> str:
+    """Both kinds."""
     if request.param == "postgresql":
-        monkeypatch.setattr(buffer_work, "SERVER", request.getfixturevalue("postgres_server"))
+        request.getfixturevalue("postgresql")
     return str(request.param)
 
 

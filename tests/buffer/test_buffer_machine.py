@@ -162,7 +162,7 @@ class BufferMachine(RuleBasedStateMachine):
         lost = lose_buffer == 0
         if lost:
             shutil.rmtree(self.folder)
-            self.folder.mkdir()
+            self.folder = Path(tempfile.mkdtemp(prefix="rlkit-buffer-"))
         self.reopen()
         report = self.buffer.rollback(chosen.watermark)
         first = chosen.watermark.next_ordinal
@@ -328,3 +328,8 @@ TestBufferMachine = BufferMachine.TestCase
 TestBufferMachine.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.usefixtures("postgresql")
+class TestBufferMachineOnPostgresql(BufferMachine.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(TestBufferMachine.settings, max_examples=8)
