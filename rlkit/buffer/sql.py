@@ -18,11 +18,12 @@ from rlkit.buffer.leases import Leases
 from rlkit.buffer.payloads import RecordFiles, RecordRows, decode, encode
 from rlkit.buffer.protocol import BufferStats, GroupRequest, at_least, require
 from rlkit.buffer.recovery import Checkpoints
+from rlkit.buffer.snapshots import Snapshots
 from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, UPDATE_GROUP, groups, meta, of, slices, versions
 from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
-class SqlBuffer(Leases, Checkpoints):
+class SqlBuffer(Leases, Checkpoints, Snapshots):
     """What learner and rollout workers rely on; each process opens its own.
 
     `prompts_per_step` and `max_staleness`, P and S of the admission bound, are fixed for a database's life;

@@ -31,6 +31,8 @@ versions = sa.Table(
     Column("step", BigInteger, nullable=False),
     Column("live", sa.Boolean, nullable=False, default=True),
     Column("published_at", Float, nullable=False),
+    *(Column(x, String) for x in ("path", "checksum")),  # of its snapshot, once that is complete
+    Column("size", BigInteger),
 )
 """Every version ever published; `live` is False once a rollback has left it behind."""
 

@@ -1,0 +1,121 @@
+"""Which weights are kept, and that a torn or foreign file is never listed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from buffer_work import START, Buffer, finish, request, rollouts, train, verdicts
+from safetensors.torch import load_file
+
+from rlkit.buffer.snapshots import Snapshot
+from rlkit.errors import BufferError, TrainingError
+from rlkit.learner.checkpoint import checksum
+from rlkit.learner.publisher import Publisher
+
+pytestmark = pytest.mark.usefixtures("database")
+
+
+def listed(version: int) -> Snapshot:
+    return Snapshot(version=version, path=f"v{version}", checksum="00", size=1)
+
+
+def test_the_newest_complete_one_is_served(buffer: Buffer) -> None:
+    assert buffer.snapshot() is None
+    buffer.stored(listed(0))
+    request(buffer, 2, samples=2)
+    finish(buffer, buffer.lease("a", 4, 60.0))
+    train(buffer)
+    assert buffer.snapshot() == listed(0)  # version 1 is published, its file is not complete
+    buffer.stored(listed(1))
+    assert buffer.snapshot() == listed(1)
+    with pytest.raises(BufferError, match="no such live version"):
+        buffer.stored(listed(2))
+
+
+def test_weights_of_untrained_tokens_are_kept(buffer: Buffer) -> None:
+    """P = 2, S = 1: groups 2 and 3, sampled under version 0, are trained in the second step."""
+    buffer.stored(listed(0))
+    request(buffer, 4, samples=2)
+    finish(buffer, buffer.lease("a", 8, 60.0))
+    train(buffer)
+    buffer.stored(listed(1))
+    assert buffer.discard() == []
+    train(buffer)
+    buffer.stored(listed(2))
+    assert buffer.discard() == [listed(0), listed(1)]
+    assert buffer.discard() == [] and buffer.snapshot() == listed(2)
+
+
+def test_a_rollback_serves_the_checkpoints_weights_again(buffer: Buffer) -> None:
+    """Version 1 is dead; an engine that serves it must go back to 0."""
+    buffer.stored(listed(0))
+    request(buffer, 2, samples=2)
+    finish(buffer, buffer.lease("a", 4, 60.0))
+    train(buffer)
+    buffer.stored(listed(1))
+    buffer.rollback(START)
+    assert buffer.snapshot() == listed(0)
+    with pytest.raises(BufferError, match="left it behind"):
+        buffer.stored(listed(1))
+    assert buffer.discard() == [listed(1)]
+
+
+def test_leased_work_needs_no_weights_until_it_is_handed_in(buffer: Buffer) -> None:
+    buffer.stored(listed(0))
+    request(buffer, 2, samples=2)
+    (early, late) = buffer.lease("a", 4, 60.0)
+    buffer.submit(early, rollouts(early))
+    buffer.score(early, verdicts(early))
+    assert buffer.discard() == []
+    buffer.release([late])
+
+
+def tiny() -> torch.nn.Module:
+    return torch.nn.Linear(3, 2)
+
+
+def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) -> None:
+    async def run() -> None:
+        publisher, model, folder = Publisher(buffer, tmp_path / "weights", 1.0), tiny(), tmp_path / "weights"
+        before = model.weight.detach().clone()
+        await publisher.publish(0, model)
+        with torch.no_grad():
+            model.weight += 1  # training goes on; the copy was made before
+        await publisher.done()
+        found = buffer.snapshot()
+        assert found is not None and found.path == str(folder / "v0.safetensors")
+        assert checksum(Path(found.path)) == found.checksum and Path(found.path).stat().st_size == found.size
+        assert torch.equal(load_file(found.path)["weight"], before)
+        request(buffer, 2, samples=2)
+        finish(buffer, buffer.lease("a", 4, 60.0))
+        train(buffer)
+        await publisher.publish(1, model)
+        await publisher.done()
+        assert buffer.snapshot().version == 1  # type: ignore[union-attr]
+        assert sorted(path.name for path in folder.iterdir()) == ["v0.safetensors", "v1.safetensors"]
+        finish(buffer, buffer.lease("a", 4, 60.0))
+        request(buffer, 2, samples=2)
+        finish(buffer, buffer.lease("a", 4, 60.0))
+        train(buffer)
+        await publisher.publish(2, model)
+        await publisher.done()
+        assert sorted(path.name for path in folder.iterdir()) == ["v1.safetensors", "v2.safetensors"]
+
+    asyncio.run(run())
+
+
+def test_a_full_disk_or_cap_is_named_and_nothing_is_listed(buffer: Buffer, tmp_path: Path) -> None:
+    async def run(most_gb: float, folder: Path) -> None:
+        publisher = Publisher(buffer, folder, most_gb)
+        await publisher.publish(0, tiny())
+        await publisher.done()
+
+    with pytest.raises(TrainingError, match=r"rollout\.snapshot_gb"):
+        asyncio.run(run(1e-9, tmp_path / "weights"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        asyncio.run(run(1.0, tmp_path / "file"))
+    assert buffer.snapshot() is None and [*(tmp_path / "weights").iterdir()] == []
