@@ -15,10 +15,13 @@ from typing import Any
 from rewards import RewardError
 from rlkit import __version__
 from rlkit.errors import ConfigError, RlkitError
+from rlkit.launch.supervisor import follow
 
 # Command -> what its main takes (a recipe's config, a run folder, arguments of its own), where that is, and its help.
 COMMANDS = {
-    "train": ("recipe", "rlkit.learner.train", "train with RL: recipe=NAME [key=value ...]"),
+    "train": ("recipe", "rlkit.launch.run", "train with RL: recipe=NAME [key=value ...]"),
+    "learner": ("recipe", "rlkit.learner.train", "only the learner of a run with workers in other processes"),
+    "worker": ("recipe", "rlkit.learner.remote", "a rollout worker of such a run, on any machine"),
     "sft": ("recipe", "rlkit.learner.sft", "only the warm start of a recipe"),
     "eval": ("recipe", "rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on held-out sets"),
     "check": ("recipe", "rlkit.learner.check", "print the resolved config, batch table and memory; start nothing"),
@@ -78,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> None:
     """The process's entry point."""
+    follow()
     status = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Of several ranks about one in ten aborts while Python is finalised, in threads of gloo (torch 2.13).

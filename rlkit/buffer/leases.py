@@ -8,7 +8,7 @@ from numbers import Real
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, true, update
 
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import RecordFiles, RecordRows, check_rollout, decode, encode
@@ -41,15 +41,17 @@ class Leases:
     _payloads: RecordFiles | RecordRows
     _clock: Callable[[], float]
 
-    def lease(self, worker_id: str, max_samples: int, timeout_s: float) -> list[Lease]:
+    def lease(self, worker_id: str, max_samples: int, timeout_s: float, version: int | None = None) -> list[Lease]:
         """Reclaim expired leases, then lease slices of the lowest ordinals; [] if none.
 
-        At most `max_samples` samples in all: a slice larger than that is split.
+        At most `max_samples` samples in all: a slice larger than that is split. With `version`, that of the engine,
+        only slices that ask for no newer one.
         """
+        ready = true() if version is None else groups.c.min_version <= version
         at_least("max_samples", max_samples, 1)
         at_least("timeout_s", timeout_s, 0.001, Real)
         with self._db.read() as connection:
-            waiting = select(slices.c.ordinal).where(_WAITING | _EXPIRED).limit(1)
+            waiting = select(slices.c.ordinal).join(groups).where((_WAITING & ready) | _EXPIRED).limit(1)
             if connection.execute(waiting, {"now": self._clock()}).first() is None:
                 return []  # an idle worker's poll does not wait for the writers
         with self._db.write() as connection:
@@ -58,7 +60,8 @@ class Leases:
             _give_back(connection, expired)
             first, left = position(connection).next_lease, max_samples
             leases: list[Lease] = []
-            for row in connection.execute(_TO_LEASE.order_by(slices.c.ordinal, slices.c.start).limit(left)).all():
+            wanted = _TO_LEASE.where(ready).order_by(slices.c.ordinal, slices.c.start).limit(left)
+            for row in connection.execute(wanted).all():
                 stop = min(row.stop, row.start + left)
                 if stop < row.stop:
                     if leases:

@@ -4,9 +4,12 @@ A version may be served once its row has a checksum, that of the whole file; who
 stays while its version is the newest, or one that an untrained token may have been sampled from.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import xxhash
 from sqlalchemy import and_, exists, select, update
 
 from rlkit.buffer.database import Database
@@ -22,6 +25,12 @@ class Snapshot:
     path: str
     checksum: str
     size: int
+
+
+def checksum(path: Path) -> str:
+    """xxh3-128 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 class Snapshots:

@@ -98,6 +98,11 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)  # Strings that end a completion, besides the end-of-sequence token.
     slice_samples: int = number(64, 1)  # Samples of one lease: the unit of work a worker takes from the buffer.
     lease_timeout_s: float = number(600.0, 1)  # A lease not renewed for this long is taken back.
+    workers: int = number(0, 0)  # Worker processes that `rlkit train` starts; 0: the learner samples between its steps.
+    worker_samples: int = number(256, 1)  # Samples a worker process has under way.
+    wait_s: float = number(1800.0, 1)  # Longest that the learner waits for workers with nothing moving in the buffer.
+    snapshot_dir: str | None = None  # Where weights are left for workers; default: snapshots/ in the run folder.
+    snapshot_gb: float = number(100.0, 0)  # Most that they may take together, in 1e9 bytes.
 
 
 @dataclass

@@ -9,7 +9,6 @@
 Written beside its place, flushed, and renamed: there whole or not at all. Nothing is pickled.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -22,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from rlkit.buffer.protocol import Watermark
+from rlkit.buffer.snapshots import checksum
 from rlkit.errors import CheckpointError
 from rlkit.learner.update import Learner
 
@@ -68,12 +67,6 @@ class Checkpoint:
                 torch.cuda.set_rng_state(rng[f"cuda{device}"], device)
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(tuple(numpy_state))
-
-
-def checksum(path: Path) -> str:
-    """xxh3-128 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _flush(path: Path) -> None:

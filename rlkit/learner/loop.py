@@ -20,6 +20,7 @@ from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
 from rlkit.learner.likelihood import LikelihoodScorer
+from rlkit.learner.remote import RemoteRollouts
 from rlkit.learner.setup import Session
 from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.engine import Engine
@@ -59,7 +60,10 @@ class Trainer:
             self.engine = cast(Engine, RankedEngine(self.engine, ranks))
         sampling = self.session.sampling(config.rollout.temperature, config.seed)
         capacity, timeout = config.prompts_per_step * config.samples_per_prompt, config.rollout.lease_timeout_s
+        self.worker: RolloutWorker | RemoteRollouts
         self.worker = RolloutWorker(self.buffer, self.engine, self.pool, sampling, "embedded-0", capacity, timeout)
+        if config.rollout.workers:
+            self.worker = RemoteRollouts.of(self.session, self.buffer, self.learner.model)
         self.step = 0
         self.saved_step: int | None = None
         self.updates_of_step, self.advantage_of_step = 0, dict[str, float]()  # states at the last published step
@@ -78,7 +82,7 @@ class Trainer:
         Raises Interrupted at a safe point after a signal, TrainingError when it cannot go on.
         """
         config, every = self.config, self.config.evaluation.every_steps
-        await self.engine.update_weights(self.buffer.watermark().version, None)
+        await self.serve(self.buffer.watermark().version)
         try:
             if self.step == 0 and config.evaluation.at_start:
                 await self.evaluate()
@@ -96,8 +100,16 @@ class Trainer:
             if untouched and self.saved_step != self.step and self.step > 0:
                 self.save()
             raise
+            if isinstance(self.worker, RemoteRollouts):
+                await self.worker.done()
         finally:
             await self.engine.close()
+
+    async def serve(self, version: int) -> None:
+        """Have the present weights served as `version`, here and by workers in other processes."""
+        await self.engine.update_weights(version, None)
+        if isinstance(self.worker, RemoteRollouts):
+            await self.worker.publish(version)
 
     async def train_step(self) -> dict[str, float]:
         """One batch through the whole cycle; returns its metrics."""
@@ -117,7 +129,7 @@ class Trainer:
         trained = time.perf_counter()
         version = self.buffer.next_version()
         self.buffer.publish(version, [g.ordinal for g in groups])
-        await self.engine.update_weights(version, None)
+        await self.serve(version)
         self.step += 1
         self.updates_of_step = self.learner.optimizer_steps
         self.advantage_of_step = dict(getattr(self.advantage, "state", {}))

@@ -8,10 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlkit.buffer.snapshots import Snapshot
+from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import TrainingError
-from rlkit.learner.checkpoint import checksum
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewards.base import Sample
 from rewards.pool import VerifierPool
+from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.components import build, import_target
 from rlkit.config.schema import Config, ModelConfig, RewardConfig
 from rlkit.data.prompts import PromptSet, load_prompts
@@ -180,6 +181,19 @@ def locked(
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def open_buffer(config: Config) -> Iterator[SqlBuffer]:
+    """The run's buffer, closed with the block. Raises BufferError."""
+    folder = Path(config.output_dir) / config.name
+    buffer = SqlBuffer(
+        config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}", payload_dir=folder / "payloads",
+        run=config.name, prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
+        slice_samples=config.rollout.slice_samples,
+    )  # fmt: skip
+    with contextlib.closing(buffer):
+        yield buffer
 
 
 def open_pool(reward: RewardConfig) -> contextlib.AbstractContextManager[VerifierPool | None]:

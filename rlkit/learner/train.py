@@ -12,7 +12,6 @@ import yaml
 from accelerate.utils import broadcast_object_list
 
 from rlkit.buffer.protocol import Watermark
-from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.keys import leaves
 from rlkit.config.schema import Config
 from rlkit.data.prompts import PromptSet
@@ -20,7 +19,7 @@ from rlkit.errors import CheckpointError, ConfigError, DataError, Interrupted
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.likelihood import LikelihoodScorer
 from rlkit.learner.loop import Trainer
-from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at, open_pool, preflight
+from rlkit.learner.setup import Session, interruptible, locked, message_of, model_at, open_buffer, open_pool, preflight
 from rlkit.learner.sft import start_model
 from rlkit.learner.update import Learner, never_stop
 from rlkit.rollout.ranks import GenerateOrder, carry_out
@@ -35,12 +34,13 @@ START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
 FREE_KEYS = (
     "telemetry", "checkpoint", "resume", "output_dir", "name", "steps",
     "evaluation.every_steps", "evaluation.at_start", "evaluation.batch_samples",
+    "rollout.workers", "rollout.worker_samples", "rollout.wait_s", "rollout.snapshot_dir", "rollout.snapshot_gb",
     "reward.workers", "reward.batch_size", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
 )  # fmt: skip
 
 
 def main(config: Config, resolved: Mapping[str, Any]) -> int:
-    """Train a recipe; returns 0, or 128 + signal number after SIGINT or SIGTERM."""
+    """Train a recipe, workers of other processes aside; returns 0, or 128 + signal number after SIGINT or SIGTERM."""
 
     def train(check_stop: Callable[[], None]) -> None:
         session = Session.open(config, resolved, check_stop)
@@ -79,12 +79,7 @@ def _lead(session: Session, folder: Path) -> None:
         broadcast_object_list([str(previous.path) if previous else None], from_process=0)
         learner = _open_learner(session, previous)
         stack.push(_dismiss)
-        buffer = SqlBuffer(
-            config.buffer.url or f"sqlite:///{(folder / 'buffer.db').absolute()}", payload_dir=folder / "payloads",
-            run=config.name, prompts_per_step=config.prompts_per_step, max_staleness=config.max_staleness,
-            slice_samples=config.rollout.slice_samples,
-        )  # fmt: skip
-        stack.enter_context(contextlib.closing(buffer))
+        buffer = stack.enter_context(open_buffer(config))
         buffer.rollback(previous.watermark or START if previous else START)
         sinks = Telemetry.open(
             config.telemetry, folder, name=config.name, total_steps=config.steps, config=dict(session.resolved),

@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from rlkit.buffer.snapshots import Snapshot
 from rlkit.types import IntArray, Prompt, Rollout, SamplingParams
 
 
@@ -22,6 +22,7 @@ class Engine(Protocol):
 
     engine_id: str  # names the engine in its rollouts
     version: int  # of the weights new tokens are sampled from
+    in_flight: bool  # takes new weights, and further requests, while it samples
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
@@ -31,8 +32,11 @@ class Engine(Protocol):
         Behaviour log-probs are those of the sampling distribution, version spans the engine's own.
         """
 
-    async def update_weights(self, version: int, snapshot: Path | None) -> None:
-        """Serve `version` from now on; `snapshot` is None where the weights are shared in process."""
+    async def update_weights(self, version: int, snapshot: Snapshot | None) -> None:
+        """Serve `version` from now on; `snapshot` is None where the weights are shared in process.
+
+        Raises EngineError, and goes on with its old weights, for a file that is torn, foreign or gone.
+        """
 
     async def close(self) -> None:
         """Stop the engine; idempotent."""

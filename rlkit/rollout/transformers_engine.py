@@ -7,19 +7,22 @@ meanwhile. After each stretch finished rows leave the batch and its key-value ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
@@ -107,6 +110,7 @@ class EmbeddedEngine:
     engine_id: str
     version: int = 0  # of the shared weights
     generating: int = 0  # calls of `generate` under way
+    in_flight: ClassVar[bool] = False
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
@@ -219,12 +223,31 @@ class EmbeddedEngine:
             setattr(batch, name, getattr(batch, name)[keep])
         return batch, finished
 
-    async def update_weights(self, version: int, snapshot: Path | None) -> None:
-        """The weights are shared: only the label changes. Refused while tokens are being sampled."""
+    async def update_weights(self, version: int, snapshot: Snapshot | None) -> None:
+        """Only the label changes where the weights are shared. Refused while tokens are being sampled."""
         if self.generating:
             problem, fix = "the embedded engine cannot change weights while it generates", "update between steps"
             raise EngineError(problem, key="version", value=version, expected="an idle engine", fix=fix)
+        if snapshot is not None:
+            tensors, parameters = load_snapshot(snapshot), dict(self.model.named_parameters())
+            if wrong := sorted(tensors.keys() ^ parameters.keys()):
+                expected = f"the parameters of this model, not {wrong[:3]}"
+                raise EngineError("of another model", key="snapshot", value=snapshot.path, expected=expected)
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    parameters[name].copy_(tensor)
         self.version = version
 
     async def close(self) -> None:
         """Nothing to stop."""
+
+
+def load_snapshot(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Tensors by name. EngineError for a file that is gone, torn or altered: nothing of it is used."""
+    path, found = Path(snapshot.path), "no such file"
+    with contextlib.suppress(FileNotFoundError):
+        if (found := checksum(path)) == snapshot.checksum:
+            return load_file(path)
+    fix = "the learner writes one with each step; if it comes back, look at the disk"
+    problem = f"version {snapshot.version} cannot be used: {found}"
+    raise EngineError(problem, key="snapshot", value=snapshot.path, expected=snapshot.checksum, fix=fix)

@@ -7,8 +7,10 @@ in the background; whatever ends the worker, leases it still holds are given bac
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from rewards.base import Sample
 from rewards.pool import VerifierPool
@@ -17,6 +19,8 @@ from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import EngineError
 from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
+
+POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -33,14 +37,54 @@ class RolloutWorker:
 
     async def run_once(self) -> dict[str, float]:
         """Lease up to `capacity` samples, generate, score and hand them in; returns metrics, none if there are none."""
-        leases = self.buffer.lease(self.worker_id, self.capacity, self.lease_timeout_s)
-        if not leases:
-            return {}
-        newest = max(lease.min_version for lease in leases)
-        if self.engine.version < newest:
-            self.buffer.release(leases)
-            problem, expected = f"engine {self.engine.engine_id} is behind the lease", f"{newest} or newer"
-            raise EngineError(problem, key="engine version", value=self.engine.version, expected=expected)
+        leases = self.lease(self.capacity)
+        return await self.work(leases) if leases else {}
+
+    async def serve(self, check_stop: Callable[[], None]) -> NoReturn:
+        """Until `check_stop` raises: keep the engine busy with what is requested, under the newest weights.
+
+        An engine that takes weights in flight has as many slices under way as it holds; another one samples its leases
+        together, and takes weights between. Nothing is leased that asks for newer weights than the engine has.
+        """
+        under_way: dict[asyncio.Task[dict[str, float]], int] = {}
+        try:
+            while True:
+                check_stop()
+                for task in [task for task in under_way if task.done()]:
+                    del under_way[task]
+                    task.result()  # raises what ended it
+                if (self.engine.in_flight or not under_way) and await self._follow():
+                    free = self.capacity - sum(under_way.values())
+                    leases = self.lease(free) if free > 0 else []
+                    for part in [[lease] for lease in leases] if self.engine.in_flight else [leases] * bool(leases):
+                        task = asyncio.create_task(self.work(part))
+                        under_way[task] = sum(lease.stop - lease.start for lease in part)
+                await asyncio.wait(
+                    [*under_way, asyncio.create_task(asyncio.sleep(POLL_S))], return_when=FIRST_COMPLETED
+                )
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+
+    def lease(self, most: int) -> list[Lease]:
+        """Leases of up to `most` samples that the engine's weights are new enough for."""
+        return self.buffer.lease(self.worker_id, most, self.lease_timeout_s, self.engine.version)
+
+    async def _follow(self) -> bool:
+        """Give the engine the newest weights; False while there are none, or while they are being replaced."""
+        newest = self.buffer.snapshot()
+        if newest is not None and newest.version != self.engine.version:
+            try:
+                await self.engine.update_weights(newest.version, newest)
+            except EngineError:
+                if newest == self.buffer.snapshot():
+                    raise
+                return False  # its file was no longer needed
+        return newest is not None
+
+    async def work(self, leases: list[Lease]) -> dict[str, float]:
+        """Generate, score and hand in the samples of leases; returns metrics."""
         started = time.perf_counter()
         held = {lease.lease_id: lease for lease in leases}
         renewing = asyncio.create_task(self._renew(held))
