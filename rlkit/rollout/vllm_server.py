@@ -53,6 +53,9 @@ def installed_version() -> tuple[str, str]:
 def command(settings: VllmEngine, model: Path | str, port: int, seed: int, dtype: str) -> list[str]:
     """The server's command line. `seed` seeds its sampling: give every server and every restart its own."""
     name, version = installed_version()
+    if not importlib.metadata.entry_points(group="vllm.general_plugins", name="rlkit"):
+        problem, fix = "rlkit's installation is older than its vLLM plug-in", "install rlkit again: pip install -e ."
+        raise ConfigError(problem, key="rollout.engine", value="VllmEngine", fix=fix)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype]
     argv += ["--host", settings.host, "--port", str(port), "--seed", str(seed), "--max-num-seqs"]
     argv += [str(settings.max_num_seqs), "--tensor-parallel-size", str(settings.tensor_parallel_size)]
