@@ -8,14 +8,15 @@ weights, their prefix computed again) or once they are done (`drain`).
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
-import msgspec
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,8 @@ from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSp
 CONNECTION_TRIES = 3  # a connection that was not made sent nothing: only that is tried again
 IDLE_CONNECTION_S = 2.0  # below the 5 s after which a server closes one, which would race with the next request
 MISSING_LOGPROB = -9999.0  # what a server writes for NaN and -inf
-BODY_CHARACTERS = 600  # of an answer, in an error
+SHOWN = 600  # bytes of an answer in an error
+GENERATE = "/inference/v1/generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,59 +47,24 @@ class VllmEngine(Checked):
     tensor_parallel_size: int = number(1, 1)  # devices of a server
     gpu_memory_utilization: float = number(0.9, 0.01, 1)  # share of a GPU that a server takes
     cpu_kv_cache_gib: int = number(1, 1)  # key-value cache of a server on the CPU
-    sleep_mode: bool = False  # the server can give its GPU away: learner and server on one device
-    enforce_eager: bool = False  # no compilation and no CUDA graphs: starts sooner, decodes slower
+    sleep_mode: bool = False  # servers can give their GPUs away: learner and server on one device
     host: str = "127.0.0.1"  # address to listen on; whoever reaches it may set weights and run methods
-    port: int = number(0, 0, 65535)  # 0: a free one
     extra_args: tuple[str, ...] = ()  # further arguments of the server's command line
     start_timeout_s: float = number(600.0, 1)  # until a server answers
-    request_timeout_s: float = number(1800.0, 0.1)  # until a sample is there, time in the server's queue included
+    request_timeout_s: float = number(1800.0, 0.1)  # until a sample is there, the server's queue included
     update_timeout_s: float = number(600.0, 0.1)  # of each call of a weight update; draining takes a completion's time
 
     def open(
         self, urls: Sequence[str], tokenizer: PreTrainedTokenizerBase, snapshots: Path, engine_id: str
     ) -> VllmClient:
-        """The engine on running servers; its weights have no version until `update_weights`. `snapshots`: their folder."""
+        """The engine on running servers that take weights from the folder `snapshots`. Call `update_weights` first."""
         if not urls:
-            problem, fix = "no server", "start some with rlkit.rollout.vllm_server, or set rollout.engine.urls"
-            raise ConfigError(problem, key="rollout.engine.urls", value=urls, expected="one or more URLs", fix=fix)
+            raise ConfigError("no server", key="rollout.engine.urls", value=urls, expected="one or more URLs")
         return VllmClient(self, tokenizer, snapshots, engine_id, [Server(url.rstrip("/")) for url in urls])
 
 
 class Refused(EngineError):
     """A server's answer has another status than 200."""
-
-
-_T = TypeVar("_T")
-
-
-class _Token(msgspec.Struct):
-    logprob: float
-
-
-class _Logprobs(msgspec.Struct):
-    content: list[_Token]
-
-
-class _Span(msgspec.Struct):
-    version: str
-    start: int
-    end: int
-
-
-class _Choice(msgspec.Struct):
-    token_ids: list[int]
-    logprobs: _Logprobs
-    finish_reason: str | None = None
-    weight_versions: list[_Span] | None = None
-
-
-class _Answer(msgspec.Struct):
-    choices: list[_Choice]
-
-
-class _Scores(msgspec.Struct):
-    prompt_logprobs: list[dict[str, _Token] | None]
 
 
 @dataclass(slots=True)
@@ -107,6 +74,9 @@ class Server:
     url: str
     version: int = -1  # of its weights; -1: not known
     lost: str | None = None  # why it cannot be used: an update whose outcome is not known
+
+    def error(self, problem: str, kind: type[EngineError] = EngineError) -> EngineError:
+        return kind(problem, key="server", value=self.url, fix="see the server's log; start it again if it has ended")
 
 
 @dataclass(slots=True)
@@ -119,16 +89,14 @@ class VllmClient:
     engine_id: str
     servers: list[Server]
     _client: httpx.AsyncClient = field(init=False)
-    _slots: asyncio.Queue[Server] = field(init=False)
-    _numbers: Any = field(default_factory=itertools.count)
+    _places: asyncio.Queue[Server] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_CONNECTION_S)
         transport = httpx.AsyncHTTPTransport(retries=CONNECTION_TRIES, limits=limits)
         self._client = httpx.AsyncClient(transport=transport, timeout=None)  # deadlines are set around whole calls
-        self._slots = asyncio.Queue()
         for server in self.servers * self.settings.max_num_seqs:
-            self._slots.put_nowait(server)
+            self._places.put_nowait(server)
 
     @property
     def capacity(self) -> int:
@@ -137,7 +105,7 @@ class VllmClient:
 
     @property
     def version(self) -> int:
-        """Of the weights of all servers, the oldest; -1 before the first `update_weights`."""
+        """Of the oldest weights that a server has; -1 before the first `update_weights`."""
         return min(server.version for server in self.servers)
 
     async def generate(
@@ -146,14 +114,14 @@ class VllmClient:
         """Yield rollouts as they finish. Raises EngineError for the first that a server fails.
 
         Draws come from the servers' own generators: `sampling.seed` has no effect (on the CPU, vLLM dies of a
-        request's seed once it computes its prefix again).
+        request's seed once it computes the request's prefix again).
         """
         finished: asyncio.Queue[asyncio.Task[Rollout]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._sample(request, sampling)) for request in requests]
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
+        remaining = len(tasks)
         try:
-            remaining = len(tasks)
             while remaining:
                 done = [await finished.get()]
                 while not finished.empty():
@@ -162,183 +130,151 @@ class VllmClient:
                 yield [task.result() for task in done]
         finally:
             for task in tasks:
-                task.cancel()  # closes its connection, on which the server aborts the request
+                task.cancel()  # its connection is closed, and the server aborts the request
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sample(self, request: GenerationRequest, sampling: SamplingParams) -> Rollout:
-        """One rollout, on the server that has had a free place for longest."""
-        name = f"{self.engine_id}-{request.ordinal}-{request.index}-{next(self._numbers)}"
-        # Only what is listed here ends a completion, and nothing truncates the distribution.
-        params = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens, "logprobs": 0, "top_k": 0}
-        params |= {"stop_token_ids": sampling.stop_token_ids, "ignore_eos": True, "top_p": 1.0, "detokenize": False}
-        body = {"request_id": name, "token_ids": request.prompt_token_ids.tolist(), "sampling_params": params}
-        server = await self._slots.get()
+        """One rollout, from the server that has had a free place for longest.
+
+        EngineError where the answer is not a whole completion with a log-prob and a version for every token.
+        """
+        server = await self._places.get()
         try:
-            if sampling.stop_strings:
-                chosen = await self._watched(server, body, sampling)
-            else:
-                answer = await self._call(server, "/inference/v1/generate", self.settings.request_timeout_s, body)
-                chosen = self._decoded(server, answer, _Answer).choices[0]
+            got = await self._completion(server, request, sampling)
         finally:
-            self._slots.put_nowait(server)
-        if server.lost is not None:
-            raise self._error(server, server.lost)
-        return self._rollout(server, request, chosen)
-
-    async def _watched(self, server: Server, body: dict[str, Any], sampling: SamplingParams) -> _Choice:
-        """A completion followed token by token, and ended at the first stop string: servers have no tokenizer."""
-        whole = _Choice([], _Logprobs([]))
-        stop: int | None = None
-
-        async def follow(response: httpx.Response) -> None:
-            nonlocal stop
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                for part in self._decoded(server, line[6:].encode(), _Answer).choices:
-                    done = len(whole.token_ids)
-                    whole.token_ids += part.token_ids
-                    whole.logprobs.content += part.logprobs.content
-                    whole.finish_reason, whole.weight_versions = part.finish_reason, part.weight_versions
-                    if stop is None and part.token_ids:
-                        tokens = torch.tensor([whole.token_ids])
-                        lengths, stopped = stop_positions(tokens, done, sampling, self.tokenizer)
-                        if stopped[0]:
-                            stop = int(lengths[0])
-                            if part.finish_reason is None:
-                                names = {"request_ids": [f"generate-tokens-{body['request_id']}"]}
-                                await self._call(server, "/abort_requests", self.settings.request_timeout_s, names)
-
-        stream = body | {"stream": True}
-        await self._call(server, "/inference/v1/generate", self.settings.request_timeout_s, stream, follow)
-        if stop is not None:
-            whole.token_ids, whole.finish_reason = whole.token_ids[:stop], "stop"
-            whole.logprobs.content = whole.logprobs.content[:stop]
-        return whole
-
-    def _rollout(self, server: Server, request: GenerationRequest, chosen: _Choice) -> Rollout:
-        """Raises EngineError where the answer is not a whole completion with a version and a log-prob for each token."""
-        count = len(chosen.token_ids)
-        logprobs = np.array([token.logprob for token in chosen.logprobs.content], dtype=np.float32)
-        spans = [s for s in chosen.weight_versions or () if s.start < count]
-        whole = len(logprobs) == count > 0 and bool(spans) and (logprobs > MISSING_LOGPROB).all()
-        if not whole or chosen.finish_reason not in ("stop", "length") or not all(s.version.isdigit() for s in spans):
-            versions = [s.version for s in spans]
-            problem = f"no whole completion: {count} tokens, {len(logprobs)} log-probs, ended by {chosen.finish_reason}"
-            raise self._error(server, f"{problem}, weights of versions {versions} (has it had an update?)")
+            self._places.put_nowait(server)
+        ids, logprobs, count = got["token_ids"], np.array(got["logprobs"], dtype=np.float32), len(got["token_ids"])
+        spans = [span for span in got["weight_versions"] or () if span["start"] < count]
+        whole = spans and len(logprobs) == count and (logprobs > MISSING_LOGPROB).all()
+        known = all(span["version"].isdigit() for span in spans)  # "default": no update yet
+        if server.lost or not (whole and known and got["finish_reason"] in ("stop", "length")):
+            what = f"{count} tokens, {len(logprobs)} log-probs, ended by {got['finish_reason']}, weights {spans}"
+            raise server.error(server.lost or f"no whole completion of known weights: {what}")
         return Rollout(
-            ordinal=request.ordinal, index=request.index, token_ids=np.array(chosen.token_ids, dtype=np.int64),
-            behavior_logprobs=logprobs, loss_mask=np.ones(count, dtype=np.bool_),
-            segments=np.zeros(count, dtype=np.int64), engine_id=self.engine_id,
-            text=self.tokenizer.decode(chosen.token_ids, skip_special_tokens=True), finish_reason=chosen.finish_reason,
-            version_spans=tuple(VersionSpan(version=int(s.version), start=s.start, end=min(s.end, count)) for s in spans),
+            ordinal=request.ordinal, index=request.index, token_ids=np.array(ids, dtype=np.int64),
+            behavior_logprobs=logprobs, loss_mask=np.ones(count, dtype=np.bool_), engine_id=self.engine_id,
+            segments=np.zeros(count, dtype=np.int64), finish_reason=got["finish_reason"],
+            text=str(self.tokenizer.decode(ids, skip_special_tokens=True)), version_spans=tuple(
+                VersionSpan(version=int(s["version"]), start=s["start"], end=min(s["end"], count)) for s in spans
+            ),
         )  # fmt: skip
 
+    async def _completion(self, server: Server, request: GenerationRequest, sampling: SamplingParams) -> dict[str, Any]:
+        """The one choice of a server's answer, its log-probs as a plain list.
+
+        Servers have no tokenizer: where there are stop strings, the completion is followed token by token.
+        """
+        # Only what is listed here ends a completion, and nothing truncates the distribution.
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "logprobs": 0,
+            "top_k": 0,
+        }
+        params |= {"stop_token_ids": sampling.stop_token_ids, "ignore_eos": True, "top_p": 1.0, "detokenize": False}
+        name, follow = uuid.uuid4().hex, bool(sampling.stop_strings)
+        body = {"request_id": name, "token_ids": request.prompt_token_ids.tolist(), "sampling_params": params}
+        ids, logprobs, stop = list[int](), list[float](), None
+        last: dict[str, Any] = {"finish_reason": None, "weight_versions": None}
+        async with self._post(server, GENERATE, self.settings.request_timeout_s, body | {"stream": follow}) as answer:
+            async for line in answer.aiter_lines():
+                if not (line := line.removeprefix("data: ")).startswith("{"):
+                    continue  # blank, or the mark of the end
+                for part in self._read(server, line, "choices"):
+                    done = len(ids)
+                    ids += part["token_ids"]
+                    logprobs += [token["logprob"] for token in part["logprobs"]["content"]]
+                    last = part
+                    if follow and stop is None and part["token_ids"]:
+                        lengths, stopped = stop_positions(torch.tensor([ids]), done, sampling, self.tokenizer)
+                        stop = int(lengths[0]) if stopped[0] else None
+                        if stop and part["finish_reason"] is None:  # it still says which versions made the tokens
+                            await self._call(server, "/abort_requests", {"request_ids": [f"generate-tokens-{name}"]})
+        reason = last["finish_reason"] if stop is None else "stop"
+        return last | {"token_ids": ids[:stop], "logprobs": logprobs[:stop], "finish_reason": reason}
+
     async def score(self, token_ids: IntArray) -> dict[str, FloatArray]:
-        """Log-probs of tokens 1, 2, ... of a sequence given those before, [T - 1] by server URL, to verify weights."""
+        """Log-probs of tokens 1, 2, ... of a sequence given those before, [T - 1] by server URL: to verify weights."""
         params = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
-        body = {"token_ids": token_ids.tolist(), "sampling_params": params}
-
-        async def one(server: Server) -> FloatArray:
-            answer = await self._call(server, "/inference/v1/generate", self.settings.request_timeout_s, body)
-            table = self._decoded(server, answer, _Scores).prompt_logprobs[1:]
-            pairs = zip(token_ids[1:], table, strict=True)
-            return np.array([(scores or {})[str(token)].logprob for token, scores in pairs], dtype=np.float32)
-
-        return dict(zip((s.url for s in self.servers), await asyncio.gather(*map(one, self.servers)), strict=True))
+        body, scores = {"token_ids": token_ids.tolist(), "sampling_params": params}, {}
+        for server in self.servers:
+            rows = self._read(server, await self._call(server, GENERATE, body), "prompt_logprobs")
+            pairs = zip(token_ids[1:], rows[1:], strict=True)
+            scores[server.url] = np.array([row[str(token)]["logprob"] for token, row in pairs], dtype=np.float32)
+        return scores
 
     async def update_weights(self, version: int, snapshot: Path | None, checksum: str | None = None) -> None:
         """Serve `version` from the file `snapshot`, whose xxh3-128 (hex) is `checksum`.
 
-        A server that refuses it goes on with its old weights and says so in the EngineError; one that gives no answer
-        is not used again, since nobody knows what it serves.
+        A server that refuses it goes on with its old weights; one that does not say what it did is not used again.
+        Raises EngineError in both cases, once all servers are done.
         """
         if snapshot is None or checksum is None:
             raise EngineError("a vLLM server needs a snapshot file and its checksum", key="version", value=version)
-        init = {"folder": str(self.snapshots.resolve())}
         info = {"path": str(snapshot.resolve()), "checksum": checksum}
-        results = await asyncio.gather(
-            *(self._update(s, version, init, info) for s in self.servers), return_exceptions=True
-        )
-        for result in results:
-            if result is not None:
-                raise result
+        updates = [self._update(server, version, info) for server in self.servers]
+        for failed in await asyncio.gather(*updates, return_exceptions=True):
+            if failed is not None:
+                raise failed
 
-    async def _update(self, server: Server, version: int, init: dict[str, str], info: dict[str, str]) -> None:
-        async def call(path: str, body: Any = None) -> None:
-            await self._call(server, path, self.settings.update_timeout_s, body)
-
-        await call("/init_weight_transfer_engine", {"init_info": init})
-        started = loaded = False
+    async def _update(self, server: Server, version: int, info: dict[str, str]) -> None:
+        init, doubt = {"init_info": {"folder": str(self.snapshots.resolve())}}, None
+        await self._call(server, "/init_weight_transfer_engine", init)
         try:
-            await call(f"/pause?mode={'keep' if self.settings.update == 'in_flight' else 'wait'}")
-            await call("/start_weight_update")
-            started = True
-            await call("/update_weights", {"update_info": info})
-            loaded = True
-            await call("/finish_weight_update", {"weight_version": str(version)})
-            server.version = version
-        except BaseException as error:
-            if loaded or (started and not isinstance(error, Refused)):
-                server.lost = f"nobody knows whether it serves version {version} or {server.version}: {error}"
-            raise
-        finally:
+            await self._call(server, f"/pause?mode={'keep' if self.settings.update == 'in_flight' else 'wait'}")
+            await self._call(server, "/start_weight_update")
+            doubt = f"nobody knows whether it has the weights of version {server.version} or {version}"
             try:
-                await asyncio.shield(call("/resume"))
-            except BaseException as error:
-                server.lost = server.lost or f"it may be paused for ever: {error}"
+                await self._call(server, "/update_weights", {"update_info": info})
+            except Refused:
+                doubt = None
+                raise
+            await self._call(server, "/finish_weight_update", {"weight_version": str(version)})
+            server.version, doubt = version, None
+        finally:
+            server.lost = doubt  # what it samples from now on is not used
+            try:
+                await asyncio.shield(self._call(server, "/resume"))
+            except BaseException:
+                server.lost = doubt or "it may be paused for ever"
                 raise
 
-    async def sleep(self) -> None:
-        """Finish what is under way and give the GPU away; weights wait in main memory. Needs `sleep_mode`."""
-        await self._placed("/sleep?level=1&mode=wait")
-
-    async def wake_up(self) -> None:
-        """Take the GPU back."""
-        await self._placed("/wake_up")
-
-    async def _placed(self, path: str) -> None:
+    async def move(self, asleep: bool) -> None:
+        """Finish what is under way and free the GPU (weights wait in main memory), or take it back."""
         if not self.settings.sleep_mode:
             raise EngineError(
                 "servers sleep on GPUs only", key="rollout.engine.sleep_mode", value=False, expected="true"
             )
-        await asyncio.gather(*(self._call(server, path, self.settings.update_timeout_s) for server in self.servers))
+        path = "/sleep?level=1&mode=wait" if asleep else "/wake_up"
+        await asyncio.gather(*(self._call(server, path) for server in self.servers))
 
     async def close(self) -> None:
         """Close the connections; the servers go on."""
         await self._client.aclose()
 
-    async def _call(
-        self, server: Server, path: str, timeout_s: float, body: Any = None,
-        follow: Callable[[httpx.Response], Awaitable[None]] | None = None,
-    ) -> bytes:  # fmt: skip
-        """POST; the answer's body, or b"" where `follow` has read it. EngineError for any other status, or none."""
-        if server.lost is not None:
-            raise self._error(server, server.lost)
-        content = b"" if body is None else msgspec.json.encode(body)
-        url, headers = f"{server.url}{path}", {"content-type": "application/json"}
+    async def _call(self, server: Server, path: str, body: Any = None) -> str:
+        """The answer to a call that takes no sample's time."""
+        async with self._post(server, path, self.settings.update_timeout_s, body) as answer:
+            return (await answer.aread()).decode()
+
+    @contextlib.asynccontextmanager
+    async def _post(self, server: Server, path: str, timeout_s: float, body: Any) -> AsyncIterator[httpx.Response]:
+        """An answer of status 200, to be read within `timeout_s` of its request; EngineError for any other, or none."""
+        if server.lost and path != "/resume":
+            raise server.error(server.lost)
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._client.stream("POST", url, content=content, headers=headers) as got,
-            ):
-                if follow is not None and got.is_success:
-                    await follow(got)
-                    return b""
-                answer = await got.aread()
+            async with asyncio.timeout(timeout_s), self._client.stream("POST", server.url + path, json=body) as answer:
+                if not answer.is_success:
+                    text = (await answer.aread())[:SHOWN].decode(errors="replace")
+                    raise server.error(f"{path}: status {answer.status_code}: {text}", Refused)
+                yield answer
         except (TimeoutError, httpx.HTTPError) as error:
             late = isinstance(error, TimeoutError)
             what = f"no answer within {timeout_s:g} s" if late else f"{type(error).__name__} {error}"
-            raise self._error(server, f"{path}: {what}") from error
-        if not got.is_success:
-            raise self._error(server, f"{path}: status {got.status_code}: {answer[:BODY_CHARACTERS]!r}", kind=Refused)
-        return answer
+            raise server.error(f"{path}: {what}") from error
 
-    def _decoded(self, server: Server, answer: bytes, kind: type[_T]) -> _T:
+    def _read(self, server: Server, text: str, key: str) -> Any:
         try:
-            return msgspec.json.decode(answer, type=kind)
-        except msgspec.DecodeError as error:
-            raise self._error(server, f"not understood ({error}): {answer[:BODY_CHARACTERS]!r}") from error
-
-    def _error(self, server: Server, problem: str, kind: type[EngineError] = EngineError) -> EngineError:
-        return kind(problem, key="server", value=server.url, fix="see the server's log; start it again if it has ended")
+            return json.loads(text)[key]
+        except (ValueError, KeyError) as error:
+            raise server.error(f"no {key} in its answer {text[:SHOWN]}") from error

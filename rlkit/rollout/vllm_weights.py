@@ -1,6 +1,6 @@
 """New weights for a vLLM server: a plug-in that runs inside the server, and the learner's side for GPUs.
 
-`rlkit_file` loads a safetensors snapshot that server and learner both see; on GPUs vLLM's own `nccl` backend broadcasts.
+`rlkit_file` loads a safetensors snapshot that server and learner both see; on GPUs vLLM's own `nccl` can broadcast.
 vLLM finds `register` through the entry-point group `vllm.general_plugins`, in each of its processes.
 """
 
@@ -42,10 +42,10 @@ class FileUpdate(base.WeightTransferUpdateInfo):
 
 def read_shapes(files: list[Path]) -> dict[str, list[int]]:
     """Tensor names and shapes of safetensors files, from their headers."""
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.offset_keys()}
     return shapes
 
 
@@ -82,7 +82,7 @@ class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
     def _load(self, path: Path) -> None:
         initialize_layerwise_reload(self.model)
         with safe_open(path, framework="pt") as tensors:
-            loaded = self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.keys())
+            loaded = self.model.load_weights((name, tensors.get_tensor(name)) for name in tensors.offset_keys())
         finalize_layerwise_reload(self.model, self.model_config)
         if missing := {name for name, _ in self.model.named_parameters()} - set(loaded or ()):
             raise ValueError(f"no tensor of {path} was loaded into {sorted(missing)[:3]}")

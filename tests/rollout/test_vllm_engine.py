@@ -25,7 +25,7 @@ from rlkit.errors import ConfigError, EngineError
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.vllm_engine import VllmClient, VllmEngine
-from rlkit.rollout.vllm_server import VllmServer, _members
+from rlkit.rollout.vllm_server import VllmServer, members
 from rlkit.types import Rollout, SamplingParams
 
 if importlib.util.find_spec("vllm") is None:
@@ -49,9 +49,7 @@ MODEL = ModelConfig(
     alphabet="0123456789+=",
 )
 TOKENIZER = load_tokenizer(MODEL)
-SETTINGS = VllmEngine(
-    max_num_seqs=8, max_model_len=1024, enforce_eager=True, request_timeout_s=120, update_timeout_s=60
-)
+SETTINGS = VllmEngine(max_num_seqs=8, max_model_len=1024, request_timeout_s=120, update_timeout_s=60)
 TOLERANCE = 1e-4
 LONG = SamplingParams(temperature=1.0, max_tokens=900, seed=0, stop_token_ids=())
 
@@ -108,9 +106,12 @@ class Running:
         lines = httpx.get(f"{self.server.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
-    async def until(self, name: str, low: float, high: float = float("inf")) -> None:
+    async def until(self, task: asyncio.Task | None, name: str, low: float, high: float = float("inf")) -> None:
+        """Wait until a metric of the server is between low and high, while `task` is under way."""
         async with asyncio.timeout(30):
-            while not low <= self.metric(name) <= high:
+            while not low <= await asyncio.to_thread(self.metric, name) <= high:
+                if task is not None and task.done():
+                    raise AssertionError(f"over before {name} reached {low}: {task.result()}")
                 await asyncio.sleep(0.01)
 
 
@@ -186,7 +187,7 @@ def test_update_in_flight_splits_the_rollout_where_the_server_says(running: Runn
         async with running.engine(1) as client:
             made = running.metric("generation_tokens_total")
             sampling = asyncio.create_task(collect(client, wanted, LONG))
-            await running.until("generation_tokens_total", made + 100)
+            await running.until(sampling, "generation_tokens_total", made + 100)
             started = time.perf_counter()
             await running.update(client, 2)
             seconds = time.perf_counter() - started
@@ -207,7 +208,7 @@ def test_drained_update_lets_requests_finish(running: Running) -> None:
     async def run() -> list[Rollout]:
         async with running.engine(3, update="drain") as client:
             sampling = asyncio.create_task(collect(client, wanted, LONG))
-            await running.until("num_requests_running", 2)
+            await running.until(sampling, "num_requests_running", 2)
             await running.update(client, 4)
             assert client.version == 4
             return await sampling + await collect(client, requests(1), replace(LONG, max_tokens=8))
@@ -260,7 +261,7 @@ def test_bad_snapshots_are_refused_and_the_old_weights_go_on(running: Running, t
     async def run() -> None:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, requests(2), LONG))
-            await running.until("num_requests_running", 2)
+            await running.until(sampling, "num_requests_running", 2)
             for path, (problem, digest) in bad.items():
                 with pytest.raises(EngineError, match=problem):
                     await client.update_weights(2, path, digest)
@@ -309,12 +310,12 @@ def test_given_up_requests_are_aborted_on_the_server(running: Running) -> None:
         async with running.engine(1) as client:
             stream = client.generate(requests(12), LONG)
             waiting = asyncio.create_task(anext(stream))
-            await running.until("num_requests_running", 8)
+            await running.until(waiting, "num_requests_running", 8)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             await stream.aclose()
-            await running.until("num_requests_running", 0, 0)
+            await running.until(None, "num_requests_running", 0, 0)
             check(requests(2), await collect(client, requests(2), replace(LONG, max_tokens=4)))
 
     asyncio.run(run())
@@ -325,7 +326,7 @@ def test_clear_errors(running: Running) -> None:
         async with running.engine(1, request_timeout_s=0.3) as client:
             with pytest.raises(EngineError, match="no answer within 0.3 s"):
                 await collect(client, requests(1), LONG)
-            await running.until("num_requests_running", 0, 0)
+            await running.until(None, "num_requests_running", 0, 0)
         async with running.engine(1) as client:
             with pytest.raises(EngineError, match=r"status 400.*\n.*see the server's log"):
                 await collect(client, requests(1), replace(LONG, max_tokens=5000))
@@ -345,7 +346,7 @@ def test_killed_server_is_an_error_and_leaves_nothing(running: Running) -> None:
     async def run() -> None:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, requests(4), LONG))
-            await running.until("num_requests_running", 4)
+            await running.until(sampling, "num_requests_running", 4)
             os.kill(running.server.process.pid, signal.SIGKILL)
             async with asyncio.timeout(20):
                 with pytest.raises(EngineError, match="RemoteProtocolError|ReadError|ConnectError"):
@@ -358,7 +359,7 @@ def test_killed_server_is_an_error_and_leaves_nothing(running: Running) -> None:
     asyncio.run(run())
     running.server.close()
     running.server.close()
-    assert list(_members(running.server.process.pid)) == []
+    assert list(members(running.server.process.pid)) == []
     left = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem."))}
     assert not left, left
 
@@ -371,7 +372,7 @@ def test_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     server = VllmServer(replace(SETTINGS, start_timeout_s=1), tmp_path / "model", tmp_path / "log", seed=0)
     with pytest.raises(EngineError, match="start_timeout_s"):
         server.wait_ready()
-    assert list(_members(server.process.pid)) == []
+    assert list(members(server.process.pid)) == []
 
 
 def test_server_dies_with_its_parent(tmp_path: Path) -> None:
@@ -388,6 +389,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     group = int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=120).stdout)
     deadline = time.monotonic() + 60
-    while list(_members(group)):
+    while list(members(group)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
