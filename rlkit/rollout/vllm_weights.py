@@ -9,13 +9,19 @@ import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
+import torch
 import xxhash
 from safetensors import safe_open
 from vllm.distributed.weight_transfer import base, factory
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
+
+from rlkit.errors import EngineError
 
 
 def register() -> None:
@@ -40,12 +46,12 @@ class FileUpdate(base.WeightTransferUpdateInfo):
     checksum: str
 
 
-def read_shapes(files: list[Path]) -> dict[str, list[int]]:
+def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of safetensors files, from their headers."""
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.offset_keys()}
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()}
     return shapes
 
 
@@ -93,3 +99,38 @@ class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
     def finish_weight_update(self) -> None: ...
 
     def shutdown(self) -> None: ...
+
+
+class Broadcast:
+    """The learner's side of `nccl`, made and used by all its ranks at the same time (not run without GPUs so far).
+
+    Each tensor of `model` (FSDP2 shards or whole) is gathered on all ranks, sent by rank 0 to one server after the
+    other, and freed before the next: no rank ever holds the whole model.
+    """
+
+    def __init__(self, model: torch.nn.Module, urls: list[str], rank: int, address: str, first_port: int) -> None:
+        if not torch.cuda.is_available():
+            raise EngineError("nccl needs GPUs", key="rollout.engine.weight_transfer", value="nccl", fix="rlkit_file")
+        source, self.rank, self.senders = base.ModuleSource(model), rank, dict[str, Any]()
+        for number, url in enumerate(urls):
+            workers = httpx.get(f"{url}/get_world_size").raise_for_status().json()["world_size"]
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            info = NCCLTrainerInitInfo(address, first_port + number, 1 + workers, rank=rank)
+            client = HTTPVLLMWeightSyncClient(url)
+            self.senders[url] = factory.WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+    def publish(self, version: int, timeout_s: float = 600.0) -> None:
+        """Serve the model's weights as `version`; requests under way are held meanwhile, and go on under them."""
+
+        def post(url: str, path: str, body: Any = None) -> None:
+            if self.rank == 0:
+                httpx.post(f"{url}/{path}", json=body, timeout=timeout_s).raise_for_status()
+
+        for url, sender in self.senders.items():
+            post(url, "pause?mode=keep")
+            try:
+                sender.send_weights()
+                post(url, "update_weight_version", {"new_version": str(version)})
+            finally:
+                post(url, "resume")
