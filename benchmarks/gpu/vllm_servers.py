@@ -1,7 +1,7 @@
 """Check and measure vLLM servers against the learner, in one call; the last line is JSON.
 
-    python benchmarks/gpu/vllm_servers.py                    # two CUDA devices: nccl; one: sleep and wake, weights by file
-    python benchmarks/gpu/vllm_servers.py --device cpu       # the same checks by file without a GPU, to try the script itself
+    python benchmarks/gpu/vllm_servers.py                 # CUDA: sleep and wake; with two devices nccl as well
+    python benchmarks/gpu/vllm_servers.py --device cpu    # the checks by file, to try the script itself
 
 For each way of sending weights: an update in flight splits long rollouts in two; the log-probs of both parts are those
 of a full forward pass under the version that the server names; a probe scores the same on both sides. Measured: tokens

@@ -31,6 +31,7 @@ CONNECTION_TRIES = 3  # a connection that was not made sent nothing: only that i
 IDLE_CONNECTION_S = 2.0  # below the 5 s after which a server closes one, which would race with the next request
 MISSING_LOGPROB = -9999.0  # what a server writes for NaN and -inf
 SHOWN = 600  # bytes of an answer in an error
+POLL_S = 0.1
 GENERATE = "/inference/v1/generate"
 
 
@@ -204,18 +205,33 @@ class VllmClient:
         return scores
 
     async def update_weights(self, version: int, snapshot: Path | None, checksum: str | None = None) -> None:
-        """Serve `version` from the file `snapshot`, whose xxh3-128 (hex) is `checksum`.
+        """Serve `version` from the file `snapshot`, whose xxh3-128 (hex) is `checksum`; by nccl, wait for the learner.
 
         A server that refuses it goes on with its old weights; one that does not say what it did is not used again.
         Raises EngineError in both cases, once all servers are done.
         """
-        if snapshot is None or checksum is None:
+        if self.settings.weight_transfer == "nccl":
+            updates = [self._arrival(server, version) for server in self.servers]
+        elif snapshot is None or checksum is None:
             raise EngineError("a vLLM server needs a snapshot file and its checksum", key="version", value=version)
-        info = {"path": str(snapshot.resolve()), "checksum": checksum}
-        updates = [self._update(server, version, info) for server in self.servers]
+        else:
+            info = {"path": str(snapshot.resolve()), "checksum": checksum}
+            updates = [self._update(server, version, info) for server in self.servers]
         for failed in await asyncio.gather(*updates, return_exceptions=True):
             if failed is not None:
                 raise failed
+
+    async def _arrival(self, server: Server, version: int) -> None:
+        """Until the learner has sent `version` or a newer one (`rlkit.rollout.vllm_weights.Broadcast`)."""
+        try:
+            async with asyncio.timeout(self.settings.update_timeout_s):
+                while server.version < version:
+                    answer = await self._client.get(f"{server.url}/weight_info")
+                    label = self._read(server, answer.text, "weight_version")
+                    server.version = int(label) if label.isdigit() else -1
+                    await asyncio.sleep(POLL_S if server.version < version else 0)
+        except (TimeoutError, httpx.HTTPError) as error:
+            raise server.error(f"version {version} did not arrive: {type(error).__name__} {error}") from error
 
     async def _update(self, server: Server, version: int, info: dict[str, str]) -> None:
         init, doubt = {"init_info": {"folder": str(self.snapshots.resolve())}}, None

@@ -58,7 +58,7 @@ def installed() -> str:
 
 def command(settings: VllmEngine, model: Path | str, port: int, seed: int, dtype: str) -> list[str]:
     """The command line of a server."""
-    options = {
+    options: dict[str, object] = {
         "model": model, "dtype": dtype, "host": settings.host, "port": port, "seed": seed,
         "max-num-seqs": settings.max_num_seqs, "tensor-parallel-size": settings.tensor_parallel_size,
         "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
@@ -111,6 +111,7 @@ class VllmServer:
                 self._fail(f"the vLLM server ended with status {self.process.returncode} before it was ready")
             with contextlib.suppress(httpx.TransportError):
                 if httpx.post(self.url + GENERATE, json=probe, timeout=left).is_success:
+                    self.shared_memory = shared_memory(self.process.pid)  # of processes that are killed, too
                     return
             time.sleep(0.25)
         self._fail(f"the vLLM server was not ready after start_timeout_s = {self.settings.start_timeout_s:g} s")

@@ -43,15 +43,15 @@ MODEL = ModelConfig(
         "num_attention_heads": 2,  # vLLM's attention on the CPU wants a head size of 32 or more
         "num_key_value_heads": 1,
         "intermediate_size": 96,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     },
     alphabet="0123456789+=",
 )
 TOKENIZER = load_tokenizer(MODEL)
-SETTINGS = VllmEngine(max_num_seqs=8, max_model_len=1024, request_timeout_s=120, update_timeout_s=60)
+SETTINGS = VllmEngine(max_num_seqs=8, max_model_len=4096, request_timeout_s=120, update_timeout_s=60)
 TOLERANCE = 1e-4
-LONG = SamplingParams(temperature=1.0, max_tokens=900, seed=0, stop_token_ids=())
+LONG = SamplingParams(temperature=1.0, max_tokens=3000, seed=0, stop_token_ids=())
 
 
 def weights(version: int) -> torch.nn.Module:
@@ -106,13 +106,18 @@ class Running:
         lines = httpx.get(f"{self.server.url}/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
-    async def until(self, task: asyncio.Task | None, name: str, low: float, high: float = float("inf")) -> None:
-        """Wait until a metric of the server is between low and high, while `task` is under way."""
-        async with asyncio.timeout(30):
-            while not low <= await asyncio.to_thread(self.metric, name) <= high:
-                if task is not None and task.done():
-                    raise AssertionError(f"over before {name} reached {low}: {task.result()}")
+    async def under_way(self, task: asyncio.Task, tokens: int = 50) -> None:
+        """Wait until `task`, which has just been created, has had so many tokens made."""
+        made = self.metric("generation_tokens_total")
+        async with asyncio.timeout(60):
+            while await asyncio.to_thread(self.metric, "generation_tokens_total") < made + tokens:
+                assert not task.done(), f"over too soon: {task.exception()}"
                 await asyncio.sleep(0.01)
+
+    async def idle(self) -> None:
+        async with asyncio.timeout(10):
+            while await asyncio.to_thread(self.metric, "num_requests_running"):
+                await asyncio.sleep(0.05)
 
 
 def checksum(path: Path) -> str:
@@ -185,9 +190,8 @@ def test_update_in_flight_splits_the_rollout_where_the_server_says(running: Runn
 
     async def run() -> tuple[list[Rollout], list[Rollout], float]:
         async with running.engine(1) as client:
-            made = running.metric("generation_tokens_total")
             sampling = asyncio.create_task(collect(client, wanted, LONG))
-            await running.until(sampling, "generation_tokens_total", made + 100)
+            await running.under_way(sampling)
             started = time.perf_counter()
             await running.update(client, 2)
             seconds = time.perf_counter() - started
@@ -208,7 +212,7 @@ def test_drained_update_lets_requests_finish(running: Running) -> None:
     async def run() -> list[Rollout]:
         async with running.engine(3, update="drain") as client:
             sampling = asyncio.create_task(collect(client, wanted, LONG))
-            await running.until(sampling, "num_requests_running", 2)
+            await running.under_way(sampling)
             await running.update(client, 4)
             assert client.version == 4
             return await sampling + await collect(client, requests(1), replace(LONG, max_tokens=8))
@@ -261,7 +265,7 @@ def test_bad_snapshots_are_refused_and_the_old_weights_go_on(running: Running, t
     async def run() -> None:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, requests(2), LONG))
-            await running.until(sampling, "num_requests_running", 2)
+            await running.under_way(sampling)
             for path, (problem, digest) in bad.items():
                 with pytest.raises(EngineError, match=problem):
                     await client.update_weights(2, path, digest)
@@ -310,12 +314,12 @@ def test_given_up_requests_are_aborted_on_the_server(running: Running) -> None:
         async with running.engine(1) as client:
             stream = client.generate(requests(12), LONG)
             waiting = asyncio.create_task(anext(stream))
-            await running.until(waiting, "num_requests_running", 8)
+            await running.under_way(waiting)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             await stream.aclose()
-            await running.until(None, "num_requests_running", 0, 0)
+            await running.idle()
             check(requests(2), await collect(client, requests(2), replace(LONG, max_tokens=4)))
 
     asyncio.run(run())
@@ -326,10 +330,10 @@ def test_clear_errors(running: Running) -> None:
         async with running.engine(1, request_timeout_s=0.3) as client:
             with pytest.raises(EngineError, match="no answer within 0.3 s"):
                 await collect(client, requests(1), LONG)
-            await running.until(None, "num_requests_running", 0, 0)
+            await running.idle()
         async with running.engine(1) as client:
             with pytest.raises(EngineError, match=r"status 400.*\n.*see the server's log"):
-                await collect(client, requests(1), replace(LONG, max_tokens=5000))
+                await collect(client, requests(1), replace(LONG, max_tokens=50000))
         dead = SETTINGS.open(["http://127.0.0.1:9"], TOKENIZER, running.snapshots, "dead")
         with pytest.raises(EngineError, match="ConnectError"):
             await dead.score(np.arange(4, 9))
@@ -346,7 +350,7 @@ def test_killed_server_is_an_error_and_leaves_nothing(running: Running) -> None:
     async def run() -> None:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, requests(4), LONG))
-            await running.until(sampling, "num_requests_running", 4)
+            await running.under_way(sampling)
             os.kill(running.server.process.pid, signal.SIGKILL)
             async with asyncio.timeout(20):
                 with pytest.raises(EngineError, match="RemoteProtocolError|ReadError|ConnectError"):
