@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,7 +86,7 @@ class VllmServer:
 
         `seed` seeds its sampling: two servers, or two lives of one, with the same seed draw the same.
         """
-        self.settings, self.log, self.shared_memory = settings, log, set[Path]()
+        self.settings, self.log = settings, log
         with socket.socket() as free:
             free.bind((settings.host, 0))
             port = free.getsockname()[1]
@@ -111,7 +111,6 @@ class VllmServer:
                 self._fail(f"the vLLM server ended with status {self.process.returncode} before it was ready")
             with contextlib.suppress(httpx.TransportError):
                 if httpx.post(self.url + GENERATE, json=probe, timeout=left).is_success:
-                    self.shared_memory = shared_memory(self.process.pid)  # of processes that are killed, too
                     return
             time.sleep(0.25)
         self._fail(f"the vLLM server was not ready after start_timeout_s = {self.settings.start_timeout_s:g} s")
@@ -122,39 +121,31 @@ class VllmServer:
         raise EngineError(f"{problem}\n{last}", key="server", value=self.url, fix=f"see {self.log}")
 
     def close(self) -> None:
-        """End it and its engine processes, and take away the shared memory that they leave; idempotent."""
+        """End it and all of its processes; nothing stays in shared memory. Idempotent."""
         group = self.process.pid  # start_new_session made it the leader
-        self.shared_memory |= shared_memory(group)
         if self.process.poll() is None:
             self.process.terminate()
             os.killpg(group, signal.SIGCONT)  # a stopped one would not hear it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_S)
-            self.shared_memory |= shared_memory(group)
-        deadline = time.monotonic() + END_S
-        while list(members(group)) and time.monotonic() < deadline:
+        for pid in members(group, trackers=False):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + END_S  # of the trackers, which remove the shared memory of those that were killed
+        while members(group) and time.monotonic() < deadline:
             time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
         self.process.wait()
-        for path in self.shared_memory:
-            path.unlink(missing_ok=True)
 
 
-def members(group: int) -> Iterator[int]:
-    """Processes of a process group that have not ended (Linux)."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+def members(group: int, trackers: bool = True) -> list[int]:
+    """Processes of a process group that have not ended (Linux), with or without Python's resource trackers."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state, _, leader = entry.read_text().rpartition(")")[2].split()[:3]
+            state, _, leader = (process / "stat").read_text().rpartition(")")[2].split()[:3]
             if int(leader) == group and state != "Z":
-                yield int(entry.parent.name)
-
-
-def shared_memory(group: int) -> set[Path]:
-    """Files under /dev/shm that a process group has mapped."""
-    found = set()
-    for pid in members(group):
-        with contextlib.suppress(OSError):
-            rows = (row.split() for row in Path(f"/proc/{pid}/maps").read_text().splitlines())
-            found |= {Path(row[5]) for row in rows if len(row) == 6 and row[5].startswith("/dev/shm/")}
+                if trackers or b"resource_tracker" not in (process / "cmdline").read_bytes():
+                    found.append(int(process.name))
     return found
