@@ -28,7 +28,6 @@ from rlkit.settings import Checked, choice, number
 from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
 
 CONNECTION_TRIES = 3  # a connection that was not made sent nothing: only that is tried again
-IDLE_CONNECTION_S = 2.0  # below the 5 s after which a server closes one, which would race with the next request
 MISSING_LOGPROB = -9999.0  # what a server writes for NaN and -inf
 SHOWN = 600  # bytes of an answer in an error
 POLL_S = 0.1
@@ -93,7 +92,8 @@ class VllmClient:
     _places: asyncio.Queue[Server] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=IDLE_CONNECTION_S)
+        # A connection for each request: one kept open may be closed by the server just as the next request is sent.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         transport = httpx.AsyncHTTPTransport(retries=CONNECTION_TRIES, limits=limits)
         self._client = httpx.AsyncClient(transport=transport, timeout=None)  # deadlines are set around whole calls
         for server in self.servers * self.settings.max_num_seqs:

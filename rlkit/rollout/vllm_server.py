@@ -145,7 +145,7 @@ def members(group: int, trackers: bool = True) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state, _, leader = (process / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(leader) == group and state != "Z":
-                if trackers or b"resource_tracker" not in (process / "cmdline").read_bytes():
-                    found.append(int(process.name))
+            tracker = b"resource_tracker" in (process / "cmdline").read_bytes()
+            if int(leader) == group and state != "Z" and (trackers or not tracker):
+                found.append(int(process.name))
     return found

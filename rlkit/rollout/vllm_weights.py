@@ -1,4 +1,4 @@
-"""New weights for a vLLM server: a plug-in that runs inside the server, and the learner's side for GPUs.
+"""New weights for vLLM servers: a plug-in that runs inside the server, and the learner's side for GPUs.
 
 `rlkit_file` loads a safetensors snapshot that server and learner both see; on GPUs vLLM's own `nccl` can broadcast.
 vLLM finds `register` through the entry-point group `vllm.general_plugins`, in each of its processes.
@@ -17,6 +17,7 @@ import xxhash
 from safetensors import safe_open
 from vllm.distributed.weight_transfer import base, factory
 from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
@@ -25,34 +26,29 @@ from rlkit.errors import EngineError
 
 
 def register() -> None:
-    """Entry point: make `--weight-transfer-config '{"backend": "rlkit_file"}'` known. vLLM may call it twice."""
-    engines = factory.WeightTransferEngineFactory
-    if "rlkit_file" not in engines._registry:
-        engines.register_engine("rlkit_file", FileTransferEngine)
+    """Make the backend `rlkit_file` known to vLLM, which may call this twice in a process."""
+    if "rlkit_file" not in factory.WeightTransferEngineFactory._registry:
+        factory.WeightTransferEngineFactory.register_engine("rlkit_file", FileTransferEngine)
 
 
 @dataclass
 class FileInit(base.WeightTransferInitInfo):
-    """The folder that snapshots are accepted from; fixed for the life of the server."""
-
-    folder: str
+    folder: str  # where snapshots are accepted from; fixed for the life of the server
 
 
 @dataclass
 class FileUpdate(base.WeightTransferUpdateInfo):
-    """A snapshot and the xxh3-128 (hex) of its bytes."""
-
-    path: str
-    checksum: str
+    path: str  # a safetensors file
+    checksum: str  # xxh3-128 of its bytes, hex
 
 
-def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of safetensors files, from their headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def shapes(*files: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of safetensors files, from their headers."""
+    found = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()}
-    return shapes
+            found |= {(name, tuple(tensors.get_slice(name).get_shape())) for name in tensors.offset_keys()}
+    return found
 
 
 class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
@@ -74,11 +70,12 @@ class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
         if self.folder is None or not path.is_relative_to(self.folder):
             raise ValueError(f"snapshot {path} is not inside the snapshot folder {self.folder}")
         with path.open("rb") as file:
-            if (found := hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()) != update_info.checksum:  # type: ignore[arg-type]
-                raise ValueError(f"snapshot {path} is torn or corrupt: xxh3-128 {found}, not {update_info.checksum}")
-        served = sorted(Path(self.model_config.model).glob("*.safetensors"))  # none for a name on the hub
-        if served and (other := read_shapes([path]).items() ^ read_shapes(served).items()):
-            raise ValueError(f"snapshot {path} is of another model, see {sorted(name for name, _ in other)[:3]}")
+            found = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+        if found != update_info.checksum:
+            raise ValueError(f"snapshot {path} is torn or corrupt: xxh3-128 {found}, not {update_info.checksum}")
+        served = Path(self.model_config.model).glob("*.safetensors")  # none for a name on the hub
+        if (expected := shapes(*served)) and (other := expected ^ shapes(path)):
+            raise ValueError(f"snapshot {path} is of another model, see {sorted(other)[:2]}")
         try:
             self._load(path)
         except BaseException:
@@ -92,9 +89,9 @@ class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
         finalize_layerwise_reload(self.model, self.model_config)
         if missing := {name for name, _ in self.model.named_parameters()} - set(loaded or ()):
             raise ValueError(f"no tensor of {path} was loaded into {sorted(missing)[:3]}")
-        head = getattr(self.model, "lm_head", None)
-        if current_platform.is_cpu() and getattr(self.model.config, "tie_word_embeddings", False) and head is not None:
-            dispatch_cpu_unquantized_gemm(head, remove_weight=False)  # packed at load time, and not by the reload above
+        if current_platform.is_cpu() and getattr(self.model.config, "tie_word_embeddings", False):
+            # The head is packed when a model is loaded; the reload above leaves the old one in place.
+            dispatch_cpu_unquantized_gemm(self.model.lm_head, remove_weight=False)
 
     def finish_weight_update(self) -> None: ...
 
@@ -102,7 +99,7 @@ class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
 
 
 class Broadcast:
-    """The learner's side of `nccl`, made and used by all its ranks at the same time (not run without GPUs so far).
+    """The learner's side of `nccl`, made and used by all its ranks at the same time (not run on GPUs so far).
 
     Each tensor of `model` (FSDP2 shards or whole) is gathered on all ranks, sent by rank 0 to one server after the
     other, and freed before the next: no rank ever holds the whole model.
@@ -110,27 +107,23 @@ class Broadcast:
 
     def __init__(self, model: torch.nn.Module, urls: list[str], rank: int, address: str, first_port: int) -> None:
         if not torch.cuda.is_available():
-            raise EngineError("nccl needs GPUs", key="rollout.engine.weight_transfer", value="nccl", fix="rlkit_file")
+            raise EngineError("needs a GPU", key="weight_transfer", value="nccl", fix="weight_transfer=rlkit_file")
         source, self.rank, self.senders = base.ModuleSource(model), rank, dict[str, Any]()
-        for number, url in enumerate(urls):
+        for port, url in enumerate(urls, first_port):
             workers = httpx.get(f"{url}/get_world_size").raise_for_status().json()["world_size"]
-            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-            info = NCCLTrainerInitInfo(address, first_port + number, 1 + workers, rank=rank)
-            client = HTTPVLLMWeightSyncClient(url)
+            info, client = NCCLTrainerInitInfo(address, port, 1 + workers, rank=rank), HTTPVLLMWeightSyncClient(url)
             self.senders[url] = factory.WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def publish(self, version: int, timeout_s: float = 600.0) -> None:
         """Serve the model's weights as `version`; requests under way are held meanwhile, and go on under them."""
-
-        def post(url: str, path: str, body: Any = None) -> None:
-            if self.rank == 0:
-                httpx.post(f"{url}/{path}", json=body, timeout=timeout_s).raise_for_status()
-
         for url, sender in self.senders.items():
-            post(url, "pause?mode=keep")
+            self._post(f"{url}/pause?mode=keep", timeout_s)
             try:
                 sender.send_weights()
-                post(url, "update_weight_version", {"new_version": str(version)})
+                self._post(f"{url}/update_weight_version", timeout_s, {"new_version": str(version)})
             finally:
-                post(url, "resume")
+                self._post(f"{url}/resume", timeout_s)
+
+    def _post(self, url: str, timeout_s: float, body: Any = None) -> None:
+        if self.rank == 0:
+            httpx.post(url, json=body, timeout=timeout_s).raise_for_status()

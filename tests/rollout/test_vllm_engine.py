@@ -202,7 +202,8 @@ def test_update_in_flight_splits_the_rollout_where_the_server_says(running: Runn
     print(f"in-flight update: {seconds:.3f} s")
     check(wanted, split)
     check(wanted, after)
-    assert all([span.version for span in rollout.version_spans] == [1, 2] for rollout in split)
+    spans = [rollout.version_spans for rollout in split]
+    assert all([span.version for span in own] == [1, 2] for own in spans), spans
     assert all(set(rollout.versions().tolist()) == {2} for rollout in after)
 
 
