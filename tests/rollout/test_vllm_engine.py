@@ -108,9 +108,10 @@ class Running:
         lines = self.http.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
-    async def under_way(self, task: asyncio.Task) -> None:
-        """Until the server has made some of the tokens of `task`, and not all (its metrics come seconds late)."""
-        await asyncio.sleep(1)
+    async def under_way(self, client: VllmClient, task: asyncio.Task) -> None:
+        """Until the server has made some of the tokens of `task`: those of a short request that came after it."""
+        await asyncio.sleep(0)
+        await collect(client, requests(1), replace(LONG, max_tokens=30))
         assert not task.done(), "over too soon"
 
     async def idle(self) -> None:
@@ -191,7 +192,7 @@ def test_update_in_flight_splits_the_rollout_where_the_server_says(running: Runn
     async def run() -> tuple[list[Rollout], list[Rollout], float]:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, wanted, LONG))
-            await running.under_way(sampling)
+            await running.under_way(client, sampling)
             started = time.perf_counter()
             await running.update(client, 2)
             seconds = time.perf_counter() - started
@@ -213,7 +214,7 @@ def test_drained_update_lets_requests_finish(running: Running) -> None:
     async def run() -> list[Rollout]:
         async with running.engine(3, update="drain") as client:
             sampling = asyncio.create_task(collect(client, wanted, LONG))
-            await running.under_way(sampling)
+            await running.under_way(client, sampling)
             await running.update(client, 4)
             assert client.version == 4
             return await sampling + await collect(client, requests(1), replace(LONG, max_tokens=8))
@@ -266,7 +267,7 @@ def test_bad_snapshots_are_refused_and_the_old_weights_go_on(running: Running, t
     async def run() -> None:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, requests(2), LONG))
-            await running.under_way(sampling)
+            await running.under_way(client, sampling)
             for path, (problem, digest) in bad.items():
                 with pytest.raises(EngineError, match=problem):
                     await client.update_weights(2, path, digest)
@@ -313,9 +314,9 @@ def test_stop_strings_end_a_completion(running: Running) -> None:
 def test_given_up_requests_are_aborted_on_the_server(running: Running) -> None:
     async def run() -> None:
         async with running.engine(1) as client:
-            stream = client.generate(requests(12), LONG)
+            stream = client.generate(requests(7), LONG)
             waiting = asyncio.create_task(anext(stream))
-            await running.under_way(waiting)
+            await running.under_way(client, waiting)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
@@ -351,7 +352,7 @@ def test_killed_server_is_an_error_and_leaves_nothing(running: Running) -> None:
     async def run() -> None:
         async with running.engine(1) as client:
             sampling = asyncio.create_task(collect(client, requests(4), LONG))
-            await running.under_way(sampling)
+            await running.under_way(client, sampling)
             os.kill(running.server.process.pid, signal.SIGKILL)
             async with asyncio.timeout(20):
                 with pytest.raises(EngineError, match="RemoteProtocolError|ReadError|ConnectError"):
