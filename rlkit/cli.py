@@ -21,7 +21,9 @@ from rlkit.launch.supervisor import follow
 COMMANDS = {
     "train": ("recipe", "rlkit.launch.run", "train with RL: recipe=NAME [key=value ...]"),
     "learner": ("recipe", "rlkit.learner.train", "only the learner of a run with workers in other processes"),
-    "worker": ("recipe", "rlkit.learner.remote", "a rollout worker of such a run, on any machine"),
+    "worker": ("recipe", "rlkit.launch.worker", "a rollout worker of such a run, on any machine"),
+    "workers": ("recipe", "rlkit.launch.workers", "this machine's workers of such a run, started again when they fail"),
+    "evaluator": ("recipe", "rlkit.launch.evaluator", "the evaluator of such a run, on any machine"),
     "sft": ("recipe", "rlkit.learner.sft", "only the warm start of a recipe"),
     "eval": ("recipe", "rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on held-out sets"),
     "check": ("recipe", "rlkit.learner.check", "print the resolved config, batch table and memory; start nothing"),
@@ -59,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the process's exit status (0, or 2 after an RlkitError)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one command; return the process's exit status: 0, or after an RlkitError 2, 1 where trying again may help."""
+    arguments, status = list(sys.argv[1:] if argv is None else argv), 2
     # Users' components are found where the command runs; behind the installed packages, so that a
     # stray folder called `recipes` there does not replace ours.
     if not {"", os.getcwd()} & set(sys.path):
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except (RlkitError, RewardError) as error:
-        message = str(error)
+        message, status = str(error), 1 if getattr(error, "passing", False) else 2
     except OSError as error:
         if error.errno not in PLACES:
             raise
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"{error.strerror}{where}\n  to mend:  free space, or use a folder you can write to"
     sys.stdout.flush()
     print(f"rlkit: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def run() -> None:

@@ -7,10 +7,13 @@ import contextlib
 import difflib
 import traceback
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 
 class RlkitError(Exception):
     """Base of all errors that are the input's or the environment's, not the code's."""
+
+    passing: ClassVar[bool] = False  # what started the process may start it again: the trouble can be over then
 
     def __init__(
         self, problem: str, *, key: str | None = None, value: object = None,
@@ -38,8 +41,16 @@ class BufferError(RlkitError):
     """The versioned buffer refuses an operation (fenced lease, non-monotonic version, ...)."""
 
 
+class DatabaseError(BufferError):
+    """The buffer's database failed: not reachable, too busy, full or damaged."""
+
+    passing = True
+
+
 class EngineError(RlkitError):
-    """An inference engine failed or disagrees with the learner."""
+    """An inference engine failed."""
+
+    passing = True
 
 
 class TrainingError(RlkitError):

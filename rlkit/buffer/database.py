@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
-from rlkit.errors import BufferError
+from rlkit.errors import BufferError, DatabaseError
 
 BUSY_TIMEOUT_S = (
     30.0  # a writer's wait for another one; in PostgreSQL also the longest a stopped process may hold one up
@@ -79,7 +79,8 @@ class Database:
             fix = f"look for a full disk, or a process that held it for {BUSY_TIMEOUT_S:g} s; move a damaged file aside"
             if not self.is_file:
                 fix = f"is the server up and reachable? Nobody may hold up another for {BUSY_TIMEOUT_S:g} s"
-            raise self._error(f"the database failed: {getattr(error, 'orig', None) or error}", fix) from error
+            problem = f"the database failed: {getattr(error, 'orig', None) or error}"
+            raise DatabaseError(problem, key="buffer", value=self.name, fix=fix) from error
 
     def _error(self, problem: str, fix: str) -> BufferError:
         return BufferError(problem, key="buffer", value=self.name, fix=fix)

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import RecordFiles, RecordRows
 from rlkit.buffer.protocol import RollbackReport, Watermark, require
-from rlkit.buffer.tables import UNENDED, UNLEASED, bound, groups, meta, of, position, slices, versions
+from rlkit.buffer.tables import UNENDED, UNLEASED, bound, evaluations, groups, meta, of, position, slices, versions
 from rlkit.errors import BufferError
 from rlkit.types import GroupState
 
@@ -89,7 +89,8 @@ class Checkpoints:
             undone |= {"min_version": watermark.version, "requested_at": now, "oldest_version": None, "scored_at": None}
             connection.execute(of(groups, again).values(state=GroupState.REQUESTED, **undone))
             connection.execute(of(slices, again).values(state=GroupState.REQUESTED, **UNLEASED))
-            moved = asdict(watermark) | {"next_ordinal": end}
+            connection.execute(delete(evaluations).where(evaluations.c.step > watermark.step))
+            moved = asdict(watermark) | {"next_ordinal": end, "ended": False}
             moved["next_version"] = max(place.next_version, watermark.version + 1)
             connection.execute(update(meta).values(moved))
         removed = tuple(row.ordinal for row in rows if row.ordinal >= end)

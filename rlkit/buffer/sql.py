@@ -15,6 +15,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from rlkit.buffer import tables
 from rlkit.buffer.database import Database
 from rlkit.buffer.leases import Leases
+from rlkit.buffer.notices import Notices
 from rlkit.buffer.payloads import RecordFiles, RecordRows, decode, encode
 from rlkit.buffer.protocol import BufferStats, GroupRequest, at_least, require
 from rlkit.buffer.recovery import Checkpoints
@@ -23,7 +24,7 @@ from rlkit.buffer.tables import OPEN, UNENDED, UNLEASED, UPDATE_GROUP, groups, m
 from rlkit.types import Group, GroupState, Prompt, Rollout, Verdict
 
 
-class SqlBuffer(Leases, Checkpoints, Snapshots):
+class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
     """What learner and rollout workers rely on; each process opens its own.
 
     `prompts_per_step` and `max_staleness`, P and S of the admission bound, are fixed for a database's life;

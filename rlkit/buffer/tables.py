@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBina
 from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 metadata = sa.MetaData()
 
@@ -19,6 +19,7 @@ meta = sa.Table(
     *(Column(x, Integer, nullable=False) for x in ("schema_version", "prompts_per_step", "max_staleness")),
     *(Column(x, BigInteger, nullable=False, default=0) for x in ("step", "version", "next_ordinal", "refused")),
     *(Column(x, BigInteger, nullable=False, default=0) for x in ("next_lease", "expired_leases", "fenced_writes")),
+    Column("ended", sa.Boolean, nullable=False, default=False),  # nothing more will be requested
     Column("next_version", BigInteger, nullable=False, default=1),
     Column("committed_step", BigInteger),
 )
@@ -33,6 +34,7 @@ versions = sa.Table(
     Column("published_at", Float, nullable=False),
     *(Column(x, String) for x in ("path", "checksum")),  # of its snapshot, once that is complete
     Column("size", BigInteger),
+    Column("probe", LargeBinary),  # tokens and the learner's log-probs of them
 )
 """Every version ever published; `live` is False once a rollback has left it behind."""
 
@@ -81,6 +83,24 @@ payloads = sa.Table(
     Column("record", LargeBinary, nullable=False),
 )
 """One row a slice that was handed in, in PostgreSQL; empty in SQLite, beside which payloads are files."""
+
+evaluations = sa.Table(
+    "evaluations",
+    metadata,
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+    Column("metrics", LargeBinary),
+)
+"""One row an evaluation that was asked for; its metrics once they are there."""
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("seen_at", Float, nullable=False),
+    Column("status", LargeBinary, nullable=False),
+)
+"""One row a worker process: what it last said of itself."""
 
 OPEN = (GroupState.REQUESTED, GroupState.LEASED, GroupState.GENERATED, GroupState.SCORED)  # before it is taken
 UNENDED = (*OPEN, GroupState.TAKEN)

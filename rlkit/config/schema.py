@@ -99,7 +99,10 @@ class RolloutConfig:
     slice_samples: int = number(64, 1)  # Samples of one lease: the unit of work a worker takes from the buffer.
     lease_timeout_s: float = number(600.0, 1)  # A lease not renewed for this long is taken back.
     workers: int = number(0, 0)  # Worker processes that `rlkit train` starts; 0: the learner samples between its steps.
-    worker_samples: int = number(256, 1)  # Samples a worker process has under way.
+    verify_every: int = number(
+        10, 0
+    )  # Workers compare weights after the first and every so many updates; 0: the first.
+    verify_tolerance: float = number(1e-3, 0)  # Most that a log-prob may differ then; 16-bit weights need about 0.3.
     wait_s: float = number(1800.0, 1)  # Longest that the learner waits for workers with nothing moving in the buffer.
     snapshot_dir: str | None = None  # Where weights are left for workers; default: snapshots/ in the run folder.
     snapshot_gb: float = number(100.0, 0)  # Most that they may take together, in 1e9 bytes.
@@ -135,6 +138,7 @@ class LearnerConfig(OptimizerConfig):
     logprob_chunk_logits: int = number(2**22, 1)  # Logits that exist at a time in the log-prob head, 4 or 8 bytes each.
     mixed_precision: str = choice("auto", "no", "bf16")  # auto: bf16 where the device has it fast.
     deterministic: bool = False  # Deterministic kernels and fixed threads: bit-for-bit reproducible on one machine.
+    processes: int = number(1, 1)  # Learner processes that `rlkit train` starts beside workers, one a device.
     num_threads: int | None = number(None, 1, 4096)  # CPU threads for torch; default: torch's choice.
     device: str = choice("auto", "cpu", "cuda")  # auto: cuda where there is one.
 
@@ -157,6 +161,7 @@ class EvaluationConfig:
     temperature: float = number(1.0, 0)  # Sampling temperature of the evaluation; 0 is greedy (then samples must be 1).
     seed: int = number(1234, 0, 2**63 - 1)  # Fixed, so that checkpoints and runs see the same draws.
     batch_samples: int = number(1024, 1)  # Samples generated and scored at a time.
+    engine: Component | None = None  # Of the evaluator of a run with worker processes; default: rollout.engine.
     part: str | None = None  # Named reward to report; null: the weighted total.
     correct_at: float = number(1.0)  # A sample with at least this score counts as correct in pass@k.
 

@@ -1,4 +1,4 @@
-"""`rlkit train`: in this process, or, with `rollout.workers`, as a learner and workers under a supervisor."""
+"""`rlkit train`: in this process or, with `rollout.workers`, as a learner, workers and an evaluator, supervised."""
 
 import asyncio
 import io
@@ -14,16 +14,35 @@ from rich.console import Console
 from rlkit.buffer import inspect
 from rlkit.config.schema import Config
 from rlkit.errors import BufferError
+from rlkit.launch.devices import assign
 from rlkit.launch.supervisor import Part, Supervisor
 from rlkit.learner import train
 
-START_TRIES = 5
+COMMAND = (sys.executable, "-m", "rlkit")
 
 
 def main(config: Config, resolved: Mapping[str, Any]) -> int:
     """Returns 0, or 128 + signal number; raises PartFailed when a part cannot go on."""
     if not config.rollout.workers or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return train.main(config, resolved)
+    # The parts read the same command line; a part that is started again goes on, whatever resume says.
+    arguments = sys.argv[sys.argv.index("train") + 1 :]
+    train.move_aside(config)
+    parts = [Part(name="learner", command=[*COMMAND, "learner", *arguments, "resume=auto"], vital=True)]
+    parts += worker_parts(config, arguments)
+    if config.data.eval:
+        parts.append(Part(name="evaluator", command=[*COMMAND, "evaluator", *arguments, "resume=auto"]))
+    return supervise(config, parts)
+
+
+def worker_parts(config: Config, arguments: list[str]) -> list[Part]:
+    """This machine's workers."""
+    command = [*COMMAND, "worker", *arguments, "resume=auto"]
+    return [Part(name=f"worker-{i}", command=command) for i in range(config.rollout.workers)]
+
+
+def supervise(config: Config, parts: list[Part]) -> int:
+    """Run parts to their end; what is wrong is reported with the buffer's state."""
     folder = Path(config.output_dir) / config.name
 
     def buffer() -> str:
@@ -34,9 +53,5 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
             return str(error)
         return text.getvalue()
 
-    # The parts read the same command line.
-    arguments = sys.argv[sys.argv.index("train") + 1 :]
-    command = [sys.executable, "-m", "rlkit"]
-    parts = [Part(name="learner", command=[*command, "learner", *arguments], vital=True)]
-    parts += [Part(name=f"worker-{i}", command=[*command, "worker", *arguments]) for i in range(config.rollout.workers)]
+    parts = assign(config, parts)
     return asyncio.run(Supervisor(folder, report=buffer).run(parts))

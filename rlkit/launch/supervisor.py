@@ -6,7 +6,8 @@ that gets no answer, or finds the other end closed, ends itself. Every part writ
 supervisor shows on the console line by line: one that is stopped or gone blocks nobody.
 
 A part that crashes is started again after a pause that doubles; one that crashes more than `most_crashes` times within
-`CRASH_WINDOW_S`, or says that its input is wrong (exit status 2), ends the run. The run is over when the vital part is.
+`CRASH_WINDOW_S`, or says that its input is wrong (exit status 2), ends the run. The run is over when the vital part
+is, or all are.
 """
 
 import asyncio
@@ -45,6 +46,7 @@ class Part:
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)  # in addition to the supervisor's own
     vital: bool = False
+    again: Sequence[str] = ()  # added to the command of every life but the first
 
 
 class PartFailed(RlkitError):
@@ -59,6 +61,7 @@ class _Life:
     log: Path
     process: asyncio.subprocess.Process | None = None
     heard: float | None = None  # monotonic time of this life's last byte
+    restarts: int = 0
     crashes: list[float] = field(default_factory=list)
 
 
@@ -93,7 +96,7 @@ class Supervisor:
             over = False
             while not over:
                 done, _ = await asyncio.wait(keeping, return_when=asyncio.FIRST_COMPLETED)
-                over = any(keeping[task].part.vital for task in done)
+                over = any(keeping[task].part.vital for task in done) or len(done) == len(keeping)
                 for task in done:
                     task.result()  # raises what ended it
                     del keeping[task]
@@ -121,21 +124,23 @@ class Supervisor:
                 raise PartFailed(f"{problem}\n{self.state()}", fix=f"see {life.log}")
             pause = min(LONGEST_PAUSE_S, 2.0 ** (len(life.crashes) - 1))
             self._say("supervisor", f"{problem}; starting it again in {pause:.0f} s")
+            life.restarts += 1
             replace_file(self.folder / "supervisor.json", json.dumps(self.restarts()).encode())
             await asyncio.sleep(pause)
 
     def restarts(self) -> dict[str, int]:
-        """How often each part was started again lately."""
-        return {life.part.name: len(life.crashes) for life in self._lives}
+        """How often each part was started again."""
+        return {life.part.name: life.restarts for life in self._lives}
 
     async def _live(self, life: _Life) -> int:
         """One life of a part: its exit status, -n where signal n ended it. Whatever ends this ends the process."""
+        command = [*life.part.command, *(life.part.again if life.restarts else ())]
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         environment = os.environ | {PULSE: str(theirs.fileno())} | dict(life.part.environment)
         with theirs, life.log.open("ab") as log:
             life.process = process = await asyncio.create_subprocess_exec(
-                *life.part.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                 pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
         hearing = asyncio.create_task(self._hear(life, ours))
@@ -183,7 +188,7 @@ class Supervisor:
                 if life.heard is not None:
                     state += f", heard {time.monotonic() - life.heard:.0f} s ago"
                     process.send_signal(signal.SIGUSR1)
-            lines += [f"{life.part.name}: {state}; restarts {len(life.crashes)}", *(f"    {line}" for line in words)]
+            lines += [f"{life.part.name}: {state}; restarts {life.restarts}", *(f"    {line}" for line in words)]
         return "\n".join([*lines, self.report()])
 
     async def _show(self, life: _Life) -> None:

@@ -1,10 +1,10 @@
-"""The training loop of rank 0, with the worker in this process, between learner steps."""
+"""The training loop of rank 0; rollouts come from this process or from others."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -16,17 +16,15 @@ from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.data.prompts import PromptOrder, PromptSet
 from rlkit.errors import TrainingError, calling
-from rlkit.evaluation.evaluate import evaluate
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
 from rlkit.learner.likelihood import LikelihoodScorer
+from rlkit.learner.local import LocalRollouts
 from rlkit.learner.remote import RemoteRollouts
 from rlkit.learner.setup import Session
 from rlkit.learner.update import Learner, never_stop
-from rlkit.rollout.engine import Engine
-from rlkit.rollout.ranks import RankedEngine
-from rlkit.rollout.worker import RolloutWorker
 from rlkit.telemetry.environment import peak_memory_gb
+from rlkit.telemetry.record import read_metrics
 from rlkit.telemetry.rollouts import write_rollouts
 from rlkit.telemetry.sinks import Telemetry
 from rlkit.types import Group
@@ -55,16 +53,15 @@ class Trainer:
         self.budget: Budget = self.session.component("budget")
         policy = self.session.accelerator.unwrap_model(self.learner.policy)
         self.likelihood = LikelihoodScorer.of(self.session, policy, self.learner.reference)
-        self.engine: Engine = self.session.engine(self.learner.model)
-        if (ranks := self.session.accelerator.num_processes) > 1:
-            self.engine = cast(Engine, RankedEngine(self.engine, ranks))
-        sampling = self.session.sampling(config.rollout.temperature, config.seed)
-        capacity, timeout = config.prompts_per_step * config.samples_per_prompt, config.rollout.lease_timeout_s
-        self.worker: RolloutWorker | RemoteRollouts
-        self.worker = RolloutWorker(self.buffer, self.engine, self.pool, sampling, "embedded-0", capacity, timeout)
+        self.rollouts: LocalRollouts | RemoteRollouts
         if config.rollout.workers:
-            self.worker = RemoteRollouts.of(self.session, self.buffer, self.learner.model)
+            self.rollouts = RemoteRollouts.of(self.session, self.learner.model, self.buffer, self.prompts)
+        else:
+            given = self.learner, self.buffer, self.pool, self.held_out, self.likelihood
+            self.rollouts = LocalRollouts.of(self.session, *given)
         self.step = 0
+        rows = read_metrics(self.folder)
+        self.evaluated = {row.step for row in rows if any(name.startswith("eval/") for name in row.metrics)}
         self.saved_step: int | None = None
         self.updates_of_step, self.advantage_of_step = 0, dict[str, float]()  # states at the last published step
         self.started = time.perf_counter()  # less the seconds of earlier parts of the run
@@ -81,35 +78,24 @@ class Trainer:
 
         Raises Interrupted at a safe point after a signal, TrainingError when it cannot go on.
         """
-        config, every = self.config, self.config.evaluation.every_steps
-        await self.serve(self.buffer.watermark().version)
+        config = self.config
+        await self.rollouts.serve(self.buffer.watermark().version)
         try:
-            if self.step == 0 and config.evaluation.at_start:
-                await self.evaluate()
+            await self.evaluate()
             while self.step < config.steps:
                 self.session.check_stop()
                 metrics = await self.train_step()
                 if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
                     metrics["time/checkpoint"] = self.save()
                 self.telemetry.log(self.step, metrics)
-                if self.step == config.steps or (every and self.step % every == 0):
-                    await self.evaluate()
+                await self.evaluate()
+            self._log_evaluations(await self.rollouts.finish())
         except BaseException:
             # Weights changed but not yet published are never saved: their groups would be trained twice.
             untouched = self.learner.optimizer_steps == self.updates_of_step
             if untouched and self.saved_step != self.step and self.step > 0:
                 self.save()
             raise
-            if isinstance(self.worker, RemoteRollouts):
-                await self.worker.done()
-        finally:
-            await self.engine.close()
-
-    async def serve(self, version: int) -> None:
-        """Have the present weights served as `version`, here and by workers in other processes."""
-        await self.engine.update_weights(version, None)
-        if isinstance(self.worker, RemoteRollouts):
-            await self.worker.publish(version)
 
     async def train_step(self) -> dict[str, float]:
         """One batch through the whole cycle; returns its metrics."""
@@ -129,7 +115,7 @@ class Trainer:
         trained = time.perf_counter()
         version = self.buffer.next_version()
         self.buffer.publish(version, [g.ordinal for g in groups])
-        await self.serve(version)
+        await self.rollouts.serve(version)
         self.step += 1
         self.updates_of_step = self.learner.optimizer_steps
         self.advantage_of_step = dict(getattr(self.advantage, "state", {}))
@@ -140,17 +126,21 @@ class Trainer:
             write_rollouts(path, self.step, groups, advantages)
         tokens = sum(len(r.token_ids) for g in groups for r in g.rollouts)
         ended = time.perf_counter()
-        metrics |= clock | {
-            "off_policy/dropped": float(len(refused)),
-            "group/filtered_frac": refused.count(FILTERED) / (len(groups) + len(refused)),
-            "time/wait_rollout": collected - started,
-            "time/learner": trained - collected,
-            "time/weight_sync": published - trained,
-            "time/step": ended - started,
-            "perf/tokens_per_s": tokens / (ended - started),
-            "perf/tokens_per_s_per_device": tokens / (ended - started) / ranks,
-            "perf/peak_mem_gb": peak_memory_gb(),
-        }
+        metrics |= (
+            clock
+            | self.rollouts.metrics()
+            | {
+                "off_policy/dropped": float(len(refused)),
+                "group/filtered_frac": refused.count(FILTERED) / (len(groups) + len(refused)),
+                "time/wait_rollout": collected - started,
+                "time/learner": trained - collected,
+                "time/weight_sync": published - trained,
+                "time/step": ended - started,
+                "perf/tokens_per_s": tokens / (ended - started),
+                "perf/tokens_per_s_per_device": tokens / (ended - started) / ranks,
+                "perf/peak_mem_gb": peak_memory_gb(),
+            }
+        )
         if config.learner.updates_per_step == 1 and config.max_staleness == 0:
             # On-policy the ratio is 1: clipping cannot trigger, its share would say nothing.
             metrics = {k: v for k, v in metrics.items() if not k.startswith("policy/clip_frac/")}
@@ -164,7 +154,7 @@ class Trainer:
         while missing := wanted - len(usable):
             self.request()
             while (taken := self.buffer.take(missing)) is None:
-                if not (measured := await self.worker.run_once()):
+                if not (measured := await self.rollouts.run_once()):
                     states = self.buffer.stats().states
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
                 clock = {name: clock[name] + value for name, value in measured.items()}
@@ -216,13 +206,17 @@ class Trainer:
             first = ordinals.stop
 
     async def evaluate(self) -> None:
-        """Evaluate every held-out set at the present weights and log it."""
-        config = self.config.evaluation
-        sampling = self.session.sampling(config.temperature, config.seed)
-        for name, prompts in self.held_out.items():
-            started = time.perf_counter()
-            metrics = await evaluate(name, prompts.prompts, self.engine, self.pool, sampling, config, self.likelihood)
-            self.telemetry.log(self.step, metrics | {"time/eval": time.perf_counter() - started})
+        """Evaluate the held-out sets at the present weights if that is due, and log what is done."""
+        settings, step = self.config.evaluation, self.step
+        every = settings.every_steps > 0 and step % settings.every_steps == 0
+        due = settings.at_start if step == 0 else every or step == self.config.steps
+        self._log_evaluations(await self.rollouts.evaluate(step if due and step not in self.evaluated else None))
+
+    def _log_evaluations(self, found: Mapping[int, Mapping[str, float]]) -> None:
+        for step, metrics in found.items():
+            if step not in self.evaluated:
+                self.telemetry.log(step, metrics)
+                self.evaluated.add(step)
 
     def save(self) -> float:
         """Checkpoint the last finished step and commit it in the buffer; returns seconds."""

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import TrainingError
+from rlkit.rollout.verification import probe_logprobs
+from rlkit.types import IntArray
+
+ARCHITECTURE = "architecture"  # folder beside the snapshots: config.json, for servers that make the model themselves
 
 
 @dataclass(slots=True)
@@ -22,12 +27,24 @@ class Publisher:
     most_gb: float
     _writing: asyncio.Task[None] | None = None
 
-    async def publish(self, version: int, model: nn.Module) -> None:
-        """Serve the present weights as `version`; waits only for the file of the version before. Raises as `done`."""
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Make the folder, with the model's config.json, and remove what a killed learner left there unlisted."""
+        model.config.save_pretrained(self.folder / ARCHITECTURE)
+        listed = self.buffer.listed()
+        for path in [*self.folder.glob("v*.safetensors"), *self.folder.glob(".v*.tmp")]:
+            if str(path) not in listed:
+                path.unlink()
+
+    async def publish(self, version: int, model: PreTrainedModel, probe: IntArray | None = None) -> None:
+        """Serve the present weights as `version`; waits only for the file of the version before. Raises as `done`.
+
+        `probe`: tokens to compare engines with the learner on.
+        """
         await self.done()
         # Tied parameters are named once, which loaders of tied models expect.
         tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
-        self._writing = asyncio.create_task(asyncio.to_thread(self._write, version, tensors))
+        scored = None if probe is None else (probe.tolist(), probe_logprobs(model, probe).tolist())
+        self._writing = asyncio.create_task(asyncio.to_thread(self._write, version, tensors, scored))
 
     async def done(self) -> None:
         """Wait for the last file. Raises what went wrong: TrainingError over the cap, OSError of a full disk."""
@@ -35,8 +52,7 @@ class Publisher:
         if writing is not None:
             await writing
 
-    def _write(self, version: int, tensors: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _write(self, version: int, tensors: dict[str, Tensor], probe: tuple[list[int], list[float]] | None) -> None:
         for snapshot in self.buffer.discard():
             Path(snapshot.path).unlink(missing_ok=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -48,7 +64,9 @@ class Publisher:
         final, draft = self.folder / f"v{version}.safetensors", self.folder / f".v{version}.tmp"
         try:
             save_file(tensors, draft)
-            found = Snapshot(version=version, path=str(final), checksum=checksum(draft), size=draft.stat().st_size)
+            found = Snapshot(
+                version=version, path=str(final), checksum=checksum(draft), size=draft.stat().st_size, probe=probe
+            )
             draft.replace(final)
         finally:
             with contextlib.suppress(OSError):

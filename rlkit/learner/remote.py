@@ -1,81 +1,112 @@
-"""Rollouts from other processes: `rlkit worker` is one, and the learner's side of it.
+"""Rollouts and evaluations made by other processes, as the learner sees them.
 
-They meet in the buffer's database; weights travel as snapshots. A worker may run on any machine that reaches both.
+They meet in the buffer's database; weights travel as snapshots. `rlkit worker` and `rlkit evaluator` are the others.
 """
 
 import asyncio
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
+import numpy as np
+from transformers import PreTrainedModel
 
 from rlkit.buffer.sql import SqlBuffer
-from rlkit.config.schema import Config
+from rlkit.data.prompts import PromptSet
 from rlkit.errors import TrainingError
 from rlkit.learner.publisher import Publisher
-from rlkit.learner.setup import Session, interruptible, open_buffer, open_pool
-from rlkit.rollout.worker import POLL_S, RolloutWorker
+from rlkit.learner.setup import Session
+from rlkit.rollout.verification import PROBE_TOKENS
+from rlkit.rollout.worker import POLL_S
+from rlkit.telemetry.record import read_mapping
+from rlkit.types import IntArray
+
+LATELY_S = 30.0  # a worker that has not reported for longer is not counted
 
 
 @dataclass(slots=True)
 class RemoteRollouts:
-    """What the training loop has of workers elsewhere, in the place of a `RolloutWorker` of its own."""
+    """What the training loop has of workers and an evaluator elsewhere; `LocalRollouts` is the other kind."""
 
     buffer: SqlBuffer
     publisher: Publisher
-    model: torch.nn.Module
+    model: PreTrainedModel
+    probe: IntArray  # tokens on which engines are compared with the learner
+    verify_every: int
     limit_s: float
     check_stop: Callable[[], None]
+    supervisor: Path  # its file of restarts
+    evaluates: bool
+    version: int = 0
+    updates: int = 0
     moved: tuple[Any, float] = (None, 0.0)  # what the buffer held, and since when
 
     @classmethod
-    def of(cls, session: Session, buffer: SqlBuffer, model: torch.nn.Module) -> Self:
-        """By the recipe."""
+    def of(cls, session: Session, model: PreTrainedModel, buffer: SqlBuffer, prompts: PromptSet) -> Self:
+        """By the recipe; the probe is the first training prompts."""
         config, rollout = session.config, session.config.rollout
-        folder = Path(rollout.snapshot_dir or Path(config.output_dir) / config.name / "snapshots").absolute()
-        publisher = Publisher(buffer, folder, rollout.snapshot_gb)
-        return cls(buffer, publisher, model, rollout.wait_s, session.check_stop)
+        folder = Path(config.output_dir) / config.name
+        publisher = Publisher(
+            buffer, Path(rollout.snapshot_dir or folder / "snapshots").absolute(), rollout.snapshot_gb
+        )
+        publisher.prepare(model)
+        probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), PROBE_TOKENS)
+        return cls(
+            buffer, publisher, model, probe, rollout.verify_every, rollout.wait_s, session.check_stop,
+            folder / "supervisor.json", bool(config.data.eval),
+        )  # fmt: skip
 
     async def run_once(self) -> dict[str, float]:
         """Wait a little. TrainingError when nothing has moved in the buffer for `limit_s`."""
-        self.check_stop()
-        stats, now = self.buffer.stats(), time.monotonic()
-        if stats != self.moved[0]:
-            self.moved = stats, now
-        elif now - self.moved[1] > self.limit_s:
-            problem = f"no worker has handed in anything for {self.limit_s:g} s; groups: {stats.states}"
-            fix = "see the workers' logs (logs/ in the run folder), and `rlkit buffer` for who holds which lease"
-            raise TrainingError(problem, key="rollout.wait_s", value=self.limit_s, fix=fix)
-        await asyncio.sleep(POLL_S)
+        await self._wait(self.buffer.stats())
         return {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
 
-    async def publish(self, version: int) -> None:
-        """The learner's present weights are `version`."""
-        await self.publisher.publish(version, self.model)
+    async def _wait(self, state: Any) -> None:
+        self.check_stop()
+        now = time.monotonic()
+        if state != self.moved[0]:
+            self.moved = state, now
+        elif now - self.moved[1] > self.limit_s:
+            problem = f"nothing came from workers or evaluator for {self.limit_s:g} s; {self.buffer.stats()}"
+            fix = "see their logs (logs/ in the run folder), and `rlkit buffer` for who holds which lease"
+            raise TrainingError(problem, key="rollout.wait_s", value=self.limit_s, fix=fix)
+        await asyncio.sleep(POLL_S)
 
-    async def done(self) -> None:
-        """The last snapshot is whole, or its failure raised."""
+    async def serve(self, version: int) -> None:
+        """The present weights are `version`."""
+        due = self.updates == 0 or (self.verify_every > 0 and self.updates % self.verify_every == 0)
+        await self.publisher.publish(version, self.model, self.probe if due else None)
+        self.version, self.updates = version, self.updates + 1
+
+    async def evaluate(self, step: int | None) -> dict[int, dict[str, float]]:
+        """Have the present weights, those after `step` if that is not None, evaluated; returns all that is done."""
+        if step is not None and self.evaluates:
+            self.buffer.ask(step, self.version)
+        return self.buffer.answers()
+
+    async def finish(self) -> dict[int, dict[str, float]]:
+        """Wait for the last snapshot and every evaluation; then the others may go."""
         await self.publisher.done()
+        while asked := self.buffer.asked():
+            await self._wait(len(asked))
+        self.buffer.end()
+        return self.buffer.answers()
 
-
-def main(config: Config, resolved: Mapping[str, Any]) -> int:
-    """`rlkit worker`: serve a run until a signal comes; returns 128 + its number."""
-
-    def work(check_stop: Callable[[], None]) -> None:
-        session = Session.open(config, resolved, check_stop)
-        policy = session.policy(config.model, config.seed, config.rollout.temperature)
-        engine = session.engine(policy.model.to(session.accelerator.device))
-        engine.version = -1  # its weights are nobody's yet
-        name = f"{os.uname().nodename}-{os.getpid()}"
-        with open_pool(config.reward) as pool, open_buffer(config) as buffer:
-            sampling = session.sampling(config.rollout.temperature, config.seed)
-            capacity = config.rollout.worker_samples
-            timeout_s = config.rollout.lease_timeout_s
-            worker = RolloutWorker(buffer, engine, pool, sampling, name, capacity, timeout_s)
-            asyncio.run(worker.serve(check_stop))
-
-    return interruptible(work)
+    def metrics(self) -> dict[str, float]:
+        """How workers and queues fare."""
+        stats, reports = self.buffer.stats(), list(self.buffer.reports(LATELY_S).values())
+        workers = [x for x in reports if "idle_frac" in x]
+        found = {
+            **{f"queue/{state}": float(stats.states[state]) for state in ("requested", "leased", "scored")},
+            "queue/expired_leases": float(stats.expired_leases), "queue/fenced_writes": float(stats.fenced_writes),
+            "workers/count": float(len(workers)),
+            "workers/restarts": float(sum(read_mapping(self.supervisor).values())),
+        }  # fmt: skip
+        if workers:
+            found["workers/idle_frac"] = sum(x["idle_frac"] for x in workers) / len(workers)
+            found["workers/weight_sync_s"] = max(x["sync_s"] for x in workers)
+            found["weights/verified_version"] = min(x["verified_version"] for x in workers)
+            found["weights/probe_absdiff_max"] = max(x["difference"] for x in workers)
+        return found

@@ -34,7 +34,8 @@ START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
 FREE_KEYS = (
     "telemetry", "checkpoint", "resume", "output_dir", "name", "steps",
     "evaluation.every_steps", "evaluation.at_start", "evaluation.batch_samples",
-    "rollout.workers", "rollout.worker_samples", "rollout.wait_s", "rollout.snapshot_dir", "rollout.snapshot_gb",
+    "rollout.workers", "rollout.wait_s", "rollout.verify_every", "rollout.verify_tolerance", "evaluation.engine",
+    "learner.processes", "rollout.snapshot_dir", "rollout.snapshot_gb",
     "reward.workers", "reward.batch_size", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
 )  # fmt: skip
 
@@ -140,16 +141,26 @@ def _open_learner(session: Session, previous: checkpoints.Checkpoint | None) -> 
     return learner
 
 
+def move_aside(config: Config) -> None:
+    """With resume=never: an existing run folder gets another name. ConfigError while a process uses it."""
+    path = Path(config.output_dir) / config.name
+    if config.resume == "never" and path.exists() and any(path.iterdir()):
+        with locked(path, _busy(path), key="output_dir"):
+            places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            path.rename(next(place for place in places if not place.exists()))
+
+
+def _busy(path: Path) -> ConfigError:
+    fix = "wait for that run to end, or set another name"
+    return ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix)
+
+
 @contextlib.contextmanager
 def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Path]:
     """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock; ConfigError for one of another recipe."""
-    path, fix = Path(config.output_dir) / config.name, "wait for that run to end, or set another name"
-    busy = ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix)
-    if config.resume == "never" and path.exists() and any(path.iterdir()):
-        with locked(path, busy, key="output_dir"):
-            places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-            path.rename(next(place for place in places if not place.exists()))
-    with locked(path, busy, key="output_dir"):
+    path = Path(config.output_dir) / config.name
+    move_aside(config)
+    with locked(path, _busy(path), key="output_dir"):
         stored = path / "config.yaml"
         if checkpoints.steps(path / "checkpoints") and stored.exists():
             _match(read_mapping(stored), resolved, path)

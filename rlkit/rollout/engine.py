@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlkit.buffer.snapshots import Snapshot
-from rlkit.types import IntArray, Prompt, Rollout, SamplingParams
+from rlkit.types import FloatArray, IntArray, Prompt, Rollout, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +18,12 @@ class GenerationRequest:
 
 
 class Engine(Protocol):
-    """Implemented by the embedded transformers engine and, later, by vLLM servers."""
+    """Implemented by the embedded transformers engine and by vLLM servers."""
 
     engine_id: str  # names the engine in its rollouts
     version: int  # of the weights new tokens are sampled from
     in_flight: bool  # takes new weights, and further requests, while it samples
+    capacity: int  # samples that it decodes at a time
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
@@ -37,6 +38,12 @@ class Engine(Protocol):
 
         Raises EngineError, and goes on with its old weights, for a file that is torn, foreign or gone.
         """
+
+    async def score(self, token_ids: IntArray) -> dict[str, FloatArray]:
+        """Log-probs (temperature 1) of tokens 1, 2, ... of a sequence given those before, [T - 1], by server."""
+
+    async def healthy(self) -> None:
+        """EngineError, which names it, where a part of the engine does not answer."""
 
     async def close(self) -> None:
         """Stop the engine; idempotent."""

@@ -26,8 +26,9 @@ from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
+from rlkit.rollout.verification import probe_logprobs
 from rlkit.settings import Checked, number
-from rlkit.types import Rollout, SamplingParams, VersionSpan
+from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
 
 ROOM_TOKENS = 32  # the key-value cache grows by so many at a time
 
@@ -38,6 +39,8 @@ class TransformersEngine(Checked):
 
     compact_every: int = number(8, 1)  # tokens between two removals of finished rows
     max_batch_samples: int = number(256, 1)  # rows generated at a time; bounds the key-value cache
+    in_process: ClassVar[bool] = True  # `open` takes the model itself
+    devices: ClassVar[int] = 1
 
     def open(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, check_stop: Callable[[], None], rank: int = 0
@@ -111,6 +114,10 @@ class EmbeddedEngine:
     version: int = 0  # of the shared weights
     generating: int = 0  # calls of `generate` under way
     in_flight: ClassVar[bool] = False
+
+    @property
+    def capacity(self) -> int:
+        return self.settings.max_batch_samples
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
@@ -237,6 +244,12 @@ class EmbeddedEngine:
                 for name, tensor in tensors.items():
                     parameters[name].copy_(tensor)
         self.version = version
+
+    async def score(self, token_ids: IntArray) -> dict[str, FloatArray]:
+        return {self.engine_id: probe_logprobs(self.model, token_ids)}
+
+    async def healthy(self) -> None:
+        """It is as healthy as this process."""
 
     async def close(self) -> None:
         """Nothing to stop."""

@@ -14,13 +14,14 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlkit.buffer.snapshots import Snapshot
 from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import stop_positions
@@ -53,6 +54,13 @@ class VllmEngine(Checked):
     start_timeout_s: float = number(600.0, 1)  # until a server answers
     request_timeout_s: float = number(1800.0, 0.1)  # until a sample is there, the server's queue included
     update_timeout_s: float = number(600.0, 0.1)  # of each call of a weight update; draining takes a completion's time
+    silence_s: float = number(60.0, 1)  # a server that answers nothing for so long is given up
+    in_process: ClassVar[bool] = False
+
+    @property
+    def devices(self) -> int:
+        """GPUs of a worker's servers."""
+        return 0 if self.urls else self.servers * self.tensor_parallel_size
 
     def open(
         self, urls: Sequence[str], tokenizer: PreTrainedTokenizerBase, snapshots: Path, engine_id: str
@@ -98,6 +106,8 @@ class VllmClient:
         self._client = httpx.AsyncClient(transport=transport, timeout=None)  # deadlines are set around whole calls
         for server in self.servers * self.settings.max_num_seqs:
             self._places.put_nowait(server)
+
+    in_flight: ClassVar[bool] = True
 
     @property
     def capacity(self) -> int:
@@ -204,18 +214,27 @@ class VllmClient:
             scores[server.url] = np.array([row[str(token)]["logprob"] for token, row in pairs], dtype=np.float32)
         return scores
 
-    async def update_weights(self, version: int, snapshot: Path | None, checksum: str | None = None) -> None:
-        """Serve `version` from the file `snapshot`, whose xxh3-128 (hex) is `checksum`; by nccl, wait for the learner.
+    async def healthy(self) -> None:
+        """Every server's engine core answers between two of its steps, or EngineError."""
+        for server in self.servers:
+            try:
+                async with asyncio.timeout(self.settings.silence_s):
+                    (await self._client.get(f"{server.url}/is_sleeping")).raise_for_status()
+            except (TimeoutError, httpx.HTTPError) as error:
+                raise server.error(f"it was silent for {self.settings.silence_s:g} s: {error!r}") from error
+
+    async def update_weights(self, version: int, snapshot: Snapshot | None) -> None:
+        """Serve `version` from a file that server and learner both see; by nccl, wait for the learner.
 
         A server that refuses it goes on with its old weights; one that does not say what it did is not used again.
         Raises EngineError in both cases, once all servers are done.
         """
         if self.settings.weight_transfer == "nccl":
             updates = [self._arrival(server, version) for server in self.servers]
-        elif snapshot is None or checksum is None:
-            raise EngineError("a vLLM server needs a snapshot file and its checksum", key="version", value=version)
+        elif snapshot is None:
+            raise EngineError("a vLLM server needs a snapshot file", key="version", value=version)
         else:
-            info = {"path": str(snapshot.resolve()), "checksum": checksum}
+            info = {"path": str(Path(snapshot.path).resolve()), "checksum": snapshot.checksum}
             updates = [self._update(server, version, info) for server in self.servers]
         for failed in await asyncio.gather(*updates, return_exceptions=True):
             if failed is not None:

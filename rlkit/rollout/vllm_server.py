@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,6 +62,7 @@ def command(settings: VllmEngine, model: Path | str, port: int, seed: int, dtype
         "model": model, "dtype": dtype, "host": settings.host, "port": port, "seed": seed,
         "max-num-seqs": settings.max_num_seqs, "tensor-parallel-size": settings.tensor_parallel_size,
         "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+        "load-format": "dummy",  # the first update brings the weights
         "weight-transfer-config": json.dumps({"backend": settings.weight_transfer}),
     }  # fmt: skip
     flags = ["--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
@@ -137,6 +138,22 @@ class VllmServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
         self.process.wait()
+
+
+@contextlib.contextmanager
+def running(
+    settings: VllmEngine, model: Path, log: Path, seed: int, dtype: str, check_stop: Callable[[], None]
+) -> Iterator[Sequence[str]]:
+    """URLs of the servers of a recipe: those it names, or its own, which are started and ended with the block."""
+    with contextlib.ExitStack() as stack:
+        started = list[VllmServer]()
+        for number in range(0 if settings.urls else settings.servers):
+            place = log.with_stem(f"{log.stem}-{number}")
+            started.append(VllmServer(settings, model, place, seed=(seed + number) % 2**32, dtype=dtype))
+            stack.callback(started[-1].close)
+        for server in started:
+            server.wait_ready(check_stop)
+        yield settings.urls or [server.url for server in started]
 
 
 def members(group: int, trackers: bool = True) -> list[int]:

@@ -8,9 +8,8 @@ import asyncio
 import contextlib
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rewards.base import Sample
 from rewards.pool import VerifierPool
@@ -18,9 +17,11 @@ from rlkit.buffer.protocol import FencedError, Lease
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import EngineError
 from rlkit.rollout.engine import Engine, GenerationRequest
+from rlkit.rollout.verification import WeightCheck
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
 POLL_S = 0.05
+REPORT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -34,21 +35,24 @@ class RolloutWorker:
     worker_id: str
     capacity: int  # samples of a round
     lease_timeout_s: float
+    check: WeightCheck = field(default_factory=WeightCheck)
+    sync_s: float = 0.0  # of the last update of weights
 
     async def run_once(self) -> dict[str, float]:
         """Lease up to `capacity` samples, generate, score and hand them in; returns metrics, none if there are none."""
         leases = self.lease(self.capacity)
         return await self.work(leases) if leases else {}
 
-    async def serve(self, check_stop: Callable[[], None]) -> NoReturn:
-        """Until `check_stop` raises: keep the engine busy with what is requested, under the newest weights.
+    async def serve(self, check_stop: Callable[[], None]) -> None:
+        """Until the run ends or `check_stop` raises: keep the engine busy with what is requested.
 
         An engine that takes weights in flight has as many slices under way as it holds; another one samples its leases
         together, and takes weights between. Nothing is leased that asks for newer weights than the engine has.
         """
         under_way: dict[asyncio.Task[dict[str, float]], int] = {}
+        reporting = asyncio.create_task(self._report(under_way))
         try:
-            while True:
+            while not reporting.done():
                 check_stop()
                 for task in [task for task in under_way if task.done()]:
                     del under_way[task]
@@ -59,13 +63,30 @@ class RolloutWorker:
                     for part in [[lease] for lease in leases] if self.engine.in_flight else [leases] * bool(leases):
                         task = asyncio.create_task(self.work(part))
                         under_way[task] = sum(lease.stop - lease.start for lease in part)
-                await asyncio.wait(
-                    [*under_way, asyncio.create_task(asyncio.sleep(POLL_S))], return_when=FIRST_COMPLETED
-                )
+                await asyncio.wait({reporting, *under_way}, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            reporting.result()
         finally:
+            reporting.cancel()
             for task in under_way:
                 task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
+            await asyncio.gather(reporting, *under_way, return_exceptions=True)
+
+    async def _report(self, under_way: Mapping[asyncio.Task[dict[str, float]], int]) -> None:
+        """Tell the buffer how this worker fares, and look after its engine, until the run ends."""
+        began, then, used = None, time.monotonic(), 0.0
+        while True:
+            now, samples = time.monotonic(), sum(under_way.values())
+            began = then if began is None and samples else began
+            used, then = used + (now - then) * min(1.0, samples / self.capacity), now
+            status = {
+                "version": self.engine.version, "samples": samples, "sync_s": self.sync_s,
+                "idle_frac": 1 - used / (now - began) if began is not None else 0.0,
+                "verified_version": self.check.verified_version, "difference": self.check.difference,
+            }  # fmt: skip
+            if not self.buffer.report(self.worker_id, status):
+                return
+            await self.engine.healthy()
+            await asyncio.sleep(REPORT_S)
 
     def lease(self, most: int) -> list[Lease]:
         """Leases of up to `most` samples that the engine's weights are new enough for."""
@@ -73,7 +94,7 @@ class RolloutWorker:
 
     async def _follow(self) -> bool:
         """Give the engine the newest weights; False while there are none, or while they are being replaced."""
-        newest = self.buffer.snapshot()
+        newest, started = self.buffer.snapshot(), time.perf_counter()
         if newest is not None and newest.version != self.engine.version:
             try:
                 await self.engine.update_weights(newest.version, newest)
@@ -81,6 +102,8 @@ class RolloutWorker:
                 if newest == self.buffer.snapshot():
                     raise
                 return False  # its file was no longer needed
+            self.sync_s = time.perf_counter() - started
+            await self.check(self.engine, newest)
         return newest is not None
 
     async def work(self, leases: list[Lease]) -> dict[str, float]:

@@ -1,0 +1,62 @@
+"""What the processes of a run tell each other besides rollouts: evaluations, how workers fare, the end."""
+
+from collections.abc import Callable, Mapping
+
+from sqlalchemy import delete, insert, select, update
+
+from rlkit.buffer.database import Database
+from rlkit.buffer.payloads import decode, encode
+from rlkit.buffer.snapshots import Snapshot
+from rlkit.buffer.tables import evaluations, meta, position, workers
+
+
+class Notices:
+    """Verbs of evaluators, and of whoever reports; SqlBuffer adds the others."""
+
+    _db: Database
+    _clock: Callable[[], float]
+    snapshot: Callable[[int], Snapshot | None]
+
+    def ask(self, step: int, version: int) -> None:
+        """Have the weights of `version`, those after `step`, evaluated; their snapshot stays until then. Idempotent."""
+        with self._db.write() as connection:
+            if connection.execute(select(evaluations).where(evaluations.c.step == step)).first() is None:
+                connection.execute(insert(evaluations).values(step=step, version=version))
+
+    def asked(self) -> dict[int, Snapshot | None]:
+        """Evaluations that are wanted, by step, and their snapshots; None for one that is not written yet, or lost."""
+        query = select(evaluations).where(evaluations.c.metrics.is_(None)).order_by(evaluations.c.step)
+        with self._db.read() as connection:
+            rows = connection.execute(query).all()
+        return {row.step: self.snapshot(row.version) for row in rows}
+
+    def answer(self, step: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+        own = update(evaluations).where(evaluations.c.step == step)
+        with self._db.write() as connection:
+            connection.execute(own.values(metrics=encode(dict(metrics), f"metrics of step {step}")))
+
+    def answers(self) -> dict[int, dict[str, float]]:
+        """Metrics of all evaluations that are done, by step."""
+        query = select(evaluations).where(evaluations.c.metrics.is_not(None)).order_by(evaluations.c.step)
+        with self._db.read() as connection:
+            return {row.step: decode(row.metrics, dict[str, float]) for row in connection.execute(query)}
+
+    def report(self, name: str, status: Mapping[str, float]) -> bool:
+        """Say how this process fares; returns whether the run goes on."""
+        row = {"name": name, "seen_at": self._clock(), "status": encode(dict(status), "status")}
+        with self._db.write() as connection:
+            connection.execute(delete(workers).where(workers.c.name == name))
+            connection.execute(insert(workers).values(row))
+            return not position(connection).ended
+
+    def reports(self, within_s: float) -> dict[str, dict[str, float]]:
+        """The status of every process that has reported within so many seconds."""
+        query = select(workers).where(workers.c.seen_at >= self._clock() - within_s).order_by(workers.c.name)
+        with self._db.read() as connection:
+            return {row.name: decode(row.status, dict[str, float]) for row in connection.execute(query)}
+
+    def end(self) -> None:
+        """Workers and evaluators may go: nothing more will be requested, until a rollback begins a new part."""
+        with self._db.write() as connection:
+            connection.execute(update(meta).values(ended=True))

@@ -1,0 +1,97 @@
+"""`rlkit worker`: sample and score what a run's learner asks for, in a process of its own, on any machine.
+
+It reaches the run through the buffer's database and the snapshot folder alone. Its engine is the recipe's: embedded, or
+vLLM servers that it starts, watches and ends.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlkit.buffer.snapshots import Snapshot
+from rlkit.buffer.sql import SqlBuffer
+from rlkit.config.schema import Config
+from rlkit.errors import EngineError
+from rlkit.learner.model import resolve_dtype
+from rlkit.learner.policy import Policy
+from rlkit.learner.publisher import ARCHITECTURE
+from rlkit.learner.setup import Session, interruptible, open_buffer, open_pool
+from rlkit.rollout.engine import Engine
+from rlkit.rollout.verification import WeightCheck
+from rlkit.rollout.worker import POLL_S, RolloutWorker
+
+
+def main(config: Config, resolved: Mapping[str, Any]) -> int:
+    """Serve a run until it ends (0) or a signal comes: 128 + its number."""
+
+    def work(check_stop: Callable[[], None]) -> None:
+        name = process_name("worker")
+        session = open_session(config, resolved, check_stop, "rollout.engine")
+        with open_pool(config.reward) as pool, open_buffer(config) as buffer:
+            with open_engine(session, buffer, "rollout.engine", name) as (engine, _):
+                sampling = session.sampling(config.rollout.temperature, config.seed)
+                timeout_s, check = config.rollout.lease_timeout_s, WeightCheck(config.rollout.verify_tolerance)
+                worker = RolloutWorker(buffer, engine, pool, sampling, name, engine.capacity, timeout_s, check)
+                asyncio.run(closing(engine, worker.serve(check_stop)))
+
+    return interruptible(work)
+
+
+def process_name(role: str) -> str:
+    """Names this process among all that serve a run."""
+    return f"{role}-{os.uname().nodename}-{os.getpid()}"
+
+
+def open_session(config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None], key: str) -> Session:
+    """A session that leaves the GPU to the servers, where there are any."""
+    session = Session.open(config, resolved, check_stop)
+    if not session.component(key).in_process:
+        config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, device="cpu"))
+        session = dataclasses.replace(session, config=config)
+    return session
+
+
+@contextlib.contextmanager
+def open_engine(session: Session, buffer: SqlBuffer, key: str, name: str) -> Iterator[tuple[Engine, Policy | None]]:
+    """The engine of the component at `key`, with no version's weights yet, and the policy it is embedded on, if any."""
+    config, settings = session.config, session.component(key)
+    if settings.in_process:
+        policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
+        engine = settings.open(policy.model, session.tokenizer, session.check_stop)
+        engine.version, engine.engine_id = -1, name
+        yield engine, policy
+        return
+    from rlkit.rollout.vllm_server import running
+
+    folder = Path(first_snapshot(buffer, session.check_stop, config.rollout.wait_s).path).parent
+    log = Path(config.output_dir) / config.name / "logs" / f"{name}-vllm.log"
+    dtype = str(resolve_dtype(config.model.dtype, session.accelerator.device)).removeprefix("torch.")
+    seed = zlib.crc32(f"{config.seed}/{name}".encode())  # two lives of a server with one seed would draw the same
+    with running(settings, folder / ARCHITECTURE, log, seed, dtype, session.check_stop) as urls:
+        yield settings.open(urls, session.tokenizer, folder, name), None
+
+
+def first_snapshot(buffer: SqlBuffer, check_stop: Callable[[], None], limit_s: float) -> Snapshot:
+    """The newest weights, as soon as there are any."""
+    deadline = time.monotonic() + limit_s
+    while (found := buffer.snapshot()) is None:
+        check_stop()
+        if time.monotonic() > deadline:
+            problem, fix = "the learner has published no weights", "is it running, on this database?"
+            raise EngineError(problem, key="rollout.wait_s", value=limit_s, fix=fix)
+        time.sleep(POLL_S)
+    return found
+
+
+async def closing(engine: Engine, work: Any) -> None:
+    """Await work, then close the engine in the same event loop."""
+    try:
+        await work
+    finally:
+        await engine.close()
