@@ -33,12 +33,14 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     def work(check_stop: Callable[[], None]) -> None:
         name = process_name("worker")
         session = open_session(config, resolved, check_stop, "rollout.engine")
-        with open_pool(config.reward) as pool, open_buffer(config) as buffer:
-            with open_engine(session, buffer, "rollout.engine", name) as (engine, _):
-                sampling = session.sampling(config.rollout.temperature, config.seed)
-                timeout_s, check = config.rollout.lease_timeout_s, WeightCheck(config.rollout.verify_tolerance)
-                worker = RolloutWorker(buffer, engine, pool, sampling, name, engine.capacity, timeout_s, check)
-                asyncio.run(closing(engine, worker.serve(check_stop)))
+        sampling = session.sampling(config.rollout.temperature, config.seed)
+        timeout_s, check = config.rollout.lease_timeout_s, WeightCheck(config.rollout.verify_tolerance)
+        with (
+            open_pool(config.reward) as pool, open_buffer(config) as buffer,
+            open_engine(session, buffer, "rollout.engine", name) as (engine, _),
+        ):  # fmt: skip
+            worker = RolloutWorker(buffer, engine, pool, sampling, name, engine.capacity, timeout_s, check)
+            asyncio.run(closing(engine, worker.serve(check_stop)))
 
     return interruptible(work)
 

@@ -9,7 +9,7 @@ import torch
 from rlkit.algorithms.base import Advantage, AdvantageInputs, constant_groups
 from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import TrainingSequence
-from rlkit.types import Group, Rollout, Verdict
+from rlkit.types import BoolArray, Group, Rollout, Verdict
 
 
 def usable_samples(group: Group) -> list[tuple[Rollout, Verdict]]:
@@ -61,7 +61,8 @@ def assemble(
         metrics = {k: v for k, v in metrics.items() if not k.startswith("group/all_")}
     metrics["off_policy/lag/mean"] = sum(n * lag for n, lag in spans) / sum(n for n, _ in spans)
     metrics["off_policy/lag/max"] = float(max(lag for _, lag in spans))
-    trained = [replace(s, advantage=float(a)) for s, a in zip(sequences, advantages, strict=True)]
+    fresh = [_fresh(s, r, step, steps_of) for s, (_, _, r, _) in zip(sequences, usable, strict=True)]
+    trained = [replace(s, advantage=float(a), fresh=f) for s, a, f in zip(sequences, advantages, fresh, strict=True)]
     if mask_truncated:
         ends = zip(trained, (r for _, _, r, _ in usable), strict=True)
         # What ends before the rollout does, at a delimiter, was not cut by the limit.
@@ -69,6 +70,16 @@ def assemble(
         left = {s.group: replace(s, advantage=0.0) for s in trained if s.group not in {x.group for x in whole}}
         trained = [*whole, *left.values()]
     return trained, metrics
+
+
+def _fresh(sequence: TrainingSequence, rollout: Rollout, step: int, steps_of: Mapping[int, int]) -> BoolArray | None:
+    """Which tokens the newest weights sampled; of an answer that nobody sampled, none."""
+    if all(steps_of[span.version] == step for span in rollout.version_spans):
+        return None
+    fresh = np.zeros(len(sequence.token_ids), np.bool_)
+    for span in rollout.version_spans:
+        fresh[span.start : min(span.end, sequence.answer_start)] = steps_of[span.version] == step
+    return fresh
 
 
 def _metrics(groups: Sequence[Group], inputs: AdvantageInputs, advantages: torch.Tensor) -> dict[str, float]:

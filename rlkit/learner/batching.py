@@ -33,6 +33,7 @@ class TrainingSequence:
     advantage: float = 0.0
     answer_tokens: int = 0  # how many of the last ones are the answer
     answer_share: float = 0.0  # weight of the answer's reward in the loss, relative to that of a token
+    fresh: BoolArray | None = None  # [T] sampled by the weights that the step begins with; None: all are
 
     @classmethod
     def of(cls, prompt: Prompt, rollout: Rollout, advantage: float = 0.0) -> Self:
@@ -104,6 +105,7 @@ class MicroBatch:
     targets: Tensor  # [n + m]
     sequence: Tensor  # [n]
     behavior_logprobs: Tensor  # [n]
+    fresh: Tensor  # [n] bool
     advantages: Tensor  # [n]
     weights: Tensor  # [n] of every token in the update's loss
     counts: list[int]  # [B] loss tokens of every sequence
@@ -233,6 +235,9 @@ def collate(
         "targets": np.concatenate([s.token_ids[own] for s, own in zip([*chosen, *chosen], places, strict=True)]),
         "sequence": np.repeat(np.arange(len(chosen)), counts),
         "behavior_logprobs": np.concatenate([s.behavior_logprobs[s.loss_mask] for s in chosen]),
+        "fresh": np.concatenate(
+            [s.loss_mask[s.loss_mask] if s.fresh is None else s.fresh[s.loss_mask] for s in chosen]
+        ),
         "advantages": np.repeat([s.advantage for s in chosen], counts),
         "weights": np.repeat([weights[i] for i in indices], counts),
     }

@@ -52,7 +52,8 @@ class RemoteRollouts:
             buffer, Path(rollout.snapshot_dir or folder / "snapshots").absolute(), rollout.snapshot_gb
         )
         publisher.prepare(model)
-        probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), PROBE_TOKENS)
+        length = min(PROBE_TOKENS, rollout.max_completion_tokens)  # a server has room for this and a prompt
+        probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), max(2, length))
         return cls(
             buffer, publisher, model, probe, rollout.verify_every, rollout.wait_s, session.check_stop,
             folder / "supervisor.json", bool(config.data.eval),

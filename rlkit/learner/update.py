@@ -70,8 +70,8 @@ class Meter:
 
     def maximum(self, name: str, values: Tensor) -> None:
         """Fold token values [n] into a maximum."""
-        largest = float(values.max()) if values.numel() else 0.0
-        self.maxima[name] = max(self.maxima.get(name, 0.0), largest)
+        largest = float(values.max()) if values.numel() else -math.inf
+        self.maxima[name] = max(self.maxima.get(name, -math.inf), largest)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means and maxima over all ranks; every rank must hold the same names."""
@@ -80,7 +80,7 @@ class Meter:
         totals = accelerator.reduce(table([self.sums[n] for n in names]), "sum").tolist()
         means = {n: s / c for n, (s, c) in zip(names, totals, strict=True) if c}
         tops = accelerator.gather(table([[self.maxima[n] for n in peaks]])).amax(dim=0).tolist()
-        return means | dict(zip(peaks, tops, strict=True))
+        return means | {n: top for n, top in zip(peaks, tops, strict=True) if top != -math.inf}
 
 
 @dataclass(eq=False)
@@ -265,10 +265,10 @@ class Learner:
         counted = len(logprobs) if micro.counted else 0
         if first:
             # Before the first update the learner's weights are the ones the newest tokens came from.
-            difference = (logprobs.detach() - behavior).double()
-            observed["mismatch/logprob_absdiff/mean"] = difference.abs()
-            observed["mismatch/kl"] = difference.exp() - 1 - difference
-            meter.maximum("mismatch/logprob_absdiff/max", difference.abs()[:counted])
+            difference = (logprobs.detach() - behavior).double()[:counted][micro.fresh[:counted]]
+            meter.add("mismatch/logprob_absdiff/mean", difference.abs())
+            meter.add("mismatch/kl", difference.exp() - 1 - difference)
+            meter.maximum("mismatch/logprob_absdiff/max", difference.abs())
         for name, values in observed.items():
             meter.add(name, values[:counted])
         total = (objective * micro.weights.to(logprobs)).sum() - self._answer_rewards(micro, inputs, answers)
