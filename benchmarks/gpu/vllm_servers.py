@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.config.schema import ModelConfig
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.rollout.engine import GenerationRequest
@@ -78,7 +78,8 @@ class Run:
 
     async def send(self, client: VllmClient, version: int) -> None:
         path = self.folder / str(version) / "model.safetensors"
-        await client.update_weights(version, path, xxhash.xxh3_128(path.read_bytes()).hexdigest())
+        found = Snapshot(version=version, path=str(path), checksum=checksum(path), size=path.stat().st_size)
+        await client.update_weights(version, found)
 
     async def check(self, client: VllmClient, transfer: str) -> dict[str, Any]:
         if transfer == "nccl":

@@ -19,8 +19,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import xxhash
 
+from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.config.schema import ModelConfig
 from rlkit.errors import ConfigError, EngineError
 from rlkit.learner.model import load_model, load_tokenizer
@@ -58,6 +58,7 @@ SETTINGS = VllmEngine(
     update_timeout_s=60,
 )
 TOLERANCE = 1e-4
+ABORTED = r"Request \S+ aborted"  # in the server's log
 LONG = SamplingParams(temperature=1.0, max_tokens=3000, seed=0, stop_token_ids=())
 
 
@@ -108,12 +109,11 @@ class Running:
             await client.close()
 
     async def update(self, client: VllmClient, version: int) -> None:
-        path = self.paths[version]
-        await client.update_weights(version, path, checksum(path))
+        await client.update_weights(version, snapshot(version, self.paths[version]))
 
 
-def checksum(path: Path) -> str:
-    return xxhash.xxh3_128(path.read_bytes()).hexdigest()
+def snapshot(version: int, path: Path, digest: str | None = None) -> Snapshot:
+    return Snapshot(version=version, path=str(path), checksum=digest or checksum(path), size=0)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_bad_snapshots_are_refused_and_the_old_weights_go_on(running: Running, t
             await asyncio.sleep(0.3)
             for path, (problem, digest) in bad.items():
                 with pytest.raises(EngineError, match=problem):
-                    await client.update_weights(2, path, digest)
+                    await client.update_weights(2, snapshot(2, path, digest))
                 assert client.version == 1
                 assert not running.http.get("/is_paused").json()["is_paused"]
                 scores = await client.score(probe)
@@ -282,7 +282,7 @@ def test_bad_snapshots_are_refused_and_the_old_weights_go_on(running: Running, t
         async def elsewhere() -> None:
             async with running.engine() as client:
                 client.snapshots = tmp_path
-                await client.update_weights(2, outside, checksum(outside))
+                await client.update_weights(2, snapshot(2, outside))
 
         asyncio.run(elsewhere())
 
@@ -305,20 +305,24 @@ def test_stop_strings_end_a_completion(running: Running) -> None:
 
 
 def test_given_up_requests_are_aborted_on_the_server(running: Running) -> None:
-    def aborted() -> int:
-        return len(re.findall(r"Request \S+ aborted", running.server.log.read_text()))
+    def said(pattern: str) -> int:
+        return len(re.findall(pattern, running.server.log.read_text()))
+
+    async def until(pattern: str, count: int) -> None:
+        async with asyncio.timeout(60):
+            while said(pattern) < count:
+                await asyncio.sleep(0.05)
 
     async def run() -> None:
         async with running.engine(1) as client:
-            before, stream = aborted(), client.generate(requests(12), LONG)
+            added, before = said("Added request"), said(ABORTED)
+            stream = client.generate(requests(12), LONG)
             waiting = asyncio.create_task(anext(stream))
-            await asyncio.sleep(0.5)
+            await until("Added request", added + client.capacity)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            async with asyncio.timeout(20):
-                while aborted() < before + client.capacity:
-                    await asyncio.sleep(0.05)
+            await until(ABORTED, before + client.capacity)
             check(requests(2), await collect(client, requests(2), replace(LONG, max_tokens=4)))
 
     asyncio.run(run())
