@@ -4,8 +4,10 @@ Commands are imported when they run: `rlkit report` needs no torch. Bad input: a
 """
 
 import argparse
+import ctypes
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -84,8 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> None:
     """The process's entry point."""
     follow()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a rank does not outlive its launcher
     status = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if ranks > 1:
         # Of several ranks about one in ten aborts while Python is finalised, in threads of gloo (torch 2.13).
         sys.stdout.flush()
         sys.stderr.flush()

@@ -61,6 +61,29 @@ def problems(config: Config) -> Iterator[ConfigError]:
     yield from _check_model_and_data(config)
     yield from _check_algorithm(config, built)
     yield from _check_lengths(config)
+    yield from _check_processes(config, built)
+
+
+def _check_processes(config: Config, built: dict[str, Any]) -> Iterator[ConfigError]:
+    workers, engine = config.rollout.workers, built.get("rollout.engine")
+    if not workers and not getattr(engine, "in_process", True):
+        problem, expected = f"{_value(config, 'rollout.engine')} is driven by worker processes", "1 or more"
+        yield _fault("rollout.workers", workers, problem, expected)
+    if not workers and config.learner.processes > 1:
+        problem, fix = (
+            "ranks of a run without workers are started by accelerate",
+            "accelerate launch -m rlkit train ...",
+        )
+        yield _fault("learner.processes", config.learner.processes, problem, "1 with rollout.workers=0", fix)
+    evaluator = engine if config.evaluation.engine is None else built.get("evaluation.engine")
+    if (
+        workers
+        and config.data.eval
+        and config.reward.likelihood is not None
+        and not getattr(evaluator, "in_process", True)
+    ):
+        problem, fix = "the evaluator needs the model itself to score references", "TransformersEngine"
+        yield _fault("evaluation.engine", config.evaluation.engine, problem, "an engine in its process", fix)
 
 
 def _value(config: Config, key: str) -> Any:

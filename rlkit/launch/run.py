@@ -28,7 +28,9 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     # The parts read the same command line; a part that is started again goes on, whatever resume says.
     arguments = sys.argv[sys.argv.index("train") + 1 :]
     train.move_aside(config)
-    parts = [Part(name="learner", command=[*COMMAND, "learner", *arguments, "resume=auto"], vital=True)]
+    ranks = config.learner.processes
+    learner = [sys.executable, "-m", "rlkit.launch.ranks", str(ranks)] if ranks > 1 else COMMAND
+    parts = [Part(name="learner", command=[*learner, "learner", *arguments, "resume=auto"], vital=True)]
     parts += worker_parts(config, arguments)
     if config.data.eval:
         parts.append(Part(name="evaluator", command=[*COMMAND, "evaluator", *arguments, "resume=auto"]))

@@ -103,6 +103,9 @@ class Session:
     def engine(self, model: PreTrainedModel) -> Engine:
         """The recipe's inference engine, on the weights of `model`."""
         settings, rank = self.component("rollout.engine"), self.accelerator.process_index
+        if not settings.in_process:
+            problem, value = "here the model itself is sampled from", type(settings).__name__
+            raise ConfigError(problem, key="rollout.engine", value=value, fix="rollout=embedded")
         return cast(Engine, settings.open(model, self.tokenizer, self.check_stop, rank))
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:

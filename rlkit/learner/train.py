@@ -124,9 +124,9 @@ async def _follow(session: Session) -> None:
         problem, fix = "this rank does not see the checkpoint rank 0 goes on from", "put output_dir on a shared disk"
         raise CheckpointError(problem, key="output_dir", value=config.output_dir, expected=chosen, fix=fix)
     learner = _open_learner(session, newest)
-    engine = session.engine(learner.model)
+    engine = None if config.rollout.workers else session.engine(learner.model)
     while (message := broadcast_object_list([None], from_process=0)[0]) is not None:
-        if isinstance(message, GenerateOrder):
+        if isinstance(message, GenerateOrder) and engine is not None:
             await carry_out(message, engine, accelerator.process_index, accelerator.num_processes)
         else:
             learner.step(message, never_stop)
