@@ -6,7 +6,7 @@ They meet in the buffer's database; weights travel as snapshots. `rlkit worker` 
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +42,8 @@ class RemoteRollouts:
     version: int = 0
     updates: int = 0
     moved: tuple[Any, float] = (None, 0.0)  # what the buffer held, and since when
+    waited_s: float = 0.0  # since the last metrics
+    measured: float = field(default_factory=time.monotonic)  # when those were
 
     @classmethod
     def of(cls, session: Session, model: PreTrainedModel, buffer: SqlBuffer, prompts: PromptSet) -> Self:
@@ -74,6 +76,7 @@ class RemoteRollouts:
             fix = "see their logs (logs/ in the run folder), and `rlkit buffer` for who holds which lease"
             raise TrainingError(problem, key="rollout.wait_s", value=self.limit_s, fix=fix)
         await asyncio.sleep(POLL_S)
+        self.waited_s += time.monotonic() - now
 
     async def serve(self, version: int) -> None:
         """The present weights are `version`."""
@@ -99,7 +102,10 @@ class RemoteRollouts:
         """How workers and queues fare."""
         stats, reports = self.buffer.stats(), list(self.buffer.reports(LATELY_S).values())
         workers = [x for x in reports if "idle_frac" in x]
+        now = time.monotonic()
+        idle, self.waited_s, self.measured = self.waited_s / (now - self.measured), 0.0, now
         found = {
+            "workers/learner_idle_frac": idle,
             **{f"queue/{state}": float(stats.states[state]) for state in ("requested", "leased", "scored")},
             "queue/expired_leases": float(stats.expired_leases), "queue/fenced_writes": float(stats.fenced_writes),
             "workers/count": float(len(workers)),
