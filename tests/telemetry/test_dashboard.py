@@ -32,7 +32,7 @@ def test_it_shows_every_metric_of_the_runs_once_in_its_section(make_run) -> None
     runs = [RunRecord(make_run("a", steps=2)), RunRecord(make_run("b", steps=1, sft_steps=2))]
     workspace = build(runs, entity="", project="p")
     sections = sections_of(json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)))
-    assert list(sections) == ["Headline", "Health", "Lengths", "Speed", "Off-policy", "Optimiser"]
+    assert list(sections) == ["Headline", "Health", "Lengths", "Speed", "Off-policy", "Processes", "Optimiser"]
     headline = [panel.get("metrics") for panel in sections["Headline"]]
     assert headline[:2] == [["eval/held_out/avg@4", "eval/longer/avg@4"], ["reward/mean"]]
     assert [panel["metrics"][0] for panel in sections["Health"][:3]] == [
