@@ -18,7 +18,6 @@ al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,7 +27,6 @@ from rlkit.algorithms.base import group_sum
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class TokenMean:
     """Every token of the step counts the same: long sequences weigh more."""
 
@@ -36,7 +34,6 @@ class TokenMean:
         return _weights(lengths, lambda o, b: o.sum())
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceMeanTokenMean:
     """Every sequence counts the same: a token of a long sequence weighs less."""
 
@@ -44,7 +41,6 @@ class SequenceMeanTokenMean:
         return _weights(lengths, lambda o, b: b * o)
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceMeanTokenSum:
     """The sequence's summed loss, averaged over sequences: the plain policy gradient's scale."""
 
@@ -52,7 +48,6 @@ class SequenceMeanTokenSum:
         return _weights(lengths, lambda o, b: b)
 
 
-@dataclass(frozen=True, slots=True)
 class ConstantLength(Checked):
     """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO)."""
 
@@ -63,7 +58,6 @@ class ConstantLength(Checked):
         return _weights(lengths, lambda o, b: b * self.max_length)
 
 
-@dataclass(frozen=True, slots=True)
 class PromptMean:
     """Every prompt counts the same, however many samples it was given; its tokens share that weight."""
 

@@ -16,7 +16,6 @@ In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -45,7 +44,6 @@ class KL(Protocol):
         """Both [n]; returns the term of every token [n] and its metrics."""
 
 
-@dataclass(frozen=True, slots=True)
 class NoKL:
     """No penalty and no reference model: zeros without gradient, no metrics."""
 
@@ -56,7 +54,6 @@ class NoKL:
         return LossOutput(per_token=torch.zeros_like(logprobs, requires_grad=False))
 
 
-@dataclass(frozen=True, slots=True)
 class KLPenalty(Checked):
     """coefficient * estimate, per token; with coefficient 0 it only measures. ConfigError for k1 as a penalty."""
 
@@ -67,7 +64,7 @@ class KLPenalty(Checked):
     log_ratio_limit: float = number(10.0, 0.01)  # nats
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if self.estimator in NOISE_AS_LOSS and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             problem = "as a loss, its expected gradient is 0"
@@ -79,7 +76,6 @@ class KLPenalty(Checked):
         return LossOutput(per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()})
 
 
-@dataclass(frozen=True, slots=True)
 class KLInReward(KLPenalty):
     """R_i - coefficient * sum_t estimate_it takes the place of the score R_i, before the advantage.
 

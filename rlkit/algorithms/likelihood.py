@@ -9,7 +9,6 @@ eq. 4 and 20). The first term is a policy gradient whose score is R, the second 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,8 +18,7 @@ from rlkit.errors import ConfigError
 from rlkit.settings import Checked, choice, number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LikelihoodReward(Checked):
+class LikelihoodReward(Checked, kw_only=True):
     """What all of them share; a method gives `reward`, or overrides `compared`.
 
     The chain is cut behind the first `delimiter`; `opening`, the reference and `closing` are tokenised by themselves
@@ -46,7 +44,7 @@ class LikelihoodReward(Checked):
     length_target: int = number(300, 0)
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if not self.delimiter:
             raise ConfigError("the chain has no end", key="delimiter", value="", expected='text, e.g. "<answer"')
         if self.subtract_no_chain and self.answer_gradient:
@@ -79,7 +77,6 @@ class LikelihoodReward(Checked):
         return torch.ones_like(scores)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LogProb(LikelihoodReward):
     """The answer's log-probability, <= 0 (eq. 7 to 10, as the next three); grad R is that of fine-tuning on it."""
 
@@ -87,7 +84,6 @@ class LogProb(LikelihoodReward):
         return logprobs.sum()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AvgLogProb(LikelihoodReward):
     """The answer's log-probability a token, <= 0."""
 
@@ -95,7 +91,6 @@ class AvgLogProb(LikelihoodReward):
         return logprobs.mean()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prob(LikelihoodReward):
     """The answer's probability (VeriFree): what a 0/1 reward expects of a sampled answer; vanishes for long ones."""
 
@@ -103,7 +98,6 @@ class Prob(LikelihoodReward):
         return logprobs.sum().exp()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AvgProb(LikelihoodReward):
     """Mean probability of the answer's tokens (RLPR)."""
 
@@ -111,7 +105,6 @@ class AvgProb(LikelihoodReward):
         return logprobs.exp().mean()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Jepo(LogProb):
     """JEPO's reward of a whole group (eq. 11), a tighter lower bound of log E_z pi(a* | p, z).
 
@@ -128,7 +121,6 @@ class Jepo(LogProb):
         return scores.softmax(0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Nover(LikelihoodReward):
     """NOVER (arXiv 2505.16022): ranks of the reference's perplexity, and shorter chains where they are better.
 
@@ -149,7 +141,7 @@ class Nover(LikelihoodReward):
     efficiency_weight: float = number(1.0, 0)
 
     def __post_init__(self) -> None:
-        LikelihoodReward.__post_init__(self)
+        super().__post_init__()
         if self.answer_gradient or self.subtract_no_chain:
             expected = "this and subtract_no_chain false: ranks have no gradient"
             raise ConfigError("not for ranks", key="answer_gradient", value=self.answer_gradient, expected=expected)

@@ -10,7 +10,6 @@ ends, hence low >= 1.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -93,8 +92,7 @@ def _evenly(room: IntArray, amount: int) -> IntArray:
     return share
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnapsackBudget(Checked):
+class KnapsackBudget(Checked, kw_only=True):
     """`allocate` at pass rates measured on each prompt's own earlier rollouts.
 
     The rate is that of the prompt's latest group, or of its latest `window` scored samples if the group has fewer. With
@@ -110,7 +108,7 @@ class KnapsackBudget(Checked):
     cost_by_length: bool = False  # gain per expected token, see `allocate`
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if self.minimum > self.window:
             raise ConfigError("too large", key="minimum", value=self.minimum, expected=f"at most window={self.window}")
 

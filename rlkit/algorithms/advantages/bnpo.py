@@ -8,7 +8,7 @@ alpha = beta = 1 is REINFORCE with the group's mean as baseline, 3/2 is GRPO tim
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,6 @@ from rlkit.errors import ConfigError, TrainingError
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class Bnpo(Checked):
     """Scores from `low` to `high` are mapped to [0, 1], others and NaN refused (TrainingError); p is their mean.
 
@@ -35,7 +34,7 @@ class Bnpo(Checked):
     maximum_weight: float = number(1e6, 0)
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if self.low >= self.high:
             raise ConfigError("no room", key="low, high", value=(self.low, self.high), expected="low < high")
 

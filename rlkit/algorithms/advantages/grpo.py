@@ -5,7 +5,6 @@
 over the samples of one prompt, with the unbiased standard deviation (n - 1). A group of equal scores has A = 0 exactly.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class GroupNormalizedAdvantage(Checked):
     """Sums to 0 in every group; needs groups of 2 or more."""
 

@@ -10,7 +10,7 @@ rho1 may be estimated from appeals, second verdicts on a share of what was found
     FN = overturned / asked * found wrong,    rho1 <- decay rho1 + (1 - decay) (FN + a) / (FN + found right + 2 a)
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import ClassVar
 
 import torch
@@ -22,8 +22,7 @@ from rlkit.errors import ConfigError, TrainingError
 from rlkit.settings import Checked, choice, number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseCorrected(Checked):
+class NoiseCorrected(Checked, kw_only=True):
     """What both share. Scores other than 0 and 1: TrainingError.
 
     estimate: the reward that records appeals: 1 overturned, 0 upheld, NaN not asked. Without evidence rho1 stays.
@@ -41,7 +40,7 @@ class NoiseCorrected(Checked):
     state: dict[str, float] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         rates = self.false_positive_rate, self.false_negative_rate
         if (rates[1] is None and self.estimate is None) or sum(filter(None, rates)) >= 1:
             expected = "a sum below 1; null only for the second, with estimate"
@@ -74,7 +73,6 @@ class NoiseCorrected(Checked):
             self.state["false_negative_rate"] = decay * self.rho1 + (1 - decay) * share
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Backward(NoiseCorrected):
     """scale is s. A group of 1 has baseline 0; in others A is leave-one-out's over (1 - rho0 - rho1) s."""
 
@@ -88,7 +86,6 @@ class Backward(NoiseCorrected):
         return torch.where(inputs.group.bincount()[inputs.group] == 1, corrected, centred) / self.scale
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Forward(NoiseCorrected):
     """scale names s: one, sensitivity (1 - rho1), or youden (1 - rho0 - rho1), with which alone rho0 counts."""
 

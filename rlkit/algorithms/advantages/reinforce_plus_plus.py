@@ -8,7 +8,6 @@ with mean m and unbiased variance v over all loss TOKENS of the step: a sequence
 whose x are all equal has A = 0 exactly.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,7 +17,6 @@ from rlkit.algorithms.base import AdvantageInputs, centred_scores
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class BatchNormalizedAdvantage(Checked):
     """Scores whitened over the step's tokens."""
 
@@ -40,7 +38,6 @@ class BatchNormalizedAdvantage(Checked):
         return inputs.scores
 
 
-@dataclass(frozen=True, slots=True)
 class BatchNormalizedGroupBaselineAdvantage(BatchNormalizedAdvantage):
     """Scores centred on their group's mean, then whitened over the step's tokens."""
 

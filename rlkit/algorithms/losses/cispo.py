@@ -6,7 +6,6 @@ with r = exp(logprob - old_logprob) and sg a stop-gradient: the weight is bounde
 The upper bound of 5 is ScaleRL's (arXiv 2510.13786).
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,6 @@ from rlkit.algorithms.losses.clipped import clamped_ratio
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class ClippedImportanceLoss(Checked):
     """Importance weight within [1 - clip_low, 1 + clip_high]."""
 

@@ -9,7 +9,6 @@ policy mu, where max_weight is null; the variance of w grows exponentially with 
 """
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -19,7 +18,6 @@ from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class PolicyGradientLoss:
     """-A logprob, per token; for one update a step on samples of the current weights."""
 
@@ -30,7 +28,6 @@ class PolicyGradientLoss:
         return LossOutput(per_token=-inputs.advantages * inputs.logprobs)
 
 
-@dataclass(frozen=True, slots=True)
 class ImportanceWeightedLoss(Checked):
     """-w A logprob, per token; `max_weight` null does not cut."""
 
