@@ -31,7 +31,10 @@ def fault(key: str, value: Any, limits: Mapping[str, Any], doc: str = "") -> Con
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Checked:
-    """Makes a subclass a frozen dataclass, to be decorated by nothing more; ConfigError for a value outside limits."""
+    """Makes a subclass a frozen dataclass (no decorator beside it): what has a type is a setting, checked when made.
+
+    ConfigError for a value outside its field's `number` or `choice`.
+    """
 
     def __init_subclass__(cls, **options: bool) -> None:
         dataclass(frozen=True, **options)(cls)

@@ -18,7 +18,6 @@ al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025,
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class ConstantLength(Checked):
 class PromptMean:
     """Every prompt counts the same, however many samples it was given; its tokens share that weight."""
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
     def __call__(self, lengths: Tensor, group: Tensor) -> Tensor:
         """group [N]: any number that tells the prompts apart."""

@@ -9,7 +9,6 @@ eq. 4 and 20). The first term is a policy gradient whose score is R, the second 
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ class LikelihoodReward(Checked, kw_only=True):
     and appended, and all of their tokens count. (The defaults are VeriFree's: no usual vocabulary has a token `r>`.)
     """
 
-    needs_fresh_samples: ClassVar[bool] = False  # as of a loss
-    log_scores: ClassVar[bool] = False  # the scores are log-likelihoods, for an advantage that averages likelihoods
-    under_reference: ClassVar[bool] = False  # scored under the reference model, where algorithm.kl holds one
+    needs_fresh_samples = False  # as of a loss
+    log_scores = False  # the scores are log-likelihoods, for an advantage that averages likelihoods
+    under_reference = False  # scored under the reference model, where algorithm.kl holds one
     weight: float = number(1.0)
     delimiter: str = "<answer"
     opening: str = ">"
@@ -114,8 +113,8 @@ class Jepo(LogProb):
     be the product of all G chains' weights: only fresh samples.
     """
 
-    needs_fresh_samples: ClassVar[bool] = True
-    log_scores: ClassVar[bool] = True
+    needs_fresh_samples = True
+    log_scores = True
 
     def shares(self, scores: Tensor) -> Tensor:
         return scores.softmax(0)
@@ -134,7 +133,7 @@ class Nover(LikelihoodReward):
     reference model where `algorithm.kl` holds one, as theirs, and under the current policy otherwise.
     """
 
-    under_reference: ClassVar[bool] = True
+    under_reference = True
     answer_gradient: bool = False
     format_weight: float = number(1.0, 0)
     reasoning_weight: float = number(1.0, 0)

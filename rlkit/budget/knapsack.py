@@ -10,7 +10,6 @@ ends, hence low >= 1.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +98,7 @@ class KnapsackBudget(Checked, kw_only=True):
     less than `minimum` of them the prompt has no history: the first epoch is uniform.
     """
 
-    needs_verdicts: ClassVar[bool] = True
+    needs_verdicts = True
     low: int = number(2, 1)
     high: int = number(128, 1, 4096)
     window: int = number(16, 1)

@@ -9,7 +9,6 @@ alpha = beta = 1 is REINFORCE with the group's mean as baseline, 3/2 is GRPO tim
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,8 +25,8 @@ class Bnpo(Checked):
     maximum_weight: clamp of 1 / f, which is infinite where p is 0 or 1 (A is exactly 0 there, as in a group of 1).
     """
 
-    minimum_group_size: ClassVar[int] = 2
-    needs_verdicts: ClassVar[bool] = True
+    minimum_group_size = 2
+    needs_verdicts = True
     rewards: Sequence[str] = ()
     low: float = number(0.0)
     high: float = number(1.0)

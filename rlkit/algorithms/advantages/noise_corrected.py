@@ -11,7 +11,6 @@ rho1 may be estimated from appeals, second verdicts on a share of what was found
 """
 
 from dataclasses import field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ class NoiseCorrected(Checked, kw_only=True):
     false_negative_rate: rho1; with `estimate` its start, or null: the first step's estimate (0 before there is one).
     """
 
-    minimum_group_size: ClassVar[int] = 1
-    needs_verdicts: ClassVar[bool] = True
-    needs_binary_scores: ClassVar[bool] = True
+    minimum_group_size = 1
+    needs_verdicts = True
+    needs_binary_scores = True
     false_positive_rate: float = number(0.0, 0, 1)
     false_negative_rate: float | None = number(None, 0, 1)
     estimate: str | None = None
@@ -89,7 +88,7 @@ class Backward(NoiseCorrected):
 class Forward(NoiseCorrected):
     """scale names s: one, sensitivity (1 - rho1), or youden (1 - rho0 - rho1), with which alone rho0 counts."""
 
-    uses_uniform_groups: ClassVar[bool] = True
+    uses_uniform_groups = True
     scale: str = choice("one", "sensitivity", "youden")
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:

@@ -8,8 +8,6 @@ with mean m and unbiased variance v over all loss TOKENS of the step: a sequence
 whose x are all equal has A = 0 exactly.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from rlkit.settings import Checked, number
 class BatchNormalizedAdvantage(Checked):
     """Scores whitened over the step's tokens."""
 
-    minimum_group_size: ClassVar[int] = 1
+    minimum_group_size = 1
     epsilon: float = number(1e-8, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
@@ -41,7 +39,7 @@ class BatchNormalizedAdvantage(Checked):
 class BatchNormalizedGroupBaselineAdvantage(BatchNormalizedAdvantage):
     """Scores centred on their group's mean, then whitened over the step's tokens."""
 
-    minimum_group_size: ClassVar[int] = 2
+    minimum_group_size = 2
 
     def baselined(self, inputs: AdvantageInputs) -> Tensor:
         return centred_scores(inputs)[0]

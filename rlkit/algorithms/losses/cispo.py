@@ -6,8 +6,6 @@ with r = exp(logprob - old_logprob) and sg a stop-gradient: the weight is bounde
 The upper bound of 5 is ScaleRL's (arXiv 2510.13786).
 """
 
-from typing import ClassVar
-
 import torch
 
 from rlkit.algorithms.base import LossInputs, LossOutput
@@ -18,7 +16,7 @@ from rlkit.settings import Checked, number
 class ClippedImportanceLoss(Checked):
     """Importance weight within [1 - clip_low, 1 + clip_high]."""
 
-    proportional_to_advantage: ClassVar[bool] = True
+    proportional_to_advantage = True
     clip_low: float = number(1.0, 0, 1)
     clip_high: float = number(4.0, 0)
 

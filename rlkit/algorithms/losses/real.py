@@ -9,8 +9,6 @@ Right: advantage > 0, which for binary rewards and a group-centred advantage is 
 the group's mean. No clipping: |dL_g/ds_k| is 1 / tau times a share of a softmax, so below 1 / tau however far s goes.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -22,7 +20,7 @@ from rlkit.settings import Checked, number
 class Real(Checked):
     """Both sides of a group against the anchor; tau is the temperature of the logits."""
 
-    whole_groups: ClassVar[bool] = True
+    whole_groups = True
     tau: float = number(0.5, 0.001)
 
     def __call__(self, scores: Tensor, advantages: Tensor, group: Tensor) -> Tensor:
