@@ -1,16 +1,9 @@
-"""Penalty against a reference model: three per-token estimates of KL(pi || ref).
+"""Penalty against a reference model: three per-token estimates of KL(pi || ref), see `ESTIMATORS`.
 
-With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL Divergence"):
-
-    k1 = -d                 unbiased; negative at times, large variance
-    k2 = d^2 / 2            biased, small variance, >= 0
-    k3 = exp(d) - 1 - d     unbiased, small variance, >= 0
-
-As a loss on tokens sampled from pi, in expectation (stale tokens bias each by the ratio, which is not applied here):
-
-    grad k1 = grad logprob                    0: only noise. Refused as a penalty.
-    grad k2 = -d grad logprob                 the gradient of KL(pi || ref)
-    grad k3 = (1 - exp(d)) grad logprob       that of KL(ref || pi), equal to first order near pi = ref; GRPO's
+d = ref_logprob - logprob, at a token sampled from pi (Schulman 2020, "Approximating KL Divergence"): k1 and k3 are
+unbiased, k2 and k3 >= 0. As a loss on such tokens, in expectation (stale tokens bias each by the ratio, which is not
+applied here), grad k1 is 0: only noise, refused as a penalty; grad k2 = -d grad logprob is that of KL(pi || ref), and
+grad k3 = (1 - exp(d)) grad logprob, GRPO's, that of KL(ref || pi), equal to first order near pi = ref.
 
 In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0 beyond.
 """
