@@ -48,7 +48,7 @@ class ConstantLength(Checked):
 
 
 class PromptMean:
-    """w_i = 1 / (G sum_{j of i's group} |o_j|), G groups with tokens: every prompt counts the same, its tokens share."""
+    """w_i = 1 / (G sum_{j of i's group} |o_j|), G groups with tokens: every prompt counts the same."""
 
     needs_groups = True
 
