@@ -129,9 +129,8 @@ class Mixture(Checked, kw_only=True):
             chosen = int(np.argmax(shares * (len(kept) + 1) - taken))
             if (row := next(every[chosen], None)) is None:
                 problem = f"source {chosen} has {taken[chosen]:.0f} rows, its share of {self.size} is more"
-                raise DataError(
-                    problem, key="size", value=self.size, fix="lower size or its weight, or give it more rows"
-                )
+                fix = "lower size or its weight, or give it more rows"
+                raise DataError(problem, key="size", value=self.size, fix=fix)
             kept.append(row)
             taken[chosen] += 1
         return kept
