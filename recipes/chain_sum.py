@@ -3,7 +3,6 @@
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rlkit.data.text import render
@@ -13,8 +12,7 @@ from rlkit.settings import Checked, number
 _STEP = re.compile(r"\s*([+-])\s*(-?\d+)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChainSumTeacher(Checked):
+class ChainSumTeacher(Checked, kw_only=True):
     """A chain of thought for a sum, worked from left to right, with errors at a known rate.
 
     For "4 - 1 + 7" it writes `4-1=3;3+7=10#10`. Each step errs independently with probability `error_rate`:

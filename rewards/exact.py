@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
 
 from rewards.base import Sample, Unscorable
 from rewards.extraction import check_extraction, extract
@@ -20,8 +19,8 @@ class ExactMatch:
     ("$1,234.50" equals "1234.5"): a reference that is no number is unscorable, an answer that is none is 0.0.
     """
 
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    binary: ClassVar[bool] = True
+    bounds = (0.0, 1.0)
+    binary = True
     extract: str = "delimiter"
     marker: str = ""
     numeric: bool = False

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rewards.base import RewardError, Sample
 from rewards.extraction import check_pattern
@@ -18,9 +17,9 @@ class Format:
     At least one is needed; with both, both must hold.
     """
 
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    binary: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
+    bounds = (0.0, 1.0)
+    binary = True
+    needs_reference = False
     pattern: str = ""
     tags: Sequence[str] = ()
 

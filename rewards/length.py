@@ -1,7 +1,6 @@
 """Soft penalty on overlong completions."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from rewards.base import RewardError, Sample
 
@@ -14,8 +13,8 @@ class OverlongPenalty:
     completion may have; cache_tokens: length of the soft interval before that, where it falls from 0 to -1.
     """
 
-    bounds: ClassVar[tuple[float, float]] = (-1.0, 0.0)
-    needs_reference: ClassVar[bool] = False
+    bounds = (-1.0, 0.0)
+    needs_reference = False
     max_tokens: int
     cache_tokens: int
 

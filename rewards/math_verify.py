@@ -5,7 +5,7 @@ import itertools
 import logging
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rewards.base import RewardError, Sample, Unscorable
 from rewards.extraction import check_extraction, extract
@@ -24,8 +24,8 @@ class MathVerify:
     are off (SIGALRM does not interrupt C code): call this through `VerifierPool`, which keeps the time.
     """
 
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    binary: ClassVar[bool] = True
+    bounds = (0.0, 1.0)
+    binary = True
     extract: str = "boxed"
     marker: str = ""
     strict: bool = True

@@ -4,7 +4,7 @@ import math
 import mmap
 import random
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from rewards.base import RewardError, Sample, Unscorable
 from rewards.spec import build
@@ -13,7 +13,7 @@ from rewards.spec import build
 class Judge:
     """A reward that others wrap, as right or wrong: a score of `correct_at` or more. Raises RewardError as `build`."""
 
-    binary: ClassVar[bool] = True
+    binary = True
 
     def __init__(self, reward: Mapping[str, Any], correct_at: float, seed: int = 0, **rates: float) -> None:
         if wrong := {name: rate for name, rate in rates.items() if not 0 <= rate <= 1}:
@@ -61,7 +61,7 @@ class Appeals(Judge):
     processes, for held-out samples too, anew after a restart.
     """
 
-    records_appeals: ClassVar[bool] = True  # what an advantage that estimates from it needs
+    records_appeals = True  # what an advantage that estimates from it needs
 
     def __init__(
         self, rule: Mapping[str, Any], appeal: Mapping[str, Any], fraction: float = 0.1, seed: int = 0,

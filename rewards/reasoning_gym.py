@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rewards.base import RewardError, Sample, Unscorable, nearest
 from rewards.extraction import check_extraction, extract
@@ -19,7 +19,7 @@ class ReasoningGym:
     is metadata["question"] or else the prompt.
     """
 
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    bounds = (0.0, 1.0)
     task: str | Sequence[str] | Mapping[str, Mapping[str, Any]]
     extract: str = "tag"
     marker: str = ""

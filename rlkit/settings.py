@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, dataclass_transform
 
 from rlkit.errors import ConfigError, nearest
 
@@ -29,10 +29,15 @@ def fault(key: str, value: Any, limits: Mapping[str, Any], doc: str = "") -> Con
     return None if good else ConfigError(f"not allowed.{near}", key=key, value=value, expected=limits["limits"] + doc)
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Checked:
-    """A dataclass whose values are checked when it is made; ConfigError for one outside its `number` or `choice`."""
+    """Makes a subclass a frozen dataclass (no decorator beside it): what has a type is a setting, checked when made.
 
-    __slots__ = ()
+    ConfigError for a value outside its field's `number` or `choice`.
+    """
+
+    def __init_subclass__(cls, **options: bool) -> None:
+        dataclass(frozen=True, **options)(cls)
 
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]

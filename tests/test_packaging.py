@@ -27,7 +27,9 @@ def test_the_wheel_ships_recipes_and_templates_and_rlkit_runs_from_any_folder(tm
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {f"recipes/{p.relative_to(ROOT / 'recipes').as_posix()}" for p in (ROOT / "recipes").rglob("*.yaml")}
-    data = (p for p in (ROOT / "rlkit").rglob("*") if p.suffix in (".j2", ".yaml"))
+    data = (
+        p for part in ("rlkit", "rewards") for p in (ROOT / part).rglob("*") if p.suffix in (".j2", ".yaml", ".txt")
+    )
     templates = {p.relative_to(ROOT).as_posix() for p in data}
     assert recipes and recipes <= names
     assert templates <= names

@@ -1,25 +1,13 @@
-"""From token losses to one loss: the weight of each sequence's tokens in an update.
+"""From token losses to one loss: the weight w_i of each sequence's tokens in an update.
 
     loss = sum_i w_i sum_t m_it L_it,    |o_i| = sum_t m_it
 
-with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the optimiser step:
-
-    TokenMean              w_i = 1 / sum_j |o_j|
-    SequenceMeanTokenMean  w_i = 1 / (B |o_i|)
-    SequenceMeanTokenSum   w_i = 1 / B
-    ConstantLength         w_i = 1 / (B max_length)
-    PromptMean             w_i = 1 / (G sum_{j of i's group} |o_j|),   G = number of groups with tokens
-
-A fully masked sequence has weight 0 and is not in B; one whose advantage is 0 counts with its length.
-
-Sources: original GRPO is SequenceMeanTokenMean (Shao et al. 2024, arXiv 2402.03300, eq. 3), DAPO is TokenMean (Yu et
-al. 2025, arXiv 2503.14476, eq. 8), Dr. GRPO is ConstantLength (Liu et al. 2025, arXiv 2503.20783).
+with m the loss mask, L the per-token loss and B = #{i : |o_i| > 0} over ALL sequences of the optimiser step. A fully
+masked sequence has weight 0 and is not in B; one whose advantage is 0 counts with its length.
 """
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,33 +16,29 @@ from rlkit.algorithms.base import group_sum
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class TokenMean:
-    """Every token of the step counts the same: long sequences weigh more."""
+    """w_i = 1 / sum_j |o_j|: every token of the step counts the same (DAPO, arXiv 2503.14476, eq. 8)."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
         return _weights(lengths, lambda o, b: o.sum())
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceMeanTokenMean:
-    """Every sequence counts the same: a token of a long sequence weighs less."""
+    """w_i = 1 / (B |o_i|): every sequence counts the same (original GRPO, arXiv 2402.03300, eq. 3)."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
         return _weights(lengths, lambda o, b: b * o)
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceMeanTokenSum:
-    """The sequence's summed loss, averaged over sequences: the plain policy gradient's scale."""
+    """w_i = 1 / B: the sequence's summed loss, averaged over sequences: the plain policy gradient's scale."""
 
     def __call__(self, lengths: Tensor) -> Tensor:
         return _weights(lengths, lambda o, b: b)
 
 
-@dataclass(frozen=True, slots=True)
 class ConstantLength(Checked):
-    """SequenceMeanTokenSum divided by a constant, so that no length is preferred (Dr. GRPO)."""
+    """w_i = 1 / (B max_length), so that no length is preferred (Dr. GRPO, arXiv 2503.20783)."""
 
     # Tokens, `${rollout.max_completion_tokens}` in a recipe: sets the scale only, bounds nothing.
     max_length: int = number(dataclasses.MISSING, 1)
@@ -63,11 +47,10 @@ class ConstantLength(Checked):
         return _weights(lengths, lambda o, b: b * self.max_length)
 
 
-@dataclass(frozen=True, slots=True)
 class PromptMean:
-    """Every prompt counts the same, however many samples it was given; its tokens share that weight."""
+    """w_i = 1 / (G sum_{j of i's group} |o_j|), G groups with tokens: every prompt counts the same."""
 
-    needs_groups: ClassVar[bool] = True
+    needs_groups = True
 
     def __call__(self, lengths: Tensor, group: Tensor) -> Tensor:
         """group [N]: any number that tells the prompts apart."""

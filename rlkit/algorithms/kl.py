@@ -1,22 +1,14 @@
-"""Penalty against a reference model: three per-token estimates of KL(pi || ref).
+"""Penalty against a reference model: three per-token estimates of KL(pi || ref), see `ESTIMATORS`.
 
-With d = ref_logprob - logprob at a token sampled from pi (Schulman 2020, "Approximating KL Divergence"):
-
-    k1 = -d                 unbiased; negative at times, large variance
-    k2 = d^2 / 2            biased, small variance, >= 0
-    k3 = exp(d) - 1 - d     unbiased, small variance, >= 0
-
-As a loss on tokens sampled from pi, in expectation (stale tokens bias each by the ratio, which is not applied here):
-
-    grad k1 = grad logprob                    0: only noise. Refused as a penalty.
-    grad k2 = -d grad logprob                 the gradient of KL(pi || ref)
-    grad k3 = (1 - exp(d)) grad logprob       that of KL(ref || pi), equal to first order near pi = ref; GRPO's
+d = ref_logprob - logprob, at a token sampled from pi (Schulman 2020, "Approximating KL Divergence"): k1 and k3 are
+unbiased, k2 and k3 >= 0. As a loss on such tokens, in expectation (stale tokens bias each by the ratio, which is not
+applied here), grad k1 is 0: only noise, refused as a penalty; grad k2 = -d grad logprob is that of KL(pi || ref), and
+grad k3 = (1 - exp(d)) grad logprob, GRPO's, that of KL(ref || pi), equal to first order near pi = ref.
 
 In k3, d is clamped to [-log_ratio_limit, log_ratio_limit] before exp: finite, with gradient 0 beyond.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -32,7 +24,6 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k2": lambda d, _: 0.5 * d.square(),
     "k3": lambda _, clamped: torch.expm1(clamped) - clamped,
 }
-NOISE_AS_LOSS = frozenset({"k1"})  # estimates whose gradient has expectation 0
 
 
 class KL(Protocol):
@@ -45,7 +36,6 @@ class KL(Protocol):
         """Both [n]; returns the term of every token [n] and its metrics."""
 
 
-@dataclass(frozen=True, slots=True)
 class NoKL:
     """No penalty and no reference model: zeros without gradient, no metrics."""
 
@@ -56,7 +46,6 @@ class NoKL:
         return LossOutput(per_token=torch.zeros_like(logprobs, requires_grad=False))
 
 
-@dataclass(frozen=True, slots=True)
 class KLPenalty(Checked):
     """coefficient * estimate, per token; with coefficient 0 it only measures. ConfigError for k1 as a penalty."""
 
@@ -67,8 +56,8 @@ class KLPenalty(Checked):
     log_ratio_limit: float = number(10.0, 0.01)  # nats
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
-        if self.estimator in NOISE_AS_LOSS and self.coefficient > 0 and not self.in_reward:
+        super().__post_init__()
+        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             problem = "as a loss, its expected gradient is 0"
             raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)
@@ -79,7 +68,6 @@ class KLPenalty(Checked):
         return LossOutput(per_token=self.coefficient * estimate, metrics={"policy/kl_ref": estimate.detach()})
 
 
-@dataclass(frozen=True, slots=True)
 class KLInReward(KLPenalty):
     """R_i - coefficient * sum_t estimate_it takes the place of the score R_i, before the advantage.
 

@@ -9,8 +9,6 @@ eq. 4 and 20). The first term is a policy gradient whose score is R, the second 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,17 +17,16 @@ from rlkit.errors import ConfigError
 from rlkit.settings import Checked, choice, number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LikelihoodReward(Checked):
+class LikelihoodReward(Checked, kw_only=True):
     """What all of them share; a method gives `reward`, or overrides `compared`.
 
     The chain is cut behind the first `delimiter`; `opening`, the reference and `closing` are tokenised by themselves
     and appended, and all of their tokens count. (The defaults are VeriFree's: no usual vocabulary has a token `r>`.)
     """
 
-    needs_fresh_samples: ClassVar[bool] = False  # as of a loss
-    log_scores: ClassVar[bool] = False  # the scores are log-likelihoods, for an advantage that averages likelihoods
-    under_reference: ClassVar[bool] = False  # scored under the reference model, where algorithm.kl holds one
+    needs_fresh_samples = False  # as of a loss
+    log_scores = False  # the scores are log-likelihoods, for an advantage that averages likelihoods
+    under_reference = False  # scored under the reference model, where algorithm.kl holds one
     weight: float = number(1.0)
     delimiter: str = "<answer"
     opening: str = ">"
@@ -46,7 +43,7 @@ class LikelihoodReward(Checked):
     length_target: int = number(300, 0)
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if not self.delimiter:
             raise ConfigError("the chain has no end", key="delimiter", value="", expected='text, e.g. "<answer"')
         if self.subtract_no_chain and self.answer_gradient:
@@ -79,7 +76,6 @@ class LikelihoodReward(Checked):
         return torch.ones_like(scores)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LogProb(LikelihoodReward):
     """The answer's log-probability, <= 0 (eq. 7 to 10, as the next three); grad R is that of fine-tuning on it."""
 
@@ -87,7 +83,6 @@ class LogProb(LikelihoodReward):
         return logprobs.sum()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AvgLogProb(LikelihoodReward):
     """The answer's log-probability a token, <= 0."""
 
@@ -95,7 +90,6 @@ class AvgLogProb(LikelihoodReward):
         return logprobs.mean()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Prob(LikelihoodReward):
     """The answer's probability (VeriFree): what a 0/1 reward expects of a sampled answer; vanishes for long ones."""
 
@@ -103,7 +97,6 @@ class Prob(LikelihoodReward):
         return logprobs.sum().exp()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AvgProb(LikelihoodReward):
     """Mean probability of the answer's tokens (RLPR)."""
 
@@ -111,7 +104,6 @@ class AvgProb(LikelihoodReward):
         return logprobs.exp().mean()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Jepo(LogProb):
     """JEPO's reward of a whole group (eq. 11), a tighter lower bound of log E_z pi(a* | p, z).
 
@@ -121,14 +113,13 @@ class Jepo(LogProb):
     be the product of all G chains' weights: only fresh samples.
     """
 
-    needs_fresh_samples: ClassVar[bool] = True
-    log_scores: ClassVar[bool] = True
+    needs_fresh_samples = True
+    log_scores = True
 
     def shares(self, scores: Tensor) -> Tensor:
         return scores.softmax(0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Nover(LikelihoodReward):
     """NOVER (arXiv 2505.16022): ranks of the reference's perplexity, and shorter chains where they are better.
 
@@ -142,14 +133,14 @@ class Nover(LikelihoodReward):
     reference model where `algorithm.kl` holds one, as theirs, and under the current policy otherwise.
     """
 
-    under_reference: ClassVar[bool] = True
+    under_reference = True
     answer_gradient: bool = False
     format_weight: float = number(1.0, 0)
     reasoning_weight: float = number(1.0, 0)
     efficiency_weight: float = number(1.0, 0)
 
     def __post_init__(self) -> None:
-        LikelihoodReward.__post_init__(self)
+        super().__post_init__()
         if self.answer_gradient or self.subtract_no_chain:
             expected = "this and subtract_no_chain false: ranks have no gradient"
             raise ConfigError("not for ranks", key="answer_gradient", value=self.answer_gradient, expected=expected)

@@ -1,13 +1,11 @@
 """Old-policy anchors: whose log-probs stand in the ratio's denominator."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class RolloutAnchor:
     """The engine's own log-probs: the ratio holds engine mismatch and staleness together. Costs nothing."""
 
@@ -18,7 +16,6 @@ class RolloutAnchor:
         return list(behavior_logprobs)
 
 
-@dataclass(frozen=True, slots=True)
 class RecomputeAnchor:
     """The learner's weights before the batch's first update.
 

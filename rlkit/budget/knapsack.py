@@ -10,8 +10,6 @@ ends, hence low >= 1.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,15 +91,14 @@ def _evenly(room: IntArray, amount: int) -> IntArray:
     return share
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnapsackBudget(Checked):
+class KnapsackBudget(Checked, kw_only=True):
     """`allocate` at pass rates measured on each prompt's own earlier rollouts.
 
     The rate is that of the prompt's latest group, or of its latest `window` scored samples if the group has fewer. With
     less than `minimum` of them the prompt has no history: the first epoch is uniform.
     """
 
-    needs_verdicts: ClassVar[bool] = True
+    needs_verdicts = True
     low: int = number(2, 1)
     high: int = number(128, 1, 4096)
     window: int = number(16, 1)
@@ -110,7 +107,7 @@ class KnapsackBudget(Checked):
     cost_by_length: bool = False  # gain per expected token, see `allocate`
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if self.minimum > self.window:
             raise ConfigError("too large", key="minimum", value=self.minimum, expected=f"at most window={self.window}")
 

@@ -1,7 +1,6 @@
 """The seam of a budget, and the plainest one."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 Outcomes = Sequence[tuple[float, int]]  # (score, tokens) of every scored sample of one group, in sample order
@@ -20,7 +19,6 @@ class Budget(Protocol):
         """Samples of every prompt, 1 or more each; they sum to `total`. A prompt may be named several times."""
 
 
-@dataclass(frozen=True, slots=True)
 class UniformBudget:
     """total / number of prompts for each; ValueError if `total` does not divide evenly."""
 

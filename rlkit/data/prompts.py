@@ -1,16 +1,15 @@
 """From rows to tokenised prompts with reference answers, or with target completions; and their order."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import jinja2
 import msgspec
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from rlkit.config.components import build
 from rlkit.config.schema import DatasetConfig
@@ -18,9 +17,6 @@ from rlkit.data.sources import Row, as_source
 from rlkit.data.text import encode, render
 from rlkit.errors import ConfigError, DataError, calling
 from rlkit.types import IntArray, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +37,7 @@ class PromptSet:
             digest.update(prompt.token_ids.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def shared_with(self, other: PromptSet) -> int:
+    def shared_with(self, other: Self) -> int:
         """How many prompts of `other` have a text that is also here: a leak between sets."""
         texts = {prompt.text for prompt in self.prompts}
         return sum(prompt.text in texts for prompt in other.prompts)

@@ -6,7 +6,7 @@ values; its number is its default id.
 
 import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import pyarrow.parquet
 
 from rlkit.config.components import build
 from rlkit.errors import DataError, nearest
+from rlkit.settings import Checked
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalFile:
+class LocalFile(Checked, kw_only=True):
     """Rows of a .jsonl (an object a line), .json (a list of objects) or .parquet file. DataError names a bad line."""
 
     path: str  # `~` is expanded
@@ -40,8 +40,7 @@ class LocalFile:
         return _read(path)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubDataset:
+class HubDataset(Checked, kw_only=True):
     """Rows of a data set on the Hugging Face hub or in its local cache. `DataError` out of reach."""
 
     name: str  # on the hub, or a folder
@@ -62,8 +61,7 @@ class HubDataset:
             raise DataError(problem, key="name", value=self.name, expected=expected, fix=fix) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReasoningGym:
+class ReasoningGym(Checked, kw_only=True):
     """Rows of a reasoning-gym task, made on the fly: `question`, `answer`, `metadata`. How sets overlap: docs/data.md.
 
     `DataError`: unknown task or setting, fewer than `size` rows.
@@ -110,8 +108,7 @@ class ReasoningGym:
             raise DataError(problem, key="settings", value=self.settings, expected=expected) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
+class Mixture(Checked, kw_only=True):
     """Rows of several sources (components) in proportion to `weights`: the next is of the one furthest behind.
 
     `DataError`: weights that do not fit, or a source with fewer rows than its share of `size`.
@@ -132,9 +129,8 @@ class Mixture:
             chosen = int(np.argmax(shares * (len(kept) + 1) - taken))
             if (row := next(every[chosen], None)) is None:
                 problem = f"source {chosen} has {taken[chosen]:.0f} rows, its share of {self.size} is more"
-                raise DataError(
-                    problem, key="size", value=self.size, fix="lower size or its weight, or give it more rows"
-                )
+                fix = "lower size or its weight, or give it more rows"
+                raise DataError(problem, key="size", value=self.size, fix=fix)
             kept.append(row)
             taken[chosen] += 1
         return kept

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlkit.errors import DataError, nearest
+from rlkit.settings import Checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,7 @@ class _Formatter(string.Formatter):
         return text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Template:
+class Template(Checked, kw_only=True):
     """A teacher for data with solutions: the completion is the row's own fields, e.g. "{solution}\\n#### {answer}".
 
     As every teacher it is a component called with a row and its number, gives the same text at every call, and leaves

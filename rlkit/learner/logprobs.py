@@ -1,9 +1,4 @@
-"""Log-probs of the sampled tokens, without a [tokens, vocabulary] tensor.
-
-With z_iv = (h_i . w_v + b_v) / T the head returns
-
-    logprob_i = z_{i, y_i} - lse_i,     lse_i = log sum_v exp z_iv,
-    entropy_i = lse_i - sum_v p_iv z_iv,    p_iv = exp(z_iv - lse_i).
+"""Log-probs of the sampled tokens, without a [tokens, vocabulary] tensor; z, lse and p are those of docs/logprobs.md.
 
 Both passes walk over slices of the vocabulary, of at most `chunk_logits` logits for all tokens: the forward pass with a
 running (maximum, sum) per token, of which `lse` [n] is kept; the backward pass makes each slice again:
@@ -11,7 +6,7 @@ running (maximum, sum) per token, of which `lse` [n] is kept; the backward pass 
     d logprob_i / d z_iv = [v = y_i] - p_iv,    d entropy_i / d z_iv = -p_iv (log p_iv + entropy_i).
 
 That is cut cross-entropy (Wijmans et al., arXiv 2411.09009) without its gradient filter: exact for every upstream
-gradient. See docs/logprobs.md.
+gradient.
 """
 
 from collections.abc import Iterator

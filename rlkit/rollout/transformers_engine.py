@@ -33,7 +33,6 @@ from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSp
 ROOM_TOKENS = 32  # the key-value cache grows by so many at a time
 
 
-@dataclass(frozen=True, slots=True)
 class TransformersEngine(Checked):
     """Settings of the embedded engine (a component: `open` makes the engine)."""
 

@@ -35,7 +35,6 @@ POLL_S = 0.1
 GENERATE = "/inference/v1/generate"
 
 
-@dataclass(frozen=True, slots=True)
 class VllmEngine(Checked):
     """Settings of vLLM servers (a component: `open` makes the engine, `rlkit.rollout.vllm_server` the servers)."""
 

@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rlkit
-
-PACKAGES = [
-    "torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "hydra-core", "omegaconf",
-    "sqlalchemy", "msgspec", "pyarrow", "math-verify", "reasoning-gym", "datasets", "vllm", "wandb",
-]  # fmt: skip
+from rlkit.telemetry.names import REPORT
 
 # Keys of secrets, after any prefix; eos_token and the like are none.
 _SECRET = re.compile(
@@ -70,7 +66,7 @@ def write_environment(run_dir: Path) -> None:
     commit = {"commit": _git("rev-parse", "HEAD"), "modified": bool(_git("status", "--porcelain", "-uno"))}
     found = {
         "versions": {"python": platform.python_version(), "rlkit": rlkit.__version__}
-        | {name: installed[name] for name in PACKAGES if name in installed},
+        | {name: installed[name] for name in REPORT["packages"] if name in installed},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {
             "model": model[1].strip() if model else platform.processor() or platform.machine(),

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 from rich.console import Console
 from rich.text import Text
 
@@ -19,25 +18,7 @@ from rlkit.telemetry.record import RunRecord, read_mapping, replace_file, with_e
 from rlkit.telemetry.rollouts import COLOURS, examples, facts, judged_rollouts, rollout_steps, visible
 from rlkit.telemetry.sinks import duration
 
-HEAD_CHARACTERS, TAIL_CHARACTERS = 1200, 500  # of a long text
 SAMPLES = 2  # completions of each verdict shown for a step
-
-
-def _seen(text: object) -> Markup:
-    """Untrusted text for HTML: escaped, and nothing in it hidden or acted upon; "+-" as the sign it stands for."""
-    pieces = visible(str(text).replace(" +- ", " \N{PLUS-MINUS SIGN} "))
-    return Markup("").join(
-        Markup('<span class="seen">{}</span>').format(piece) if unseen else escape(piece) for piece, unseen in pieces
-    )
-
-
-def _crop(text: str) -> Markup:
-    """`_seen`, with the middle of a long text left out (answers stand at the end)."""
-    left_out = len(text) - HEAD_CHARACTERS - TAIL_CHARACTERS
-    if left_out <= 0:
-        return _seen(text)
-    gap = Markup('<span class="left-out"> [{} characters left out] </span>').format(left_out)
-    return _seen(text[:HEAD_CHARACTERS]) + gap + _seen(text[-TAIL_CHARACTERS:])
 
 
 def _stage(run: RunRecord, step: int) -> dict[str, Any]:
@@ -58,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
     except TelemetryError as error:
         no_samples = f"The rollouts cannot be read: {error.problem}"
     page = Environment(autoescape=True, undefined=StrictUndefined)
-    page.filters |= {"seen": _seen, "crop": _crop, "duration": duration, "with_error": with_error}
+    page.filters |= {"visible": visible, "duration": duration, "with_error": with_error}
     held = {"config.yaml": redact(run.config), "environment.json": read_mapping(run_dir / "environment.json")}
     documents = {name: yaml.safe_dump(content, sort_keys=False) if content else "" for name, content in held.items()}
     html = page.from_string(read_resource("templates/report.html.j2")).render(

@@ -24,9 +24,6 @@ from rlkit.telemetry.rollouts import examples, judged_rollouts, rollout_steps
 
 logger = logging.getLogger(__name__)
 
-QUIET = ("silent", "disable_git", "disable_code", "x_disable_machine_info", "x_disable_meta", "finish_timeout_raises")
-WANDB: dict[str, Any] = {"init_timeout": 60.0, "login_timeout": 60.0, "finish_timeout": 120.0, "console": "off"}
-WANDB |= {"x_save_requirements": False, **dict.fromkeys(QUIET, True)}
 CLOCK = "run/seconds"
 TABLE = ("step", "prompt_id", "prompt", "completion", "reference", "answer", "score", "verdict", "finish_reason")
 TABLE_ROWS = 4  # of each verdict
@@ -105,8 +102,8 @@ class WandbSink:
             replace_file(identity, secrets.token_hex(4).encode())
         try:
             self._run: Any = self._wandb.init(
-                project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode,
-                resume="allow" if mode == "online" else None, config=shown, settings=self._wandb.Settings(**WANDB),
+                project=project, name=name, id=identity.read_text().strip(), dir=str(run_dir), mode=mode, config=shown,
+                resume="allow" if mode == "online" else None, settings=self._wandb.Settings(**REPORT["wandb"]),
             )  # fmt: skip
         except self._wandb.errors.Error as error:
             problem, fix = f"wandb could not start: {error}", "run `wandb login`, or set telemetry.wandb=offline"

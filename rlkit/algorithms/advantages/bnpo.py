@@ -8,8 +8,7 @@ alpha = beta = 1 is REINFORCE with the group's mean as baseline, 3/2 is GRPO tim
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from rlkit.errors import ConfigError, TrainingError
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class Bnpo(Checked):
     """Scores from `low` to `high` are mapped to [0, 1], others and NaN refused (TrainingError); p is their mean.
 
@@ -27,15 +25,15 @@ class Bnpo(Checked):
     maximum_weight: clamp of 1 / f, which is infinite where p is 0 or 1 (A is exactly 0 there, as in a group of 1).
     """
 
-    minimum_group_size: ClassVar[int] = 2
-    needs_verdicts: ClassVar[bool] = True
+    minimum_group_size = 2
+    needs_verdicts = True
     rewards: Sequence[str] = ()
     low: float = number(0.0)
     high: float = number(1.0)
     maximum_weight: float = number(1e6, 0)
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         if self.low >= self.high:
             raise ConfigError("no room", key="low, high", value=(self.low, self.high), expected="low < high")
 

@@ -5,20 +5,16 @@
 Paired with a constant denominator, `aggregation.ConstantLength`. RLOO's advantage is n / (n - 1) times this one.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 
-@dataclass(frozen=True, slots=True)
 class MeanCentredAdvantage:
     """Sums to 0 in every group; needs groups of 2 or more (a group of 1 has A = 0)."""
 
-    minimum_group_size: ClassVar[int] = 2
-    centred_in_group: ClassVar[bool] = True
+    minimum_group_size = 2
+    centred_in_group = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         return centred_scores(inputs)[0]

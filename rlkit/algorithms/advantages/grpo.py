@@ -5,21 +5,17 @@
 over the samples of one prompt, with the unbiased standard deviation (n - 1). A group of equal scores has A = 0 exactly.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from rlkit.algorithms.base import AdvantageInputs, centred_scores, group_sum
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class GroupNormalizedAdvantage(Checked):
     """Sums to 0 in every group; needs groups of 2 or more."""
 
-    minimum_group_size: ClassVar[int] = 2
-    centred_in_group: ClassVar[bool] = True
+    minimum_group_size = 2
+    centred_in_group = True
     epsilon: float = number(1e-6, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:

@@ -6,8 +6,6 @@ Equal S give A = 0; no A is below log((G - 1) / G), and a good chain among usele
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,12 +13,11 @@ from torch import Tensor
 from rlkit.algorithms.base import AdvantageInputs
 
 
-@dataclass(frozen=True, slots=True)
 class GroupLikelihoodAdvantage:
     """Of scores that are log-likelihoods; needs groups of 2 or more (in a group of 1, A = 0)."""
 
-    minimum_group_size: ClassVar[int] = 2
-    log_scores: ClassVar[bool] = True
+    minimum_group_size = 2
+    log_scores = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         advantages = torch.zeros_like(inputs.scores)

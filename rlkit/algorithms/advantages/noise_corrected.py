@@ -10,8 +10,7 @@ rho1 may be estimated from appeals, second verdicts on a share of what was found
     FN = overturned / asked * found wrong,    rho1 <- decay rho1 + (1 - decay) (FN + a) / (FN + found right + 2 a)
 """
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import field, replace
 
 import torch
 from torch import Tensor
@@ -22,17 +21,16 @@ from rlkit.errors import ConfigError, TrainingError
 from rlkit.settings import Checked, choice, number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseCorrected(Checked):
+class NoiseCorrected(Checked, kw_only=True):
     """What both share. Scores other than 0 and 1: TrainingError.
 
     estimate: the reward that records appeals: 1 overturned, 0 upheld, NaN not asked. Without evidence rho1 stays.
     false_negative_rate: rho1; with `estimate` its start, or null: the first step's estimate (0 before there is one).
     """
 
-    minimum_group_size: ClassVar[int] = 1
-    needs_verdicts: ClassVar[bool] = True
-    needs_binary_scores: ClassVar[bool] = True
+    minimum_group_size = 1
+    needs_verdicts = True
+    needs_binary_scores = True
     false_positive_rate: float = number(0.0, 0, 1)
     false_negative_rate: float | None = number(None, 0, 1)
     estimate: str | None = None
@@ -41,7 +39,7 @@ class NoiseCorrected(Checked):
     state: dict[str, float] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        Checked.__post_init__(self)
+        super().__post_init__()
         rates = self.false_positive_rate, self.false_negative_rate
         if (rates[1] is None and self.estimate is None) or sum(filter(None, rates)) >= 1:
             expected = "a sum below 1; null only for the second, with estimate"
@@ -74,7 +72,6 @@ class NoiseCorrected(Checked):
             self.state["false_negative_rate"] = decay * self.rho1 + (1 - decay) * share
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Backward(NoiseCorrected):
     """scale is s. A group of 1 has baseline 0; in others A is leave-one-out's over (1 - rho0 - rho1) s."""
 
@@ -88,11 +85,10 @@ class Backward(NoiseCorrected):
         return torch.where(inputs.group.bincount()[inputs.group] == 1, corrected, centred) / self.scale
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Forward(NoiseCorrected):
     """scale names s: one, sensitivity (1 - rho1), or youden (1 - rho0 - rho1), with which alone rho0 counts."""
 
-    uses_uniform_groups: ClassVar[bool] = True
+    uses_uniform_groups = True
     scale: str = choice("one", "sensitivity", "youden")
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:

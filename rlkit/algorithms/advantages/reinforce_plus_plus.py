@@ -8,9 +8,6 @@ with mean m and unbiased variance v over all loss TOKENS of the step: a sequence
 whose x are all equal has A = 0 exactly.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -18,11 +15,10 @@ from rlkit.algorithms.base import AdvantageInputs, centred_scores
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class BatchNormalizedAdvantage(Checked):
     """Scores whitened over the step's tokens."""
 
-    minimum_group_size: ClassVar[int] = 1
+    minimum_group_size = 1
     epsilon: float = number(1e-8, 0, 1)
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
@@ -40,11 +36,10 @@ class BatchNormalizedAdvantage(Checked):
         return inputs.scores
 
 
-@dataclass(frozen=True, slots=True)
 class BatchNormalizedGroupBaselineAdvantage(BatchNormalizedAdvantage):
     """Scores centred on their group's mean, then whitened over the step's tokens."""
 
-    minimum_group_size: ClassVar[int] = 2
+    minimum_group_size = 2
 
     def baselined(self, inputs: AdvantageInputs) -> Tensor:
         return centred_scores(inputs)[0]

@@ -5,20 +5,16 @@
 for n scored samples: the baseline does not depend on sample i, so E[grad A_i log pi(o_i)] is that of E[R], for any n.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
 
 from rlkit.algorithms.base import AdvantageInputs, centred_scores
 
 
-@dataclass(frozen=True, slots=True)
 class LeaveOneOutAdvantage:
     """Sums to 0 in every group; needs groups of 2 or more (in a group of 1, A = 0)."""
 
-    minimum_group_size: ClassVar[int] = 2
-    centred_in_group: ClassVar[bool] = True
+    minimum_group_size = 2
+    centred_in_group = True
 
     def __call__(self, inputs: AdvantageInputs) -> Tensor:
         centred, sizes = centred_scores(inputs)

@@ -1,11 +1,8 @@
 """DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476, section 3.2): only groups with unequal scores."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class MixedScores:
     """Keep a group whose scores are not all equal."""
 

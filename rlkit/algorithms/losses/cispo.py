@@ -6,9 +6,6 @@ with r = exp(logprob - old_logprob) and sg a stop-gradient: the weight is bounde
 The upper bound of 5 is ScaleRL's (arXiv 2510.13786).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 
 from rlkit.algorithms.base import LossInputs, LossOutput
@@ -16,11 +13,10 @@ from rlkit.algorithms.losses.clipped import clamped_ratio
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class ClippedImportanceLoss(Checked):
     """Importance weight within [1 - clip_low, 1 + clip_high]."""
 
-    proportional_to_advantage: ClassVar[bool] = True
+    proportional_to_advantage = True
     clip_low: float = number(1.0, 0, 1)
     clip_high: float = number(4.0, 0)
 

@@ -8,9 +8,6 @@ Clip-higher (DAPO, arXiv 2503.14476) is clip_high > clip_low, 0.28 against 0.2. 
 before exp: the loss stays finite, with gradient 0 beyond.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -20,11 +17,10 @@ from rlkit.settings import Checked, number
 LOG_RATIO_LIMIT = 20.0
 
 
-@dataclass(frozen=True, slots=True)
 class ClippedLoss(Checked):
     """Clip range [1 - clip_low, 1 + clip_high]; `dual_clip` None is off."""
 
-    proportional_to_advantage: ClassVar[bool] = True
+    proportional_to_advantage = True
     clip_low: float = number(0.2, 0, 1)
     clip_high: float = number(0.2, 0)
     dual_clip: float | None = number(None, 1.01)

@@ -8,9 +8,6 @@ Every token has its sequence's ratio and is clipped or not together with it. Wit
 sum_t L_it / |o_i| is the paper's sequence loss. The mean makes the ratio tighter by about |o_i|, hence the bounds.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 
 from rlkit.algorithms.base import LossInputs, LossOutput, group_mean
@@ -18,11 +15,10 @@ from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT, surrogate
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class SequenceClippedLoss(Checked):
     """Clip range [1 - clip_low, 1 + clip_high] of the sequence's ratio."""
 
-    proportional_to_advantage: ClassVar[bool] = True
+    proportional_to_advantage = True
     clip_low: float = number(3e-4, 0, 1)
     clip_high: float = number(4e-4, 0)
 

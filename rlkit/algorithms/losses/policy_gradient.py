@@ -9,8 +9,6 @@ policy mu, where max_weight is null; the variance of w grows exponentially with 
 """
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,22 +17,20 @@ from rlkit.algorithms.losses.clipped import LOG_RATIO_LIMIT
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class PolicyGradientLoss:
     """-A logprob, per token; for one update a step on samples of the current weights."""
 
-    needs_fresh_samples: ClassVar[bool] = True
-    proportional_to_advantage: ClassVar[bool] = True
+    needs_fresh_samples = True
+    proportional_to_advantage = True
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         return LossOutput(per_token=-inputs.advantages * inputs.logprobs)
 
 
-@dataclass(frozen=True, slots=True)
 class ImportanceWeightedLoss(Checked):
     """-w A logprob, per token; `max_weight` null does not cut."""
 
-    proportional_to_advantage: ClassVar[bool] = True
+    proportional_to_advantage = True
     max_weight: float | None = number(2.0, 1)
 
     def __call__(self, inputs: LossInputs) -> LossOutput:

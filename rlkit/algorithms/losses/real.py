@@ -9,9 +9,6 @@ Right: advantage > 0, which for binary rewards and a group-centred advantage is 
 the group's mean. No clipping: |dL_g/ds_k| is 1 / tau times a share of a softmax, so below 1 / tau however far s goes.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -20,11 +17,10 @@ from rlkit.algorithms.base import group_sum
 from rlkit.settings import Checked, number
 
 
-@dataclass(frozen=True, slots=True)
 class Real(Checked):
     """Both sides of a group against the anchor; tau is the temperature of the logits."""
 
-    whole_groups: ClassVar[bool] = True
+    whole_groups = True
     tau: float = number(0.5, 0.001)
 
     def __call__(self, scores: Tensor, advantages: Tensor, group: Tensor) -> Tensor:
@@ -43,7 +39,6 @@ class Real(Checked):
         return (below + above).sum() / prompts
 
 
-@dataclass(frozen=True, slots=True)
 class RealBce(Real):
     """Every answer on its own: binary cross-entropy of z_k, mean over the answers of groups with both labels."""
 
@@ -51,7 +46,6 @@ class RealBce(Real):
         return binary_cross_entropy_with_logits(logits, right.to(logits), reduction="sum") / max(1, len(logits))
 
 
-@dataclass(frozen=True, slots=True)
 class RealProduct(Real):
     """L_g = log(1 + sum_{k right} sum_{j wrong} exp(z_j - z_k)): pairs, without an anchor (the paper's ablation)."""
 
