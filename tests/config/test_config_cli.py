@@ -129,7 +129,7 @@ def test_errors_that_are_not_the_inputs_keep_their_traceback(monkeypatch: pytest
     def main(config: Config, raw: dict[str, Any]) -> int:
         raise ZeroDivisionError
 
-    _stand_in(monkeypatch, "rlkit.learner.train", main)
+    _stand_in(monkeypatch, "rlkit.launch.run", main)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "recipe=quickstart"])
 
