@@ -78,7 +78,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, module: str, main: Any) -> None:
 
 @pytest.mark.parametrize(
     ("command", "module"),
-    [("train", "rlkit.learner.train"), ("sft", "rlkit.learner.sft"), ("check-parity", "rlkit.learner.parity")],
+    [("train", "rlkit.launch.run"), ("sft", "rlkit.learner.sft"), ("check-parity", "rlkit.learner.parity")],
 )
 def test_recipe_commands_pass_config_and_status(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Config, dict[str, Any]]] = []
