@@ -20,7 +20,7 @@ from rlkit.rollout.engine import Engine, GenerationRequest
 from rlkit.rollout.verification import WeightCheck
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
-POLL_S = 0.05
+POLL_S = 0.02
 REPORT_S = 1.0
 
 
