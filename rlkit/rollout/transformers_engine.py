@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.errors import ConfigError, EngineError
+from rlkit.rollout.decode import model_steps, own_steps, written_out
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
 from rlkit.settings import Checked, number
@@ -177,12 +178,12 @@ class EmbeddedEngine:
         done = batch.tokens.shape[1]
         stop = min(done + self.settings.compact_every, sampling.max_tokens)
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(len(batch.requests), stop)], dim=1)
-        width, prompt_lengths = batch.attention_mask.shape[1], batch.attention_mask.sum(dim=1, keepdim=True)
+        steps = own_steps if written_out(self.model) else model_steps
+        step = steps(self.model, batch.cache, mask, batch.attention_mask.shape[1], max(1, done))
         tokens, logprobs = list(batch.tokens.unbind(1)), list(batch.logprobs.unbind(1))
         for position in range(done, stop):
             if batch.logits is None:
-                seen = mask[:, : width + position]
-                logits = self._forward(tokens[-1][:, None], seen, prompt_lengths + position - 1, batch.cache)
+                logits = step(tokens[-1], position)
             else:
                 logits, batch.logits = batch.logits, None
             token, logprob = draw(logits, batch.uniforms[:, position], sampling.temperature)
