@@ -21,6 +21,14 @@ STEADY_ROPE = {"default", "linear", "llama3", "yarn"}  # the others' angles depe
 Step = Callable[[Tensor, int], Tensor]  # the last tokens [B] and how many were sampled with them -> logits [B, V]
 
 
+def steps(model: PreTrainedModel, cache: Any, mask: Tensor, width: int, done: int) -> Step:
+    """The steps of a stretch, for `done` sampled tokens or more.
+
+    cache: transformers', of all tokens but the last ones; mask [B, width + new tokens]: prompts, left padded, then ones.
+    """
+    return (own_steps if written_out(model) else model_steps)(model, cache, mask, width, done)
+
+
 def written_out(model: PreTrainedModel) -> bool:
     """Whether `own_steps` knows the model: its family, its rotary angles, no window, on a CPU."""
     config: Any = model.config
@@ -31,7 +39,7 @@ def written_out(model: PreTrainedModel) -> bool:
 
 
 def model_steps(model: PreTrainedModel, cache: Any, mask: Tensor, width: int, _: int) -> Step:
-    """By the model's own forward. `cache`: transformers' cache of all tokens but the last one, the rest as below."""
+    """By the model's own forward."""
     lengths = mask[:, :width].sum(dim=1, keepdim=True)
 
     def step(tokens: Tensor, sampled: int) -> Tensor:
@@ -45,7 +53,7 @@ def model_steps(model: PreTrainedModel, cache: Any, mask: Tensor, width: int, _:
 
 
 def own_steps(model: PreTrainedModel, cache: Any, mask: Tensor, width: int, done: int) -> Step:
-    """By the layers written out. mask [B, width + new tokens], left padded; steps with `done` sampled tokens or more."""
+    """By the layers written out."""
     decoder: Any = model.get_decoder()
     embed, head, rows = decoder.embed_tokens, cast(nn.Module, model.get_output_embeddings()), len(mask)
     places = mask[:, :width].sum(dim=1, keepdim=True) + torch.arange(done, mask.shape[1] - width + 1) - 1
