@@ -24,7 +24,7 @@ Step = Callable[[Tensor, int], Tensor]  # the last tokens [B] and how many were 
 def steps(model: PreTrainedModel, cache: Any, mask: Tensor, width: int, done: int) -> Step:
     """The steps of a stretch, for `done` sampled tokens or more.
 
-    cache: transformers', of all tokens but the last ones; mask [B, width + new tokens]: prompts, left padded, then ones.
+    cache: of all tokens but the last ones; mask [B, width + new tokens]: prompts, left padded, then ones.
     """
     return (own_steps if written_out(model) else model_steps)(model, cache, mask, width, done)
 
