@@ -158,7 +158,7 @@ def plan_microbatches(
             prompt, tokens = shared[i]
             width, prompt_width, whole = max(width, rest[i]), max(prompt_width, tokens), max(whole, lengths[i])
             count = len(plan[-1]) + 1 if plan else 0
-            size = padded_tokens(count, len(seen | {prompt}), prompt_width, width, whole)[0]
+            size = padded_tokens(count, len(seen) + (prompt not in seen), prompt_width, width, whole)[0]
             if plan and size <= budget:
                 plan[-1].append(i)
                 seen.add(prompt)

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.errors import ConfigError, EngineError
+from rlkit.rollout.decode import steps
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import draw, stop_positions, uniforms
 from rlkit.rollout.verification import probe_logprobs
@@ -135,6 +136,7 @@ class EmbeddedEngine:
                 while batch is not None:
                     self.check_stop()
                     under_way = asyncio.create_task(asyncio.to_thread(self._stretch, batch, sampling))
+                    await asyncio.sleep(0)  # the thread starts now, also where the caller blocks
                     if finished:
                         yield finished
                     batch, finished = await asyncio.shield(under_way)
@@ -159,7 +161,12 @@ class EmbeddedEngine:
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         # A bare forward does not count positions past padding as it should.
         positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
-        logits = self._forward(left_padded(prompts).to(device), mask, positions, cache)
+        if self.model.training:
+            self.model.eval()  # without dropout; the learner turns training on again itself
+        logits = self.model(
+            input_ids=left_padded(prompts).to(device), attention_mask=mask, position_ids=positions,
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
         cache.batch_select_indices(owner)
         return _Batch(
             requests=requests, attention_mask=mask[owner], uniforms=torch.from_numpy(draws).to(device), cache=cache,
@@ -167,28 +174,17 @@ class EmbeddedEngine:
             logits=logits[owner],
         )  # fmt: skip
 
-    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits [B, V] of the token after input_ids [B, L]; mask [B, cached + L], positions [B, L]."""
-        if self.model.training:
-            self.model.eval()  # without dropout; the learner turns training on again itself
-        output = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        return cast(Tensor, output.logits[:, -1])
-
     @torch.inference_mode()
     def _stretch(self, batch: _Batch, sampling: SamplingParams) -> tuple[_Batch | None, list[Rollout]]:
         """Generate up to `compact_every` tokens; return the open rows and the finished rollouts."""
         done = batch.tokens.shape[1]
         stop = min(done + self.settings.compact_every, sampling.max_tokens)
         mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(len(batch.requests), stop)], dim=1)
-        width, prompt_lengths = batch.attention_mask.shape[1], batch.attention_mask.sum(dim=1, keepdim=True)
+        step = steps(self.model, batch.cache, mask, batch.attention_mask.shape[1], max(1, done))
         tokens, logprobs = list(batch.tokens.unbind(1)), list(batch.logprobs.unbind(1))
         for position in range(done, stop):
             if batch.logits is None:
-                seen = mask[:, : width + position]
-                logits = self._forward(tokens[-1][:, None], seen, prompt_lengths + position - 1, batch.cache)
+                logits = step(tokens[-1], position)
             else:
                 logits, batch.logits = batch.logits, None
             token, logprob = draw(logits, batch.uniforms[:, position], sampling.temperature)
