@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import httpx
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rlkit.buffer.snapshots import Snapshot
 from rlkit.errors import ConfigError, EngineError
@@ -61,9 +61,7 @@ class VllmEngine(Checked):
         """GPUs of a worker's servers."""
         return 0 if self.urls else self.servers * self.tensor_parallel_size
 
-    def open(
-        self, urls: Sequence[str], tokenizer: PreTrainedTokenizerBase, snapshots: Path, engine_id: str
-    ) -> VllmClient:
+    def open(self, urls: Sequence[str], tokenizer: Tokenizer, snapshots: Path, engine_id: str) -> VllmClient:
         """The engine on running servers that take weights from the folder `snapshots`. Call `update_weights` first."""
         if not urls:
             raise ConfigError("no server", key="rollout.engine.urls", value=urls, expected="one or more URLs")
@@ -91,10 +89,11 @@ class VllmClient:
     """Implements `rlkit.rollout.engine.Engine` on vLLM servers; belongs to one event loop."""
 
     settings: VllmEngine
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     snapshots: Path
     engine_id: str
     servers: list[Server]
+    in_flight: ClassVar[bool] = True
     _client: httpx.AsyncClient = field(init=False)
     _places: asyncio.Queue[Server] = field(default_factory=asyncio.Queue)
 
@@ -105,8 +104,6 @@ class VllmClient:
         self._client = httpx.AsyncClient(transport=transport, timeout=None)  # deadlines are set around whole calls
         for server in self.servers * self.settings.max_num_seqs:
             self._places.put_nowait(server)
-
-    in_flight: ClassVar[bool] = True
 
     @property
     def capacity(self) -> int:
@@ -123,8 +120,7 @@ class VllmClient:
     ) -> AsyncGenerator[list[Rollout], None]:
         """Yield rollouts as they finish. Raises EngineError for the first that a server fails.
 
-        Draws come from the servers' own generators: `sampling.seed` has no effect (on the CPU, vLLM dies of a
-        request's seed once it computes the request's prefix again).
+        Draws come from the servers' own generators: `sampling.seed` has no effect (docs/engines.md).
         """
         finished: asyncio.Queue[asyncio.Task[Rollout]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._sample(request, sampling)) for request in requests]
@@ -170,18 +166,10 @@ class VllmClient:
         )  # fmt: skip
 
     async def _completion(self, server: Server, request: GenerationRequest, sampling: SamplingParams) -> dict[str, Any]:
-        """The one choice of a server's answer, its log-probs as a plain list.
-
-        Servers have no tokenizer: where there are stop strings, the completion is followed token by token.
-        """
+        """The one choice of a server's answer; followed token by token for stop strings: servers have no tokenizer."""
         # Only what is listed here ends a completion, and nothing truncates the distribution.
-        params: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "max_tokens": sampling.max_tokens,
-            "logprobs": 0,
-            "top_k": 0,
-        }
-        params |= {"stop_token_ids": sampling.stop_token_ids, "ignore_eos": True, "top_p": 1.0, "detokenize": False}
+        params: dict[str, Any] = dict(temperature=sampling.temperature, max_tokens=sampling.max_tokens, logprobs=0)
+        params |= dict(stop_token_ids=sampling.stop_token_ids, ignore_eos=True, top_k=0, top_p=1.0, detokenize=False)
         name, follow = uuid.uuid4().hex, bool(sampling.stop_strings)
         body = {"request_id": name, "token_ids": request.prompt_token_ids.tolist(), "sampling_params": params}
         ids, logprobs, stop = list[int](), list[float](), None
@@ -215,12 +203,12 @@ class VllmClient:
 
     async def healthy(self) -> None:
         """Every server's engine core answers between two of its steps, or EngineError."""
+        limit_s = self.settings.silence_s
         for server in self.servers:
             try:
-                async with asyncio.timeout(self.settings.silence_s):
-                    (await self._client.get(f"{server.url}/is_sleeping")).raise_for_status()
-            except (TimeoutError, httpx.HTTPError) as error:
-                raise server.error(f"it was silent for {self.settings.silence_s:g} s: {error!r}") from error
+                (await self._client.get(f"{server.url}/is_sleeping", timeout=limit_s)).raise_for_status()
+            except httpx.HTTPError as error:
+                raise server.error(f"it was silent for {limit_s:g} s: {error!r}") from error
 
     async def update_weights(self, version: int, snapshot: Snapshot | None) -> None:
         """Serve `version` from a file that server and learner both see; by nccl, wait for the learner.
@@ -268,7 +256,7 @@ class VllmClient:
         finally:
             server.lost = doubt  # what it samples from now on is not used
             try:
-                await asyncio.shield(self._call(server, "/resume"))
+                await asyncio.shield(self._call(server, "/resume", timeout_s=self.settings.silence_s))
             except BaseException:
                 server.lost = doubt or "it may be paused for ever"
                 raise
@@ -276,9 +264,7 @@ class VllmClient:
     async def move(self, asleep: bool) -> None:
         """Finish what is under way and free the GPU (weights wait in main memory), or take it back."""
         if not self.settings.sleep_mode:
-            raise EngineError(
-                "servers sleep on GPUs only", key="rollout.engine.sleep_mode", value=False, expected="true"
-            )
+            raise EngineError("it is off", key="rollout.engine.sleep_mode", value=False, expected="true, on a GPU")
         path = "/sleep?level=1&mode=wait" if asleep else "/wake_up"
         await asyncio.gather(*(self._call(server, path) for server in self.servers))
 
@@ -286,9 +272,9 @@ class VllmClient:
         """Close the connections; the servers go on."""
         await self._client.aclose()
 
-    async def _call(self, server: Server, path: str, body: Any = None) -> str:
+    async def _call(self, server: Server, path: str, body: Any = None, timeout_s: float | None = None) -> str:
         """The answer to a call that takes no sample's time."""
-        async with self._post(server, path, self.settings.update_timeout_s, body) as answer:
+        async with self._post(server, path, timeout_s or self.settings.update_timeout_s, body) as answer:
             return (await answer.aread()).decode()
 
     @contextlib.asynccontextmanager

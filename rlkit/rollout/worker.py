@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import time
 from asyncio import FIRST_COMPLETED
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn, TypeAlias
 
 from rewards.base import Sample
 from rewards.pool import VerifierPool
@@ -22,6 +23,7 @@ from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
 POLL_S = 0.02
 REPORT_S = 1.0
+Work: TypeAlias = dict[asyncio.Task[dict[str, float]], int]  # slices under way, and their samples
 
 
 @dataclass(slots=True)
@@ -49,29 +51,38 @@ class RolloutWorker:
         An engine that takes weights in flight has as many slices under way as it holds; another one samples its leases
         together, and takes weights between. Nothing is leased that asks for newer weights than the engine has.
         """
-        under_way: dict[asyncio.Task[dict[str, float]], int] = {}
-        reporting = asyncio.create_task(self._report(under_way))
+        under_way: Work = {}
+        both = [
+            asyncio.create_task(self._report(under_way)),
+            asyncio.create_task(self._keep_busy(under_way, check_stop)),
+        ]
         try:
-            while not reporting.done():
-                check_stop()
-                for task in [task for task in under_way if task.done()]:
-                    del under_way[task]
-                    task.result()  # raises what ended it
-                if (self.engine.in_flight or not under_way) and await self._follow():
-                    free = self.capacity - sum(under_way.values())
-                    leases = self.lease(free) if free > 0 else []
-                    for part in [[lease] for lease in leases] if self.engine.in_flight else [leases] * bool(leases):
-                        task = asyncio.create_task(self.work(part))
-                        under_way[task] = sum(lease.stop - lease.start for lease in part)
-                await asyncio.wait({reporting, *under_way}, timeout=POLL_S, return_when=FIRST_COMPLETED)
-            reporting.result()
+            done, _ = await asyncio.wait(both, return_when=FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
         finally:
-            reporting.cancel()
-            for task in under_way:
+            for task in (*both, *under_way):
                 task.cancel()
-            await asyncio.gather(reporting, *under_way, return_exceptions=True)
+            await asyncio.gather(*both, *under_way, return_exceptions=True)
 
-    async def _report(self, under_way: Mapping[asyncio.Task[dict[str, float]], int]) -> None:
+    async def _keep_busy(self, under_way: Work, check_stop: Callable[[], None]) -> NoReturn:
+        while True:
+            check_stop()
+            for task in [task for task in under_way if task.done()]:
+                del under_way[task]
+                task.result()  # raises what ended it
+            if (self.engine.in_flight or not under_way) and await self._follow():
+                free = self.capacity - sum(under_way.values())
+                leases = self.lease(free) if free > 0 else []
+                for part in [[lease] for lease in leases] if self.engine.in_flight else [leases] * bool(leases):
+                    task = asyncio.create_task(self.work(part))
+                    under_way[task] = sum(lease.stop - lease.start for lease in part)
+            if under_way:
+                await asyncio.wait(under_way, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(POLL_S)
+
+    async def _report(self, under_way: Work) -> None:
         """Tell the buffer how this worker fares, and look after its engine, until the run ends."""
         began, then, used = None, time.monotonic(), 0.0
         while True:

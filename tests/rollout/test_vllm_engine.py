@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -344,6 +345,30 @@ def test_clear_errors(running: Running) -> None:
     asyncio.run(run())
     with pytest.raises(ConfigError, match="no server"):
         SETTINGS.open([], TOKENIZER, running.snapshots, "none")
+
+
+def test_frozen_server_is_named_within_its_deadline(running: Running) -> None:
+    """Each of its processes in turn; it goes on when it wakes."""
+    group = [psutil.Process(pid) for pid in members(running.server.process.pid, trackers=False)]
+    assert len(group) >= 3  # front end, engine core, worker
+
+    async def run(process: psutil.Process) -> None:
+        async with running.engine(1, silence_s=3) as client:
+            await client.healthy()
+            process.suspend()
+            sampling = asyncio.create_task(collect(client, requests(2), replace(LONG, max_tokens=50)))
+            started = time.monotonic()
+            try:
+                with pytest.raises(EngineError, match=f"(?s){running.server.url}.*silent for 3 s"):
+                    while time.monotonic() - started < 20:
+                        await client.healthy()
+            finally:
+                process.resume()
+            check(requests(2), await sampling)
+            await client.healthy()
+
+    for process in group:
+        asyncio.run(run(process))
 
 
 def test_killed_server_is_an_error_and_leaves_nothing(running: Running) -> None:
