@@ -14,7 +14,7 @@ of a second (or, one time in six, up to 12 s from the start), and kills
 Then it waits for the end and compares: exit status 0; every ordinal that was not dropped trained exactly once, in
 order, prompts_per_step a step; live versions one a step; no version published twice, no snapshot of a version with two
 contents; one file of rollouts a step, of that step's groups; metrics of every step once; no process left, and no file
-in /dev/shm that one of them had mapped. What does not hold is printed and counted as a violation. The last line is JSON.
+in /dev/shm that one of them had mapped. What does not hold is printed and counted. The last line is JSON.
 """
 
 import argparse
@@ -58,9 +58,9 @@ def marked(mark: str) -> list[psutil.Process]:
     found, wanted = [], f"{MARK}={mark}".encode()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                if wanted in Path(f"/proc/{process.pid}/environ").read_bytes():
-                    found.append(process)
+            there = process.status() != psutil.STATUS_ZOMBIE
+            if there and wanted in Path(f"/proc/{process.pid}/environ").read_bytes():
+                found.append(process)
     return found
 
 
@@ -127,7 +127,9 @@ class Trial:
             for process in marked(self.name):
                 with contextlib.suppress(psutil.Error, OSError):
                     maps = Path(f"/proc/{process.pid}/maps").read_text()
-                    self.shared |= {x.split()[-1] for x in maps.splitlines() if " /dev/shm/" in x and "deleted" not in x}
+                    self.shared |= {
+                        x.split()[-1] for x in maps.splitlines() if " /dev/shm/" in x and "deleted" not in x
+                    }
             self.looked = time.monotonic()
 
     def until(self, process: subprocess.Popen[bytes], holds: Any, deadline_s: float) -> bool:
