@@ -51,6 +51,7 @@ COMMON = [
 ]  # fmt: skip
 VLLM = ["recipe=quickstart_async", "rollout.workers=1", "rollout.slice_samples=8", "rollout.verify_every=4"]
 MARK = "RLKIT_KILLS_TRIAL"  # environment variable that all processes of a trial inherit
+SESSIONS: set[int] = set()  # of marked processes: one that gives itself a title (vLLM's) overwrites its environment
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -58,8 +59,10 @@ def marked(mark: str) -> list[psutil.Process]:
     found, wanted = [], f"{MARK}={mark}".encode()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            there = process.status() != psutil.STATUS_ZOMBIE
-            if there and wanted in Path(f"/proc/{process.pid}/environ").read_bytes():
+            session = os.getsid(process.pid)
+            if wanted in Path(f"/proc/{process.pid}/environ").read_bytes():
+                SESSIONS.add(session)
+            if session in SESSIONS and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
