@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ COMMANDS = {
 # Full, read-only or forbidden disks, and files where folders belong: said in a line, without a traceback.
 PLACES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR}
 PLACES |= {errno.ENOTDIR, errno.ENAMETOOLONG}
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except (RlkitError, RewardError) as error:
         message, status = str(error), 1 if getattr(error, "passing", False) else 2
-    except OSError as error:
-        if error.errno not in PLACES:
+    except Exception as error:  # safetensors puts the errno into words
+        number = error.errno if isinstance(error, OSError) else int((OS_ERROR.findall(str(error)) or [0])[-1])
+        if number not in PLACES:
             raise
-        where = f": {error.filename}" if error.filename else ""
-        message = f"{error.strerror}{where}\n  to mend:  free space, or use a folder you can write to"
+        where = f": {name}" if (name := getattr(error, "filename", None)) else ""
+        message = f"{os.strerror(number)}{where}\n  to mend:  free space, or use a folder you can write to"
     sys.stdout.flush()
     print(f"rlkit: {message}", file=sys.stderr)
     return status

@@ -45,9 +45,10 @@ class Leases:
         """Reclaim expired leases, then lease slices of the lowest ordinals; [] if none.
 
         At most `max_samples` samples in all: a slice larger than that is split. With `version`, that of the engine,
-        only slices that ask for no newer one.
+        only slices that ask for no newer one, and none if a rollback has left it behind.
         """
-        ready = true() if version is None else groups.c.min_version <= version
+        alive = select(versions.c.version).where(versions.c.live, versions.c.version == version).exists()
+        ready = true() if version is None else (groups.c.min_version <= version) & alive
         at_least("max_samples", max_samples, 1)
         at_least("timeout_s", timeout_s, 0.001, Real)
         with self._db.read() as connection:
@@ -134,6 +135,14 @@ class Leases:
         """Give leases back: unfinished slices are REQUESTED again, lost leases passed over."""
         with self._db.write() as connection:
             _give_back(connection, [row for row in _held(connection, leases).values() if row.state in IN_WORK])
+
+    def release_all(self, worker_id: str) -> int:
+        """Give back what a worker that is dead still holds; returns the number of slices."""
+        own = select(slices).where(slices.c.worker_id == worker_id, slices.c.state.in_(IN_WORK))
+        with self._db.write() as connection:
+            rows = connection.execute(own).all()
+            _give_back(connection, rows)
+        return len(rows)
 
     @contextmanager
     def _holding(

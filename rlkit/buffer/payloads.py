@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from rlkit.buffer.protocol import require
 from rlkit.buffer.tables import payloads
-from rlkit.errors import BufferError
+from rlkit.errors import BufferError, DatabaseError
 from rlkit.types import Rollout
 
 T = TypeVar("T")
@@ -134,5 +134,5 @@ def _opened(data: bytes, where: str) -> bytes:
     if int.from_bytes(data[:4], "little") != zlib.crc32(data[4:]) or len(data) <= 4:
         problem = f"this payload cannot be used: {'its checksum does not match' if data else 'it is missing'}"
         fix = "resume the run from its checkpoint: the group is then sampled again"
-        raise BufferError(problem, key="payload", value=where, fix=fix)
+        raise DatabaseError(problem, key="payload", value=where, fix=fix)
     return data[4:]

@@ -16,7 +16,9 @@ from rlkit.config.schema import Config
 from rlkit.errors import BufferError
 from rlkit.launch.devices import assign
 from rlkit.launch.supervisor import Part, Supervisor
+from rlkit.launch.worker import process_name
 from rlkit.learner import train
+from rlkit.learner.setup import locked, open_buffer
 
 COMMAND = (sys.executable, "-m", "rlkit")
 
@@ -34,7 +36,9 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     parts += worker_parts(config, arguments)
     if config.data.eval:
         parts.append(Part(name="evaluator", command=[*COMMAND, "evaluator", *arguments, "resume=auto"]))
-    return supervise(config, parts)
+    folder = Path(config.output_dir) / config.name
+    with locked(folder / "logs", train.busy(folder), key="output_dir"):
+        return supervise(config, parts)
 
 
 def worker_parts(config: Config, arguments: list[str]) -> list[Part]:
@@ -55,5 +59,13 @@ def supervise(config: Config, parts: list[Part]) -> int:
             return str(error)
         return text.getvalue()
 
+    def give_back(pid: int) -> str:
+        try:
+            with open_buffer(config) as opened:
+                count = opened.release_all(process_name("worker", pid))
+        except (BufferError, OSError) as error:
+            return f"its leases, if any, stay until they expire: {error}"
+        return f"{count} slices that it held are given back" if count else ""
+
     parts = assign(config, parts)
-    return asyncio.run(Supervisor(folder, report=buffer).run(parts))
+    return asyncio.run(Supervisor(folder, report=buffer, crashed=give_back).run(parts))

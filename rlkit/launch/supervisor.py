@@ -30,7 +30,8 @@ from rlkit.errors import RlkitError
 from rlkit.telemetry.record import replace_file
 
 PULSE = "RLKIT_PULSE"  # environment variable: the part's end of the socket pair
-BEAT_S, SILENCE_S, SHOW_S = 1.0, 60.0, 0.1
+BEAT_S, SHOW_S = 1.0, 0.1
+SILENCE_S = float(os.environ.get("RLKIT_SILENCE_S", "60"))  # longer where a machine stands still at times
 START_S = 180.0  # from the start of a part to its first byte: imports
 END_S = 60.0  # from SIGTERM to SIGKILL: a checkpoint is written meanwhile
 CRASH_WINDOW_S, LONGEST_PAUSE_S = 600.0, 30.0
@@ -67,12 +68,16 @@ class _Life:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Runs parts to their end. `report` adds to what is shown when something is wrong, such as the buffer's state."""
+    """Runs parts to their end. `report` adds to what is shown when something is wrong, such as the buffer's state.
+
+    `crashed`: called in a thread with the process id of a part that died, before it is started again; says what it did.
+    """
 
     folder: Path  # of the run: logs/ and supervisor.json, {part: times started again}
     silence_s: float = SILENCE_S
     most_crashes: int = 5
     report: Callable[[], str] = str
+    crashed: Callable[[int], str] = lambda pid: ""
     _lives: list[_Life] = field(default_factory=list)
 
     async def run(self, parts: Sequence[Part]) -> int:
@@ -126,6 +131,8 @@ class Supervisor:
             self._say("supervisor", f"{problem}; starting it again in {pause:.0f} s")
             life.restarts += 1
             replace_file(self.folder / "supervisor.json", json.dumps(self.restarts()).encode())
+            assert life.process is not None
+            self._say("supervisor", await asyncio.to_thread(self.crashed, life.process.pid))
             await asyncio.sleep(pause)
 
     def restarts(self) -> dict[str, int]:

@@ -45,9 +45,9 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
     return interruptible(work)
 
 
-def process_name(role: str) -> str:
-    """Names this process among all that serve a run."""
-    return f"{role}-{os.uname().nodename}-{os.getpid()}"
+def process_name(role: str, pid: int | None = None) -> str:
+    """Names this process, or another one of this machine, among all that serve a run."""
+    return f"{role}-{os.uname().nodename}-{pid or os.getpid()}"
 
 
 def open_session(config: Config, resolved: Mapping[str, Any], check_stop: Callable[[], None], key: str) -> Session:

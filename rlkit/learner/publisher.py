@@ -31,7 +31,7 @@ class Publisher:
         """Make the folder, with the model's config.json, and remove what a killed learner left there unlisted."""
         model.config.save_pretrained(self.folder / ARCHITECTURE)
         listed = self.buffer.listed()
-        for path in [*self.folder.glob("v*.safetensors"), *self.folder.glob(".v*.tmp")]:
+        for path in [*self.folder.glob("v*.safetensors"), *self.folder.glob(".*tmp*")]:
             if str(path) not in listed:
                 path.unlink()
 

@@ -30,6 +30,7 @@ from rlkit.telemetry.rollouts import rollout_steps
 from rlkit.telemetry.sinks import Telemetry
 
 START = Watermark(step=0, version=0, next_ordinal=0, refused=0)
+LEAVE_S = 60.0  # of an orphaned learner, which writes a checkpoint first
 # Keys that may change between two parts of one run: they change neither what is trained nor on what.
 FREE_KEYS = (
     "telemetry", "checkpoint", "resume", "output_dir", "name", "steps",
@@ -81,7 +82,12 @@ def _lead(session: Session, folder: Path) -> None:
         learner = _open_learner(session, previous)
         stack.push(_dismiss)
         buffer = stack.enter_context(open_buffer(config))
-        buffer.rollback(previous.watermark or START if previous else START)
+        report = buffer.rollback(previous.watermark or START if previous else START)
+        if report.restored or report.requested_again:
+            damage = f", damaged on disk: {', '.join(map(str, report.corrupt))}" if report.corrupt else ""
+            print(
+                f"buffer: {len(report.restored)} groups go on, {len(report.requested_again)} are sampled again{damage}"
+            )
         sinks = Telemetry.open(
             config.telemetry, folder, name=config.name, total_steps=config.steps, config=dict(session.resolved),
             resume_step=previous.step if previous else -1,  # rows beyond are of a lineage that is gone
@@ -145,12 +151,13 @@ def move_aside(config: Config) -> None:
     """With resume=never: an existing run folder gets another name. ConfigError while a process uses it."""
     path = Path(config.output_dir) / config.name
     if config.resume == "never" and path.exists() and any(path.iterdir()):
-        with locked(path, _busy(path), key="output_dir"):
+        with locked(path, busy(path), key="output_dir"), locked(path / "logs", busy(path), key="output_dir"):
             places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
             path.rename(next(place for place in places if not place.exists()))
 
 
-def _busy(path: Path) -> ConfigError:
+def busy(path: Path) -> ConfigError:
+    """Two runs in one folder."""
     fix = "wait for that run to end, or set another name"
     return ConfigError("another process is using this run folder", key="name", value=str(path), fix=fix)
 
@@ -160,7 +167,8 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
     """Make or reopen <output_dir>/<name>, write config.yaml, hold the lock; ConfigError for one of another recipe."""
     path = Path(config.output_dir) / config.name
     move_aside(config)
-    with locked(path, _busy(path), key="output_dir"):
+    # Of a supervised run only one whose supervisor was killed a moment ago can be in the way: it is about to go.
+    with locked(path, busy(path), key="output_dir", wait_s=LEAVE_S if config.rollout.workers else 0.0):
         stored = path / "config.yaml"
         if checkpoints.steps(path / "checkpoints") and stored.exists():
             _match(read_mapping(stored), resolved, path)

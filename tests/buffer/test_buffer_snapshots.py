@@ -63,6 +63,27 @@ def test_a_rollback_serves_the_checkpoints_weights_again(buffer: Buffer) -> None
     assert buffer.discard() == [listed(1)]
 
 
+def test_an_engine_on_dead_weights_gets_no_lease(buffer: Buffer) -> None:
+    """It took version 1 before a rollback and asks after it: what it would sample could not be handed in."""
+    request(buffer, 2, samples=2)
+    finish(buffer, buffer.lease("a", 4, 60.0, 0))
+    train(buffer)
+    buffer.rollback(START)
+    request(buffer, 2, samples=2)
+    assert buffer.lease("a", 4, 60.0, 1) == [] and len(buffer.lease("a", 4, 60.0, 0)) == 2
+
+
+def test_leases_of_a_dead_worker_go_back_at_once(buffer: Buffer) -> None:
+    request(buffer, 3, samples=2)
+    lost, kept = buffer.lease("dead", 2, 60.0), buffer.lease("alive", 2, 60.0)
+    assert buffer.release_all("dead") == 1 and buffer.release_all("dead") == 0
+    again = buffer.lease("alive", 2, 60.0)
+    assert [x.ordinal for x in again] == [x.ordinal for x in lost]
+    finish(buffer, kept + again)
+    with pytest.raises(BufferError):
+        finish(buffer, lost)
+
+
 def test_leased_work_needs_no_weights_until_it_is_handed_in(buffer: Buffer) -> None:
     buffer.stored(listed(0))
     request(buffer, 2, samples=2)

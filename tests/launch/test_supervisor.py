@@ -65,10 +65,12 @@ def test_the_vital_parts_end_ends_the_others(tmp_path: Path, capfd: pytest.Captu
     assert "at work" in (tmp_path / "logs" / "worker.log").read_text()
 
 
-def test_a_part_that_crashes_is_started_again_and_counted(tmp_path: Path) -> None:
-    it = Supervisor(tmp_path)
+def test_a_part_that_crashes_is_started_again_and_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dead: list[int] = []
+    it = Supervisor(tmp_path, crashed=lambda pid: dead.append(pid) or "its leases are given back")
     assert asyncio.run(it.run([learner(3), worker("lives.read_text() == 'xxx' or os._exit(7)")])) == 0
-    assert it.restarts() == {"learner": 0, "worker": 2}
+    assert it.restarts() == {"learner": 0, "worker": 2} and len(set(dead)) == 2
+    assert "supervisor | its leases are given back" in capfd.readouterr().out
     assert json.loads((tmp_path / "supervisor.json").read_text()) == it.restarts()
 
 

@@ -123,7 +123,7 @@ def test_a_renewal_that_fails_ends_the_round(buffer, pool, monkeypatch):
         asyncio.run(broken.run_once())
 
 
-def test_an_engine_behind_leases_nothing_that_asks_for_newer_weights(buffer, pool):
+def test_an_engine_with_old_weights_gets_no_lease_that_asks_for_newer_ones(buffer, pool):
     for x in range(2):
         buffer.drop([x], "not wanted")
     prompt = Prompt(id="p", text="?", token_ids=np.array([1]), reference="12", metadata={})
