@@ -8,12 +8,12 @@ from numbers import Real
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, true, update
+from sqlalchemy import Connection, Float, bindparam, case, cast, func, insert, select, true, update
 
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import RecordFiles, RecordRows, check_rollout, decode, encode
 from rlkit.buffer.protocol import FencedError, Lease, at_least, require
-from rlkit.buffer.tables import IN_WORK, UNLEASED, UPDATE_GROUP, groups, meta, position, slices, versions
+from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, position, slices, versions
 from rlkit.types import GroupState, Prompt, Rollout, Verdict
 
 _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)
@@ -27,10 +27,22 @@ _LIVE = select(versions.c.version).where(versions.c.live, versions.c.version.in_
 _WAITING = slices.c.state == GroupState.REQUESTED
 _EXPIRED = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= bindparam("now"))
 _TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_WAITING)
-_SLICE_STATES = (
-    select(slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
+_RANK = func.min(case({x: i for i, x in enumerate(_PRECEDENCE)}, value=slices.c.state)).label("rank")
+_OF_SLICES = (
+    select(slices.c.ordinal, _RANK, func.min(slices.c.oldest_version).label("oldest"))
     .where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True)))
-    .group_by(slices.c.ordinal, slices.c.state)
+    .group_by(slices.c.ordinal)
+    .subquery()
+)
+_SCORED = _OF_SLICES.c.rank == _PRECEDENCE.index(GroupState.SCORED)
+_FOLLOW = (
+    update(groups)
+    .where(groups.c.ordinal == _OF_SLICES.c.ordinal)
+    .values(
+        state=case({i: x for i, x in enumerate(_PRECEDENCE)}, value=_OF_SLICES.c.rank),
+        oldest_version=case((_SCORED, _OF_SLICES.c.oldest)),
+        scored_at=case((_SCORED, cast(bindparam("now"), Float))),
+    )
 )
 
 
@@ -104,7 +116,7 @@ class Leases:
         with self._holding([lease for lease, _ in work], GroupState.LEASED, "submitted") as (connection, held):
             named = sorted(set[int]().union(*(spanned for _, _, spanned in encoded)))
             live = set(connection.execute(_LIVE, {"spanned": named}).scalars())
-            updates = []
+            updates, records = [], []
             for lease, record, spanned in encoded:
                 if lease.lease_id not in held:
                     continue
@@ -114,8 +126,9 @@ class Leases:
                 fix = "publish a version before engines serve it; update them to lease.min_version before they sample"
                 require(not bad, problem, key="versions", value=bad, expected=expected, fix=fix)
                 fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
-                self._payloads.write(connection, lease, record)  # before the row that refers to it
                 updates.append(_at(lease) | fields)
+                records.append((lease, record))
+            self._payloads.write(connection, records)  # before the rows that refer to them
             _update_slices(connection, updates)
 
     def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
@@ -190,12 +203,5 @@ def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], score
     if not rows:
         return
     connection.execute(_UPDATE_SLICE, rows)
-    states: dict[int, dict[str, Any]] = {}
-    for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": {x["at_ordinal"] for x in rows}}):
-        states.setdefault(ordinal, {})[state] = oldest
-    updates = []
-    for ordinal, found in states.items():
-        state = next(x for x in _PRECEDENCE if x in found)
-        oldest, when = (found[state], scored_at) if state == GroupState.SCORED else (None, None)
-        updates.append({"at_ordinal": ordinal, "state": state, "oldest_version": oldest, "scored_at": when})
-    connection.execute(UPDATE_GROUP, updates)
+    ordinals = sorted({x["at_ordinal"] for x in rows})
+    connection.execute(_FOLLOW, {"ordinals": ordinals, "now": scored_at})

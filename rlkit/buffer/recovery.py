@@ -36,9 +36,9 @@ class Checkpoints:
             expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
             _demand(ours, watermark, "this checkpoint is not of the surviving lineage", expected)
             connection.execute(update(meta).values(committed_step=watermark.step))
-            covered = groups.c.ordinal < watermark.next_ordinal
-            connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
-            connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
+            covered = slices.c.ordinal < watermark.next_ordinal
+            connection.execute(of(groups, select(slices.c.ordinal).where(covered)).values(prompt=None))
+            connection.execute(delete(slices).where(covered))
             self._payloads.delete_below(connection, watermark.next_ordinal)
 
     def rollback(self, watermark: Watermark) -> RollbackReport:
@@ -78,8 +78,7 @@ class Checkpoints:
                     for x in group
                 ):
                     try:
-                        for x in group:
-                            self._payloads.read(connection, x)
+                        self._payloads.read(connection, group)
                         restored.append(ordinal)
                     except BufferError:  # reported, and sampled again
                         corrupt.append(ordinal)
