@@ -62,6 +62,12 @@ class Database:
         """The one writer; committed on exit, undone on an exception."""
         return self._transaction(WRITE[self._kind])
 
+    def reuse(self) -> None:
+        """Let new rows have the space of deleted ones; SQLite does by itself."""
+        if not self.is_file:
+            with self._transaction("VACUUM (TRUNCATE FALSE) groups, slices, payloads, meta"):
+                pass
+
     def close(self) -> None:
         """Close connections; idempotent."""
         self._engine.dispose()

@@ -8,7 +8,7 @@ from numbers import Real
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, Float, bindparam, case, cast, func, insert, select, true, update
+from sqlalchemy import Connection, Float, bindparam, case, cast, func, insert, select, update
 
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import RecordFiles, RecordRows, check_rollout, decode, encode
@@ -26,7 +26,11 @@ _HELD = select(slices).where(slices.c.lease_id.in_(bindparam("ids", expanding=Tr
 _LIVE = select(versions.c.version).where(versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True)))
 _WAITING = slices.c.state == GroupState.REQUESTED
 _EXPIRED = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= bindparam("now"))
-_TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_WAITING)
+_READY = _WAITING & (groups.c.min_version <= bindparam("newest"))
+_ANY = select(slices.c.ordinal).join(groups).where(_READY | _EXPIRED).limit(1)
+_GONE = select(slices.c.ordinal, slices.c.start).where(_EXPIRED)
+_TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_READY)
+_TO_LEASE = _TO_LEASE.order_by(slices.c.ordinal, slices.c.start).limit(bindparam("most"))
 _RANK = func.min(case({x: i for i, x in enumerate(_PRECEDENCE)}, value=slices.c.state)).label("rank")
 _OF_SLICES = (
     select(slices.c.ordinal, _RANK, func.min(slices.c.oldest_version).label("oldest"))
@@ -59,21 +63,19 @@ class Leases:
         At most `max_samples` samples in all: a slice larger than that is split. With `version`, that of the engine,
         only slices that ask for no newer one.
         """
-        ready = true() if version is None else groups.c.min_version <= version
+        newest = 2**63 - 1 if version is None else version
         at_least("max_samples", max_samples, 1)
         at_least("timeout_s", timeout_s, 0.001, Real)
         with self._db.read() as connection:
-            waiting = select(slices.c.ordinal).join(groups).where((_WAITING & ready) | _EXPIRED).limit(1)
-            if connection.execute(waiting, {"now": self._clock()}).first() is None:
+            if connection.execute(_ANY, {"now": self._clock(), "newest": newest}).first() is None:
                 return []  # an idle worker's poll does not wait for the writers
         with self._db.write() as connection:
             now = self._clock()  # not before the lock is held: waiting for it takes time
-            expired = connection.execute(select(slices.c.ordinal, slices.c.start).where(_EXPIRED), {"now": now}).all()
+            expired = connection.execute(_GONE, {"now": now}).all()
             _give_back(connection, expired)
             first, left = position(connection).next_lease, max_samples
             leases: list[Lease] = []
-            wanted = _TO_LEASE.where(ready).order_by(slices.c.ordinal, slices.c.start).limit(left)
-            for row in connection.execute(wanted).all():
+            for row in connection.execute(_TO_LEASE, {"newest": newest, "most": left}).all():
                 stop = min(row.stop, row.start + left)
                 if stop < row.stop:
                     if leases:

@@ -40,6 +40,7 @@ class Checkpoints:
             connection.execute(of(groups, select(slices.c.ordinal).where(covered)).values(prompt=None))
             connection.execute(delete(slices).where(covered))
             self._payloads.delete_below(connection, watermark.next_ordinal)
+        self._db.reuse()
 
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.
