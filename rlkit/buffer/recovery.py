@@ -25,7 +25,7 @@ class Checkpoints:
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""
-        with self._db.read() as connection:
+        with self._db.view() as connection:
             return _watermark(connection)
 
     def commit(self, watermark: Watermark) -> None:

@@ -157,7 +157,7 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
 
     def stats(self) -> BufferStats:
         """Counters for telemetry and `rlkit buffer`."""
-        with self._db.read() as connection:
+        with self._db.view() as connection:
             return tables.stats_of(connection)
 
     def close(self) -> None:
