@@ -1,6 +1,6 @@
 """Random interleavings of workers, lagging engines, learner, checkpoints, crashes and zombies against a model.
 
-RLKIT_INTERLEAVINGS=2000 pytest -s --hypothesis-seed=1: so many on each database; prints the lags of trained groups.
+RLKIT_INTERLEAVINGS=2000 pytest -s --timeout=0 --hypothesis-seed=1: so many on each database; prints what happened.
 """
 
 from __future__ import annotations
@@ -382,6 +382,7 @@ class BufferMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, the run goes on, and no ordinal is lost."""
         if hasattr(self, "buffer"):
+            self.happened["interleavings"] += 1
             self.clock.now += TIMEOUT
             self.expired += len(self.leases)
             self.leases.clear()
