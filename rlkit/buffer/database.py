@@ -1,4 +1,4 @@
-"""Opening the buffer's database, and its two kinds of transaction: read and write. docs/buffer.md, Storage."""
+"""Opening the buffer's database, and its transactions: read, view and write. docs/buffer.md, Storage."""
 
 import os
 import re

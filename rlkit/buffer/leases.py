@@ -32,22 +32,14 @@ _GONE = select(slices.c.ordinal, slices.c.start).where(_EXPIRED)
 _TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_READY)
 _TO_LEASE = _TO_LEASE.order_by(slices.c.ordinal, slices.c.start).limit(bindparam("most"))
 _RANK = func.min(case({x: i for i, x in enumerate(_PRECEDENCE)}, value=slices.c.state)).label("rank")
-_OF_SLICES = (
-    select(slices.c.ordinal, _RANK, func.min(slices.c.oldest_version).label("oldest"))
-    .where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True)))
-    .group_by(slices.c.ordinal)
-    .subquery()
-)
-_SCORED = _OF_SLICES.c.rank == _PRECEDENCE.index(GroupState.SCORED)
-_FOLLOW = (
-    update(groups)
-    .where(groups.c.ordinal == _OF_SLICES.c.ordinal)
-    .values(
-        state=case({i: x for i, x in enumerate(_PRECEDENCE)}, value=_OF_SLICES.c.rank),
-        oldest_version=case((_SCORED, _OF_SLICES.c.oldest)),
-        scored_at=case((_SCORED, cast(bindparam("now"), Float))),
-    )
-)
+_FOUND = select(slices.c.ordinal, _RANK, func.min(slices.c.oldest_version).label("oldest"))
+_FOUND = _FOUND.where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True))).group_by(slices.c.ordinal)
+_NOW = _FOUND.subquery().c
+_SCORED = _NOW.rank == _PRECEDENCE.index(GroupState.SCORED)
+_FOLLOW = update(groups).where(groups.c.ordinal == _NOW.ordinal).values(
+    state=case(dict(enumerate(_PRECEDENCE)), value=_NOW.rank), oldest_version=case((_SCORED, _NOW.oldest)),
+    scored_at=case((_SCORED, cast(bindparam("now"), Float))),
+)  # fmt: skip
 
 
 class Leases:
@@ -205,5 +197,4 @@ def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], score
     if not rows:
         return
     connection.execute(_UPDATE_SLICE, rows)
-    ordinals = sorted({x["at_ordinal"] for x in rows})
-    connection.execute(_FOLLOW, {"ordinals": ordinals, "now": scored_at})
+    connection.execute(_FOLLOW, {"ordinals": sorted({x["at_ordinal"] for x in rows}), "now": scored_at})
