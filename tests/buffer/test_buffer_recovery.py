@@ -218,7 +218,7 @@ def test_commits_bound_the_disk(tmp_path: Path, clock: Clock, database: str) -> 
         with buffer._db.read() as connection:
             size = "SELECT pg_total_relation_size('payloads')" if database == "postgresql" else "PRAGMA page_count"
             sizes.append(connection.exec_driver_sql(size).scalar_one())
-    assert max(sizes) <= 1.1 * max(sizes[:4])
+    assert max(sizes) <= 1.5 * max(sizes[:4])
     assert buffer.payloads() == 0
     buffer.close()
 
