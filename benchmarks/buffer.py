@@ -81,7 +81,7 @@ def measure(url: str, folder: Path, groups: int, workers: int) -> dict[str, floa
     for process in processes:
         process.start()
     try:
-        started, step, largest = time.perf_counter(), 0, 0.0
+        started, step, sizes = time.perf_counter(), 0, []
         while step * PER_STEP < groups:
             if room := buffer.capacity():
                 first = buffer.stats().next_ordinal
@@ -92,7 +92,7 @@ def measure(url: str, folder: Path, groups: int, workers: int) -> dict[str, floa
             step += 1
             buffer.publish(step, [group.ordinal for group in taken])
             if step % COMMIT_STEPS == 0:
-                largest = max(largest, size_mb(buffer, folder))
+                sizes.append(round(size_mb(buffer, folder), 1))
                 buffer.commit(buffer.watermark())
         seconds = time.perf_counter() - started
     finally:
@@ -100,7 +100,9 @@ def measure(url: str, folder: Path, groups: int, workers: int) -> dict[str, floa
             process.kill()
             process.join(10)
         buffer.close()
-    return {"groups_per_s": round(step * PER_STEP / seconds, 1), "largest_mb": round(largest, 1)}
+    parts = [sizes[k * len(sizes) // 8 : (k + 1) * len(sizes) // 8] for k in range(8)]
+    print("largest MB at a commit, by eighths of the run:", [max(part, default=None) for part in parts], flush=True)
+    return {"groups_per_s": round(step * PER_STEP / seconds, 1), "largest_mb": max(sizes, default=0.0)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Opening the buffer's database, and its two kinds of transaction: read and write. docs/buffer.md, Storage."""
+"""Opening the buffer's database, and its transactions: read, view and write. docs/buffer.md, Storage."""
 
 import os
 import re
@@ -55,25 +55,36 @@ class Database:
             raise
 
     def read(self) -> AbstractContextManager[Connection]:
-        """A snapshot; waits for nobody."""
+        """Each statement sees a snapshot of its own; waits for nobody."""
+        return self._transaction()
+
+    def view(self) -> AbstractContextManager[Connection]:
+        """One snapshot for several statements; waits for nobody."""
         return self._transaction(READ[self._kind])
 
     def write(self) -> AbstractContextManager[Connection]:
         """The one writer; committed on exit, undone on an exception."""
         return self._transaction(WRITE[self._kind])
 
+    def reuse(self) -> None:
+        """Let new rows have the space of deleted ones; SQLite does by itself."""
+        if not self.is_file:
+            with self._transaction("VACUUM (TRUNCATE FALSE) groups, slices, payloads, meta"):
+                pass
+
     def close(self) -> None:
         """Close connections; idempotent."""
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, begin: str) -> Iterator[Connection]:
+    def _transaction(self, begin: str = "") -> Iterator[Connection]:
         if self._pid != os.getpid():
             fix = "open it again in this process: connections do not survive a fork"
             raise self._error("this buffer was opened by the parent process", fix)
         try:
             with self._engine.begin() as connection:
-                connection.exec_driver_sql(begin)
+                if begin:
+                    connection.exec_driver_sql(begin)
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
             fix = f"look for a full disk, or a process that held it for {BUSY_TIMEOUT_S:g} s; move a damaged file aside"

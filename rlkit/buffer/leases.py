@@ -8,12 +8,12 @@ from numbers import Real
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, true, update
+from sqlalchemy import BigInteger, Connection, Float, bindparam, case, cast, func, insert, select, update
 
 from rlkit.buffer.database import Database
 from rlkit.buffer.payloads import RecordFiles, RecordRows, check_rollout, decode, encode
 from rlkit.buffer.protocol import FencedError, Lease, at_least, require
-from rlkit.buffer.tables import IN_WORK, UNLEASED, UPDATE_GROUP, groups, meta, position, slices, versions
+from rlkit.buffer.tables import IN_WORK, UNLEASED, groups, meta, position, slices, versions
 from rlkit.types import GroupState, Prompt, Rollout, Verdict
 
 _PRECEDENCE = (GroupState.LEASED, GroupState.REQUESTED, GroupState.GENERATED, GroupState.SCORED)
@@ -26,12 +26,23 @@ _HELD = select(slices).where(slices.c.lease_id.in_(bindparam("ids", expanding=Tr
 _LIVE = select(versions.c.version).where(versions.c.live, versions.c.version.in_(bindparam("spanned", expanding=True)))
 _WAITING = slices.c.state == GroupState.REQUESTED
 _EXPIRED = slices.c.state.in_(IN_WORK) & (slices.c.deadline <= bindparam("now"))
-_TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_WAITING)
-_SLICE_STATES = (
-    select(slices.c.ordinal, slices.c.state, func.min(slices.c.oldest_version))
-    .where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True)))
-    .group_by(slices.c.ordinal, slices.c.state)
-)
+_ANY_VERSION = 2**63 - 1
+_NEWEST = bindparam("newest", type_=BigInteger)  # version of the engine that is to sample
+_ALIVE = select(versions.c.version).where(versions.c.live, versions.c.version == _NEWEST).exists()
+_READY = _WAITING & (groups.c.min_version <= _NEWEST) & (_ALIVE | (_NEWEST == _ANY_VERSION))
+_ANY = select(slices.c.ordinal).join(groups).where(_READY | _EXPIRED).limit(1)
+_GONE = select(slices.c.ordinal, slices.c.start).where(_EXPIRED)
+_TO_LEASE = select(slices, groups.c.prompt, groups.c.min_version).join(groups).where(_READY)
+_TO_LEASE = _TO_LEASE.order_by(slices.c.ordinal, slices.c.start).limit(bindparam("most"))
+_RANK = func.min(case({x: i for i, x in enumerate(_PRECEDENCE)}, value=slices.c.state)).label("rank")
+_FOUND = select(slices.c.ordinal, _RANK, func.min(slices.c.oldest_version).label("oldest"))
+_FOUND = _FOUND.where(slices.c.ordinal.in_(bindparam("ordinals", expanding=True))).group_by(slices.c.ordinal)
+_NOW = _FOUND.subquery().c
+_SCORED = _NOW.rank == _PRECEDENCE.index(GroupState.SCORED)
+_FOLLOW = update(groups).where(groups.c.ordinal == _NOW.ordinal).values(
+    state=case(dict(enumerate(_PRECEDENCE)), value=_NOW.rank), oldest_version=case((_SCORED, _NOW.oldest)),
+    scored_at=case((_SCORED, cast(bindparam("now"), Float))),
+)  # fmt: skip
 
 
 class Leases:
@@ -47,22 +58,19 @@ class Leases:
         At most `max_samples` samples in all: a slice larger than that is split. With `version`, that of the engine,
         only slices that ask for no newer one, and none if a rollback has left it behind.
         """
-        alive = select(versions.c.version).where(versions.c.live, versions.c.version == version).exists()
-        ready = true() if version is None else (groups.c.min_version <= version) & alive
+        newest = _ANY_VERSION if version is None else version
         at_least("max_samples", max_samples, 1)
         at_least("timeout_s", timeout_s, 0.001, Real)
         with self._db.read() as connection:
-            waiting = select(slices.c.ordinal).join(groups).where((_WAITING & ready) | _EXPIRED).limit(1)
-            if connection.execute(waiting, {"now": self._clock()}).first() is None:
+            if connection.execute(_ANY, {"now": self._clock(), "newest": newest}).first() is None:
                 return []  # an idle worker's poll does not wait for the writers
         with self._db.write() as connection:
             now = self._clock()  # not before the lock is held: waiting for it takes time
-            expired = connection.execute(select(slices.c.ordinal, slices.c.start).where(_EXPIRED), {"now": now}).all()
+            expired = connection.execute(_GONE, {"now": now}).all()
             _give_back(connection, expired)
             first, left = position(connection).next_lease, max_samples
             leases: list[Lease] = []
-            wanted = _TO_LEASE.where(ready).order_by(slices.c.ordinal, slices.c.start).limit(left)
-            for row in connection.execute(wanted).all():
+            for row in connection.execute(_TO_LEASE, {"newest": newest, "most": left}).all():
                 stop = min(row.stop, row.start + left)
                 if stop < row.stop:
                     if leases:
@@ -105,7 +113,7 @@ class Leases:
         with self._holding([lease for lease, _ in work], GroupState.LEASED, "submitted") as (connection, held):
             named = sorted(set[int]().union(*(spanned for _, _, spanned in encoded)))
             live = set(connection.execute(_LIVE, {"spanned": named}).scalars())
-            updates = []
+            updates, records = [], []
             for lease, record, spanned in encoded:
                 if lease.lease_id not in held:
                     continue
@@ -115,8 +123,9 @@ class Leases:
                 fix = "publish a version before engines serve it; update them to lease.min_version before they sample"
                 require(not bad, problem, key="versions", value=bad, expected=expected, fix=fix)
                 fields = {"state": GroupState.GENERATED, "oldest_version": min(spanned), "newest_version": max(spanned)}
-                self._payloads.write(connection, lease, record)  # before the row that refers to it
                 updates.append(_at(lease) | fields)
+                records.append((lease, record))
+            self._payloads.write(connection, records)  # before the rows that refer to them
             _update_slices(connection, updates)
 
     def score_many(self, work: Sequence[tuple[Lease, Sequence[Verdict]]]) -> None:
@@ -199,12 +208,4 @@ def _update_slices(connection: Connection, rows: Sequence[dict[str, Any]], score
     if not rows:
         return
     connection.execute(_UPDATE_SLICE, rows)
-    states: dict[int, dict[str, Any]] = {}
-    for ordinal, state, oldest in connection.execute(_SLICE_STATES, {"ordinals": {x["at_ordinal"] for x in rows}}):
-        states.setdefault(ordinal, {})[state] = oldest
-    updates = []
-    for ordinal, found in states.items():
-        state = next(x for x in _PRECEDENCE if x in found)
-        oldest, when = (found[state], scored_at) if state == GroupState.SCORED else (None, None)
-        updates.append({"at_ordinal": ordinal, "state": state, "oldest_version": oldest, "scored_at": when})
-    connection.execute(UPDATE_GROUP, updates)
+    connection.execute(_FOLLOW, {"ordinals": sorted({x["at_ordinal"] for x in rows}), "now": scored_at})

@@ -6,6 +6,7 @@ JSON values (load_prompts sees to it): tuples come back as lists. A file is a CR
 """
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,19 +85,20 @@ class RecordFiles:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, connection: Connection, place: Any, record: bytes) -> None:
-        """Store a record, under the database's write lock; BufferError if the disk is full."""
-        path = self._path(place)
-        try:
-            path.write_bytes(_sealed(record))
-        except OSError as error:  # no row refers to the torn bytes
-            problem, fix = f"cannot write a payload: {error.strerror}", "free disk space and resume"
-            raise BufferError(problem, key="payload", value=str(path), fix=fix) from error
+    def write(self, connection: Connection, records: Sequence[tuple[Any, bytes]]) -> None:
+        """Store the records of places, under the database's write lock; BufferError if the disk is full."""
+        for place, record in records:
+            path = self._path(place)
+            try:
+                path.write_bytes(_sealed(record))
+            except OSError as error:  # no row refers to the torn bytes
+                problem, fix = f"cannot write a payload: {error.strerror}", "free disk space and resume"
+                raise BufferError(problem, key="payload", value=str(path), fix=fix) from error
 
-    def read(self, connection: Connection, place: Any) -> bytes:
-        """The record; BufferError naming it if it is missing, torn or altered."""
-        path = self._path(place)
-        return _opened(path.read_bytes() if path.exists() else b"", str(path))
+    def read(self, connection: Connection, places: Sequence[Any]) -> list[bytes]:
+        """Their records; BufferError naming one that is missing, torn or altered."""
+        paths = [self._path(place) for place in places]
+        return [_opened(path.read_bytes() if path.exists() else b"", str(path)) for path in paths]
 
     def delete_below(self, connection: Connection, ordinal: int) -> None:
         """Delete the records of all groups before this one."""
@@ -111,12 +113,16 @@ class RecordFiles:
 class RecordRows:
     """The same as rows of the database, where workers on several hosts see no common folder."""
 
-    def write(self, connection: Connection, place: Any, record: bytes) -> None:
-        connection.execute(insert(payloads).values(**_key(place), record=_sealed(record)))
+    def write(self, connection: Connection, records: Sequence[tuple[Any, bytes]]) -> None:
+        if records:
+            rows = [_key(place) | {"record": _sealed(record)} for place, record in records]
+            connection.execute(insert(payloads), rows)
 
-    def read(self, connection: Connection, place: Any) -> bytes:
-        query = select(payloads.c.record).filter_by(**_key(place))
-        return _opened(connection.execute(query).scalar() or b"", f"row {_key(place)}")
+    def read(self, connection: Connection, places: Sequence[Any]) -> list[bytes]:
+        ids = [place.lease_id for place in places]  # a lease covers one slice
+        within = payloads.c.ordinal.in_({place.ordinal for place in places}) & payloads.c.lease_id.in_(ids)
+        found = {x.lease_id: x.record for x in connection.execute(select(payloads).where(within))}
+        return [_opened(found.get(place.lease_id, b""), f"row {_key(place)}") for place in places]
 
     def delete_below(self, connection: Connection, ordinal: int) -> None:
         connection.execute(delete(payloads).where(payloads.c.ordinal < ordinal))

@@ -25,7 +25,7 @@ class Checkpoints:
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""
-        with self._db.read() as connection:
+        with self._db.view() as connection:
             return _watermark(connection)
 
     def commit(self, watermark: Watermark) -> None:
@@ -36,10 +36,11 @@ class Checkpoints:
             expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
             _demand(ours, watermark, "this checkpoint is not of the surviving lineage", expected)
             connection.execute(update(meta).values(committed_step=watermark.step))
-            covered = groups.c.ordinal < watermark.next_ordinal
-            connection.execute(delete(slices).where(slices.c.ordinal < watermark.next_ordinal))
-            connection.execute(update(groups).where(covered, groups.c.prompt.is_not(None)).values(prompt=None))
+            covered = slices.c.ordinal < watermark.next_ordinal
+            connection.execute(of(groups, select(slices.c.ordinal).where(covered)).values(prompt=None))
+            connection.execute(delete(slices).where(covered))
             self._payloads.delete_below(connection, watermark.next_ordinal)
+        self._db.reuse()
 
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.
@@ -78,8 +79,7 @@ class Checkpoints:
                     for x in group
                 ):
                     try:
-                        for x in group:
-                            self._payloads.read(connection, x)
+                        self._payloads.read(connection, group)
                         restored.append(ordinal)
                     except BufferError:  # reported, and sampled again
                         corrupt.append(ordinal)

@@ -6,7 +6,6 @@ Every verb is one transaction; misuse raises BufferError. The workers' verbs are
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,29 +78,30 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
     def take(self, count: int) -> list[Group] | None:
         """The `count` lowest open ordinals as TAKEN, or None while any of them is not SCORED."""
         at_least("count", count, 1)
-        with self._db.read() as connection:
-            if _lowest_open(connection, count) is None:
-                return None  # the learner's poll does not wait for the writers
-        with self._db.write() as connection:
+        with self._db.read() as connection:  # waits for no writer; of scored groups only the learner's verbs change
             rows = _lowest_open(connection, count)
             if rows is None:
                 return None
             query = select(slices).where(slices.c.ordinal.in_([row.ordinal for row in rows]))
             parts = connection.execute(query.order_by(slices.c.ordinal, slices.c.start)).all()
-            taken, updates = [], []
-            for row, (ordinal, own) in zip(rows, groupby(parts, attrgetter("ordinal")), strict=True):
-                rollouts: list[Rollout] = []
-                verdicts: list[Verdict] = []
-                for part in own:
-                    rollouts += decode(self._payloads.read(connection, part), list[Rollout])
-                    verdicts += decode(part.verdicts, list[Verdict])
-                pairs = zip(rollouts, verdicts, strict=True)
-                known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")
-                updates.append({"at_ordinal": ordinal, "state": GroupState.TAKEN, "outcomes": known})
-                taken.append(Group(
-                    ordinal=ordinal, prompt=decode(row.prompt, Prompt), samples=row.samples,
-                    rollouts=tuple(rollouts), verdicts=tuple(verdicts),
-                ))  # fmt: skip
+            records = self._payloads.read(connection, parts)
+        taken, updates = [], []
+        pieces = groupby(zip(parts, records, strict=True), lambda x: x[0].ordinal)
+        for row, (ordinal, own) in zip(rows, pieces, strict=True):
+            rollouts: list[Rollout] = []
+            verdicts: list[Verdict] = []
+            for part, record in own:
+                rollouts += decode(record, list[Rollout])
+                verdicts += decode(part.verdicts, list[Verdict])
+            pairs = zip(rollouts, verdicts, strict=True)
+            known = encode([(v.score, len(r.token_ids)) for r, v in pairs if v.score is not None], "scores")
+            updates.append({"at_ordinal": ordinal, "state": GroupState.TAKEN, "outcomes": known})
+            taken.append(Group(
+                ordinal=ordinal, prompt=decode(row.prompt, Prompt), samples=row.samples,
+                rollouts=tuple(rollouts), verdicts=tuple(verdicts),
+            ))  # fmt: skip
+        with self._db.write() as connection:
+            _check_states(connection, [row.ordinal for row in rows], (GroupState.SCORED,), "taken")
             connection.execute(UPDATE_GROUP, updates)
         return taken
 
@@ -157,7 +157,7 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
 
     def stats(self) -> BufferStats:
         """Counters for telemetry and `rlkit buffer`."""
-        with self._db.read() as connection:
+        with self._db.view() as connection:
             return tables.stats_of(connection)
 
     def close(self) -> None:

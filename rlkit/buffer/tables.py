@@ -1,4 +1,4 @@
-"""The buffer's schema, in SQLAlchemy Core: SQLite now, and nothing in it PostgreSQL lacks."""
+"""The buffer's schema, in SQLAlchemy Core: for SQLite and PostgreSQL alike."""
 
 from typing import Any
 

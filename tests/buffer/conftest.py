@@ -19,16 +19,15 @@ from buffer_work import Buffer, Clock, open_at
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """URL of a real server; where PostgreSQL is not installed the test is skipped, on CI it fails."""
     if postgres.binaries() is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no PostgreSQL (Debian: postgresql)")
-    folder = tmp_path_factory.mktemp("postgres")
-    for place in (folder, *folder.parents):
-        if place.is_relative_to(tempfile.gettempdir()) and place != Path(tempfile.gettempdir()):
-            place.chmod(0o755)  # its account is another one
-    with postgres.server(folder / "server") as url:
-        yield url
+    with tempfile.TemporaryDirectory(prefix="rlkit-postgres-") as name:
+        folder = Path(name)  # not pytest's, which another session of it may close to the server's account
+        folder.chmod(0o755)
+        with postgres.server(folder / "server") as url:
+            yield url
 
 
 @pytest.fixture

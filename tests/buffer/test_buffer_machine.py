@@ -1,9 +1,14 @@
-"""Random interleavings of workers, learner, checkpoints, crashes and zombies against a model."""
+"""Random interleavings of workers, lagging engines, learner, checkpoints, crashes and zombies against a model.
+
+RLKIT_INTERLEAVINGS=2000 pytest -s --timeout=0 --hypothesis-seed=1: so many on each database; prints what happened.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +23,10 @@ from rlkit.errors import BufferError
 from rlkit.types import Rollout
 
 TIMEOUT = 10.0
-sampling = st.sampled_from(("oldest", "newest", "mixed"))
+sampling = st.sampled_from(("oldest", "newest", "mixed", "engine"))
 pick = st.randoms(use_true_random=False)
+workers = st.sampled_from("abc")
+COUNT = int(os.environ.get("RLKIT_INTERLEAVINGS", "0"))
 
 
 @dataclass
@@ -30,7 +37,13 @@ class Checkpoint:
 
 
 class BufferMachine(RuleBasedStateMachine):
-    """`leases`: what is valid, by lease_id; `zombies`: what was, and is not any more."""
+    """`leases`: what is valid, by lease_id; `zombies`: what was, and is not any more; `engines`: versions of workers'.
+
+    `lags`: of groups that were trained, their oldest token's, counted by (S, lag).
+    """
+
+    lags: Counter[tuple[int, int]] = Counter()
+    happened: Counter[str] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +58,11 @@ class BufferMachine(RuleBasedStateMachine):
         self.ledger: list[int] = []
         self.dropped: set[int] = set()
         self.taken: list[int] = []
+        self.oldest: dict[int, int] = {}  # oldest version of taken groups
+        self.engines = dict.fromkeys("abcd", 0)
+        self.samples: dict[int, int] = {}
         self.next_ordinal = 0
-        self.fenced = self.expired = 0
+        self.fenced = self.expired = self.largest = 0
         self.checkpoints = [Checkpoint(START, [], {0: 0})]
         self.ledger_start = 0
 
@@ -78,6 +94,7 @@ class BufferMachine(RuleBasedStateMachine):
         request(self.buffer, count, samples)
         # an ordinal that a rollback removed may come back with fewer samples
         self.stored = {k: r for k, r in self.stored.items() if k[0] < self.next_ordinal}
+        self.samples |= dict.fromkeys(range(self.next_ordinal, self.next_ordinal + count), samples)
         self.next_ordinal += count
 
     @rule()
@@ -101,6 +118,7 @@ class BufferMachine(RuleBasedStateMachine):
                 for version in found.versions():
                     lag = self.step - self.versions[int(version)]  # KeyError: a dead version
                     assert 0 <= lag <= self.staleness
+            self.oldest[group.ordinal] = min(int(v) for r in group.rollouts for v in r.versions())
         ordinals = [group.ordinal for group in groups]
         ended = {*self.ledger, *self.dropped, *self.taken}
         unended = [k for k in range(self.next_ordinal) if k not in ended]
@@ -113,19 +131,29 @@ class BufferMachine(RuleBasedStateMachine):
         version = self.buffer.next_version() + gap
         assert version not in self.used
         self.buffer.publish(version, self.taken)
+        for ordinal in self.taken:  # its oldest token's
+            lag = self.step - self.versions[self.oldest[ordinal]]
+            assert 0 <= lag <= self.staleness
+            self.largest = max(self.largest, lag)
+            self.lags[self.staleness, lag] += 1
         self.versions[version] = self.step + 1
         self.used.add(version)
         self.ledger += sorted(self.taken)
         self.taken = []
 
-    @rule(steps=st.integers(1, 3), eager=st.booleans(), spans=sampling)
-    def train(self, steps: int, eager: bool, spans: str) -> None:
-        """Some whole steps: single rules alone seldom get far into a run."""
+    @rule(steps=st.integers(1, 3), eager=st.booleans(), spans=sampling, ahead=st.booleans())
+    def train(self, steps: int, eager: bool, spans: str, ahead: bool) -> None:
+        """Some whole steps: single rules alone seldom get far into a run.
+
+        Without `ahead` only what these steps need is sampled: the rest waits, or is in work, while versions go by.
+        """
         for _ in range(steps):
             waiting = self.next_ordinal - len(self.ledger) - len(self.dropped)
             needed = max(0, self.prompts - waiting)
             self.request_groups(self.buffer.capacity() if eager else needed, 2)
-            self.work(spans)
+            ended = {*self.ledger, *self.dropped, *self.taken}
+            wanted = [k for k in range(self.next_ordinal) if k not in ended][: self.prompts - len(self.taken)]
+            self.work(spans, None if ahead else max(wanted, default=-1))
             self.take()
             self.publish(0)
 
@@ -138,6 +166,7 @@ class BufferMachine(RuleBasedStateMachine):
         ordinal = random.choice(random.choice([self.taken, []]) or candidates)
         self.buffer.drop([ordinal], "tired of it")
         self.dropped.add(ordinal)
+        self.happened["drop"] += 1
         self.taken = [k for k in self.taken if k != ordinal]
         self.forget(k for k, x in self.leases.items() if x.ordinal == ordinal)
 
@@ -160,6 +189,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.checkpoints = self.checkpoints[:kept]  # those after it are of a dead lineage
         chosen = self.checkpoints[-1]
         lost = lose_buffer == 0
+        self.happened["lost buffer" if lost else "crash"] += 1
         if lost:
             shutil.rmtree(self.folder)
             self.folder = Path(tempfile.mkdtemp(prefix="rlkit-buffer-"))
@@ -194,20 +224,38 @@ class BufferMachine(RuleBasedStateMachine):
 
     # ---- workers
 
-    @rule(worker=st.sampled_from("abc"), most=st.integers(1, 12))
-    def lease(self, worker: str, most: int) -> None:
+    @rule(worker=workers, random=pick)
+    def load(self, worker: str, random) -> None:
+        """An engine gets weights, not always the newest; till then it lags, or has a dead version's after a crash."""
+        self.engines[worker] = random.choice(sorted(self.versions))
+
+    @rule(worker=workers, most=st.sampled_from((1, 2, 3, 4, 12)), pinned=st.booleans(), ask=st.booleans())
+    def lease(self, worker: str, most: int, pinned: bool, ask: bool) -> None:
+        """`pinned`: only what the worker's engine may sample as it is; `ask`: the learner has just asked for more."""
+        if ask:
+            self.request_groups(self.buffer.capacity(), 4)
+        self.lease_some(worker, most, pinned)
+
+    def lease_some(self, worker: str, most: int, pinned: bool) -> list[Lease]:
         late = [k for k, x in self.leases.items() if x.deadline <= self.clock.now]
         self.expired += len(late)
+        self.happened["expiry"] += len(late)
         self.forget(late)
-        leases = self.buffer.lease(worker, most, TIMEOUT)
+        engine = self.engines[worker]
+        leases = self.buffer.lease(worker, most, TIMEOUT, version=engine if pinned else None)
+        assert [(x.ordinal, x.start) for x in leases] == sorted((x.ordinal, x.start) for x in leases)
+        self.happened["pinned lease"] += pinned and bool(leases)
         assert sum(x.stop - x.start for x in leases) <= most
         for x in leases:
             assert x.stop - x.start <= self.slice_samples
+            assert not pinned or x.min_version <= engine
+            self.happened["split slice"] += x.stop % self.slice_samples != 0 and x.stop != self.samples[x.ordinal]
             assert x.prompt.id == prompt(x.ordinal).id
             busy = [y for y in self.leases.values() if y.ordinal == x.ordinal]
             assert all(x.stop <= y.start or y.stop <= x.start for y in busy)
             self.leases[x.lease_id] = x
             self.submitted.discard(x.lease_id)
+        return leases
 
     @precondition(lambda self: self.leases)
     @rule(random=pick, spans=sampling)
@@ -219,9 +267,27 @@ class BufferMachine(RuleBasedStateMachine):
         else:
             self.sample(lease, spans)
 
+    @precondition(lambda self: self.leases.keys() - self.submitted)
+    @rule(random=pick)
+    def submit_from_engine(self, random) -> None:
+        """With the weights it has: of a live version from min_version on, however far behind; else refused."""
+        lease = self.leases[random.choice(sorted(self.leases.keys() - self.submitted))]
+        version = self.engines[lease.worker_id]
+        if version in self.versions and version >= lease.min_version:
+            self.sample(lease, "engine")
+        else:
+            self.happened["old weights" if version in self.versions else "dead weights"] += 1
+            with pytest.raises(BufferError, match="wrong weights"):
+                self.buffer.submit(lease, rollouts(lease, [version]))
+
     def sample(self, lease: Lease, spans: str) -> None:
         allowed = [v for v in sorted(self.versions) if v >= lease.min_version]
-        chosen = {"oldest": allowed[:1], "newest": allowed[-1:], "mixed": allowed}[spans]
+        engine = self.engines[lease.worker_id]
+        if spans == "engine" and engine not in allowed:  # brought to min_version, no further
+            self.engines[lease.worker_id] = engine = allowed[0]
+        chosen = {"oldest": allowed[:1], "newest": allowed[-1:], "mixed": allowed, "engine": [engine]}[spans]
+        self.happened["lagging tokens"] += chosen[0] < allowed[-1]
+        self.happened["several versions"] += len(chosen) > 1
         work = rollouts(lease, chosen)
         self.buffer.submit(lease, work)
         self.submitted.add(lease.lease_id)
@@ -240,14 +306,16 @@ class BufferMachine(RuleBasedStateMachine):
         self.finish(self.leases[random.choice(sorted(self.leases))], spans)
 
     @rule(spans=sampling)
-    def work(self, spans: str) -> None:
-        """A worker finishes everything it and the others have begun, and all that waits."""
-        for lease in [*self.leases.values()]:
-            self.finish(lease, spans)
-        while leases := self.buffer.lease("d", 64, TIMEOUT):
+    def work(self, spans: str, last: int | None = None) -> None:
+        """A worker finishes everything it and the others have begun, and all that waits; or up to one ordinal."""
+        leases = [*self.leases.values()]
+        while True:
             for lease in leases:
-                self.leases[lease.lease_id] = lease
-                self.finish(lease, spans)
+                if last is None or lease.ordinal <= last:
+                    self.finish(lease, spans)
+            leases = self.lease_some("d", 64 if last is None else 4, pinned=False)
+            if not leases or (last is not None and leases[0].ordinal > last):
+                break
 
     def finish(self, lease: Lease, spans: str) -> None:
         if lease.lease_id not in self.submitted:
@@ -284,6 +352,7 @@ class BufferMachine(RuleBasedStateMachine):
                 self.buffer.renew([lease], TIMEOUT)
         assert caught.value.lost == (lease,)
         self.fenced += 1
+        self.happened["zombie"] += 1
         self.buffer.release([lease])  # passed over
         assert self.buffer.stats().states == before
 
@@ -313,10 +382,13 @@ class BufferMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, the run goes on, and no ordinal is lost."""
         if hasattr(self, "buffer"):
+            self.happened["interleavings"] += 1
             self.clock.now += TIMEOUT
             self.expired += len(self.leases)
             self.leases.clear()
-            self.train(self.staleness + 2, True, "oldest")
+            self.largest = 0
+            self.train(self.staleness + 2, True, "oldest", ahead=True)
+            assert self.largest == self.staleness  # the bound is reached
             ended = set(self.ledger) | self.dropped
             assert set(range(max(self.ledger) + 1)) <= ended
             assert self.buffer.trained_ordinals() == self.ledger[self.ledger_start :]
@@ -324,12 +396,21 @@ class BufferMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-TestBufferMachine = BufferMachine.TestCase
-TestBufferMachine.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class TestBufferMachine(BufferMachine.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(
+        max_examples=COUNT or 40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+
+    def tearDown(self) -> None:
+        super().tearDown()
+        for staleness in range(3):
+            found = {lag: n for (s, lag), n in sorted(BufferMachine.lags.items()) if s == staleness}
+            print(f"\nmax_staleness {staleness}: trained groups by lag of their oldest token: {found}", end="")
+        print("\n" + ", ".join(f"{what}: {n}" for what, n in sorted(BufferMachine.happened.items())))
+        BufferMachine.lags.clear()
+        BufferMachine.happened.clear()
 
 
 @pytest.mark.usefixtures("postgresql")
-class TestBufferMachineOnPostgresql(BufferMachine.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(TestBufferMachine.settings, max_examples=8)
+class TestBufferMachineOnPostgresql(TestBufferMachine):
+    settings = settings(TestBufferMachine.settings, max_examples=COUNT or 8)

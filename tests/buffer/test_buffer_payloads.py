@@ -139,8 +139,8 @@ def test_every_changed_bit_is_found(
     data: st.DataObject, record: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     store, place = RecordFiles(tmp_path_factory.mktemp("payloads")), Place(7, 4, 3)
-    store.write(NOWHERE, place, record)
-    assert store.read(NOWHERE, place) == record
+    store.write(NOWHERE, [(place, record)])
+    assert store.read(NOWHERE, [place]) == [record]
     (path,) = store._folder.iterdir()
     clean = path.read_bytes()
     bit = data.draw(st.integers(0, len(clean) * 8 - 1))
@@ -149,17 +149,17 @@ def test_every_changed_bit_is_found(
     for damaged in (dirty, clean[: data.draw(st.integers(0, len(clean) - 1))]):
         path.write_bytes(damaged)
         with pytest.raises(BufferError, match=r"7-4-3.*cannot be used"):
-            store.read(NOWHERE, place)
+            store.read(NOWHERE, [place])
 
 
 def test_records_of_ended_groups_are_deleted(tmp_path: Path) -> None:
     store = RecordFiles(tmp_path)
     for ordinal in (2, 9, 10):
-        store.write(NOWHERE, Place(ordinal, 0, ordinal), bytes([ordinal]))
+        store.write(NOWHERE, [(Place(ordinal, 0, ordinal), bytes([ordinal]))])
     store.delete_below(NOWHERE, 10)
-    assert store.read(NOWHERE, Place(10, 0, 10)) == b"\n"
+    assert store.read(NOWHERE, [Place(10, 0, 10)]) == [b"\n"]
     with pytest.raises(BufferError, match="9-0-9.*missing"):
-        store.read(NOWHERE, Place(9, 0, 9))
+        store.read(NOWHERE, [Place(9, 0, 9)])
 
 
 def damage(folder: Path, how: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from buffer_work import START, Buffer, Clock, finish, open_at, request, rollouts, same, sample_all, train, verdicts
 
@@ -201,6 +202,25 @@ def test_commit_removes_payloads_of_covered_groups_only(tmp_path: Path, clock: C
     assert buffer.trained_ordinals() == [0, 1, 2, 3]
     buffer.close()
     worker.close()
+
+
+def test_commits_bound_the_disk(tmp_path: Path, clock: Clock, database: str) -> None:
+    buffer, sizes = open_at(tmp_path, clock, prompts=8, slice_samples=1), []
+    draw = np.random.default_rng(0)
+    for _ in range(9):
+        request(buffer, buffer.capacity(), samples=1)
+        for lease in buffer.lease("a", 8, 60.0):
+            found = replace(rollouts(lease)[0], text=str(draw.bytes(20_000)))
+            buffer.submit(lease, [found])
+            buffer.score(lease, verdicts(lease))
+        train(buffer, 8)
+        buffer.commit(buffer.watermark())
+        with buffer._db.read() as connection:
+            size = "SELECT pg_total_relation_size('payloads')" if database == "postgresql" else "PRAGMA page_count"
+            sizes.append(connection.exec_driver_sql(size).scalar_one())
+    assert max(sizes) <= 1.5 * max(sizes[:4])
+    assert buffer.payloads() == 0
+    buffer.close()
 
 
 def test_dropped_groups_free_their_payloads_at_commit(buffer: Buffer) -> None:
