@@ -9,11 +9,12 @@ import pytest
 import torch
 from buffer_work import START, Buffer, finish, request, rollouts, train, verdicts
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlkit.buffer.snapshots import Snapshot
 from rlkit.errors import BufferError, TrainingError
 from rlkit.learner.checkpoint import checksum
-from rlkit.learner.publisher import Publisher
+from rlkit.learner.publisher import ARCHITECTURE, Publisher
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -94,36 +95,38 @@ def test_leased_work_needs_no_weights_until_it_is_handed_in(buffer: Buffer) -> N
     buffer.release([late])
 
 
-def tiny() -> torch.nn.Module:
-    return torch.nn.Linear(3, 2)
+def tiny() -> LlamaForCausalLM:
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) -> None:
     async def run() -> None:
         publisher, model, folder = Publisher(buffer, tmp_path / "weights", 1.0), tiny(), tmp_path / "weights"
-        before = model.weight.detach().clone()
+        publisher.prepare(model)
+        before = model.lm_head.weight.detach().clone()
         await publisher.publish(0, model)
         with torch.no_grad():
-            model.weight += 1  # training goes on; the copy was made before
+            model.lm_head.weight += 1  # training goes on; the copy was made before
         await publisher.done()
         found = buffer.snapshot()
         assert found is not None and found.path == str(folder / "v0.safetensors")
         assert checksum(Path(found.path)) == found.checksum and Path(found.path).stat().st_size == found.size
-        assert torch.equal(load_file(found.path)["weight"], before)
+        assert torch.equal(load_file(found.path)["lm_head.weight"], before)
         request(buffer, 2, samples=2)
         finish(buffer, buffer.lease("a", 4, 60.0))
         train(buffer)
         await publisher.publish(1, model)
         await publisher.done()
         assert buffer.snapshot().version == 1  # type: ignore[union-attr]
-        assert sorted(path.name for path in folder.iterdir()) == ["v0.safetensors", "v1.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == [ARCHITECTURE, "v0.safetensors", "v1.safetensors"]
         finish(buffer, buffer.lease("a", 4, 60.0))
         request(buffer, 2, samples=2)
         finish(buffer, buffer.lease("a", 4, 60.0))
         train(buffer)
         await publisher.publish(2, model)
         await publisher.done()
-        assert sorted(path.name for path in folder.iterdir()) == ["v1.safetensors", "v2.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == [ARCHITECTURE, "v1.safetensors", "v2.safetensors"]
 
     asyncio.run(run())
 
@@ -131,6 +134,7 @@ def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) 
 def test_a_full_disk_or_cap_is_named_and_nothing_is_listed(buffer: Buffer, tmp_path: Path) -> None:
     async def run(most_gb: float, folder: Path) -> None:
         publisher = Publisher(buffer, folder, most_gb)
+        publisher.prepare(tiny())
         await publisher.publish(0, tiny())
         await publisher.done()
 
@@ -139,4 +143,4 @@ def test_a_full_disk_or_cap_is_named_and_nothing_is_listed(buffer: Buffer, tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         asyncio.run(run(1.0, tmp_path / "file"))
-    assert buffer.snapshot() is None and [*(tmp_path / "weights").iterdir()] == []
+    assert buffer.snapshot() is None and [x.name for x in (tmp_path / "weights").iterdir()] == [ARCHITECTURE]
