@@ -207,7 +207,7 @@ def test_commit_removes_payloads_of_covered_groups_only(tmp_path: Path, clock: C
 def test_commits_bound_the_disk(tmp_path: Path, clock: Clock, database: str) -> None:
     buffer, sizes = open_at(tmp_path, clock, prompts=8, slice_samples=1), []
     draw = np.random.default_rng(0)
-    for _ in range(9):
+    for _ in range(16):
         request(buffer, buffer.capacity(), samples=1)
         for lease in buffer.lease("a", 8, 60.0):
             found = replace(rollouts(lease)[0], text=str(draw.bytes(20_000)))
@@ -218,7 +218,7 @@ def test_commits_bound_the_disk(tmp_path: Path, clock: Clock, database: str) -> 
         with buffer._db.read() as connection:
             size = "SELECT pg_total_relation_size('payloads')" if database == "postgresql" else "PRAGMA page_count"
             sizes.append(connection.exec_driver_sql(size).scalar_one())
-    assert max(sizes) <= 1.5 * max(sizes[:4])
+    assert max(sizes) <= 2.5 * max(sizes[:4])  # 4 without
     assert buffer.payloads() == 0
     buffer.close()
 
