@@ -45,7 +45,7 @@ def kill_host(name: str) -> int:
     found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30).stdout.split()
     if found:
         subprocess.run(["kill", "-9", *found], check=False, timeout=30)
-    subprocess.run(["ip", "netns", "del", name], check=False, timeout=30)
+    subprocess.run(["ip", "netns", "del", name], check=False, timeout=30, stderr=subprocess.DEVNULL)
     return len(found)
 
 
@@ -72,6 +72,7 @@ def hosts(options: argparse.Namespace, folder: Path, snapshots: Path) -> dict[st
 
     from rlkit.buffer.database import connect, parsed
 
+    plug_in()
     with postgres.server(folder / "a" / "postgresql", ADDRESS[A]) as url:
         recipe = "quickstart_async" if options.engine == "vllm" else "quickstart"
         settings = [
@@ -93,7 +94,6 @@ def hosts(options: argparse.Namespace, folder: Path, snapshots: Path) -> dict[st
                     sys.exit(f"no {what}\n" + "\n----\n".join(logs))
                 time.sleep(0.1)
 
-        plug_in()
         with on(A, folder / "a", "learner", "learner", settings) as learner:
             with on(B, folder / "b1", "workers", "workers", settings) as workers:
                 until("first steps", lambda: steps() >= 4, [learner, workers])
