@@ -17,9 +17,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from rlkit.buffer.tables import SCHEMA_VERSION, meta, metadata, versions
 from rlkit.errors import BufferError, DatabaseError
 
-BUSY_TIMEOUT_S = (
-    30.0  # a writer's wait for another one; in PostgreSQL also the longest a stopped process may hold one up
-)
+# A writer's wait for another one, longer than the supervisor waits for a stopped one; in PostgreSQL also the longest
+# that one may hold up others.
+BUSY_TIMEOUT_S = 90.0
 _NETWORK = re.compile(
     r"^(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|ocfs2|gfs2?|orangefs"
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"

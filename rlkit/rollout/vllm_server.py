@@ -7,11 +7,9 @@ servers listen on loopback unless told otherwise.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -24,10 +22,10 @@ from typing import NoReturn
 import httpx
 
 from rlkit.errors import ConfigError, EngineError
+from rlkit.rollout.guard import END_S, end
 from rlkit.rollout.vllm_engine import GENERATE, VllmEngine
 
 TESTED = ("0.32.0", "0.33")  # at least, below
-END_S = 20.0  # from SIGTERM to SIGKILL
 LOG_LINES = 15  # in an error
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
@@ -80,7 +78,7 @@ def command(settings: VllmEngine, model: Path | str, port: int, seed: int, dtype
 
 
 class VllmServer:
-    """A server in a process group of its own. On Linux it dies with the thread that started it, however that ends."""
+    """A server in a process group of its own, which a guard ends when this process does, however that happens."""
 
     def __init__(self, settings: VllmEngine, model: Path | str, log: Path, *, seed: int, dtype: str = "auto") -> None:
         """Start serving `model` (folder with config.json and safetensors, or a hub name); does not wait for it.
@@ -93,14 +91,14 @@ class VllmServer:
             port = free.getsockname()[1]
         self.url = f"http://{settings.host}:{port}"
         environment = os.environ | ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_kv_cache_gib)}
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 command(settings, model, port, seed, dtype), env=environment, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=lambda: libc and libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
             )  # fmt: skip
+        watch = [sys.executable, "-m", "rlkit.rollout.guard", str(self.process.pid)]
+        self._guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
 
     def wait_ready(self, check_stop: Callable[[], None] = lambda: None) -> None:
         """Until it has made a token. EngineError with the end of the log when it ends or `start_timeout_s` are over."""
@@ -123,21 +121,11 @@ class VllmServer:
 
     def close(self) -> None:
         """End it and all of its processes; nothing stays in shared memory. Idempotent."""
-        group = self.process.pid  # start_new_session made it the leader
-        if self.process.poll() is None:
-            self.process.terminate()
-            os.killpg(group, signal.SIGCONT)  # a stopped one would not hear it
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(END_S)
-        for pid in members(group, trackers=False):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + END_S  # of the trackers, which remove the shared memory of those that were killed
-        while members(group) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+        end(self.process.pid)  # start_new_session made it the leader of its group
         self.process.wait()
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait(END_S)
 
 
 @contextlib.contextmanager
@@ -154,15 +142,3 @@ def running(
         for server in started:
             server.wait_ready(check_stop)
         yield settings.urls or [server.url for server in started]
-
-
-def members(group: int, trackers: bool = True) -> list[int]:
-    """Processes of a process group that have not ended (Linux), with or without Python's resource trackers."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, _, leader = (process / "stat").read_text().rpartition(")")[2].split()[:3]
-            tracker = b"resource_tracker" in (process / "cmdline").read_bytes()
-            if int(leader) == group and state != "Z" and (trackers or not tracker):
-                found.append(int(process.name))
-    return found

@@ -26,8 +26,9 @@ from rlkit.config.schema import ModelConfig
 from rlkit.errors import ConfigError, EngineError
 from rlkit.learner.model import load_model, load_tokenizer
 from rlkit.rollout.engine import GenerationRequest
+from rlkit.rollout.guard import members
 from rlkit.rollout.vllm_engine import VllmClient, VllmEngine
-from rlkit.rollout.vllm_server import VllmServer, members
+from rlkit.rollout.vllm_server import VllmServer
 from rlkit.types import Rollout, SamplingParams
 
 if importlib.util.find_spec("vllm") is None:
