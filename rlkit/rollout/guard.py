@@ -15,7 +15,7 @@ END_S = 20.0  # from SIGTERM to SIGKILL
 
 
 def end(group: int) -> None:
-    """End a process group: the leader by SIGTERM, what is left by SIGKILL; nothing stays in shared memory. Idempotent."""
+    """End a process group: the leader by SIGTERM, the rest by SIGKILL; nothing stays in shared memory. Idempotent."""
     if not members(group):
         return
     with contextlib.suppress(ProcessLookupError):

@@ -31,7 +31,7 @@ from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSp
 CONNECTION_TRIES = 3  # a connection that was not made sent nothing: only that is tried again
 MISSING_LOGPROB = -9999.0  # what a server writes for NaN and -inf
 SHOWN = 600  # bytes of an answer in an error
-POLL_S = 0.1
+POLL_S, ABORT_S = 0.1, 5.0
 GENERATE = "/inference/v1/generate"
 
 
@@ -122,18 +122,10 @@ class VllmClient:
 
         Draws come from the servers' own generators: `sampling.seed` has no effect (docs/engines.md).
         """
-        finished: asyncio.Queue[asyncio.Task[Rollout]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._sample(request, sampling)) for request in requests]
-        for task in tasks:
-            task.add_done_callback(finished.put_nowait)
-        remaining = len(tasks)
         try:
-            while remaining:
-                done = [await finished.get()]
-                while not finished.empty():
-                    done.append(finished.get_nowait())
-                remaining -= len(done)
-                yield [task.result() for task in done]
+            for earliest in asyncio.as_completed(tasks):
+                yield [await earliest]
         finally:
             for task in tasks:
                 task.cancel()  # its connection is closed, and the server aborts the request
@@ -144,9 +136,13 @@ class VllmClient:
 
         EngineError where the answer is not a whole completion with a log-prob and a version for every token.
         """
-        server = await self._places.get()
+        server, name = await self._places.get(), uuid.uuid4().hex
         try:
-            got = await self._completion(server, request, sampling)
+            got = await self._completion(server, name, request, sampling)
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineError):  # a closed connection alone does not always end it there
+                await self._abort(server, name)
+            raise
         finally:
             self._places.put_nowait(server)
         ids, logprobs, count = got["token_ids"], np.array(got["logprobs"], dtype=np.float32), len(got["token_ids"])
@@ -165,12 +161,14 @@ class VllmClient:
             ),
         )  # fmt: skip
 
-    async def _completion(self, server: Server, request: GenerationRequest, sampling: SamplingParams) -> dict[str, Any]:
+    async def _completion(
+        self, server: Server, name: str, request: GenerationRequest, sampling: SamplingParams
+    ) -> dict[str, Any]:
         """The one choice of a server's answer; followed token by token for stop strings: servers have no tokenizer."""
         # Only what is listed here ends a completion, and nothing truncates the distribution.
         params: dict[str, Any] = dict(temperature=sampling.temperature, max_tokens=sampling.max_tokens, logprobs=0)
         params |= dict(stop_token_ids=sampling.stop_token_ids, ignore_eos=True, top_k=0, top_p=1.0, detokenize=False)
-        name, follow = uuid.uuid4().hex, bool(sampling.stop_strings)
+        follow = bool(sampling.stop_strings)
         body = {"request_id": name, "token_ids": request.prompt_token_ids.tolist(), "sampling_params": params}
         ids, logprobs, stop = list[int](), list[float](), None
         last: dict[str, Any] = {"finish_reason": None, "weight_versions": None}
@@ -187,9 +185,12 @@ class VllmClient:
                         lengths, stopped = stop_positions(torch.tensor([ids]), done, sampling, self.tokenizer)
                         stop = int(lengths[0]) if stopped[0] else None
                         if stop and part["finish_reason"] is None:  # it still says which versions made the tokens
-                            await self._call(server, "/abort_requests", {"request_ids": [f"generate-tokens-{name}"]})
+                            await self._abort(server, name)
         reason = last["finish_reason"] if stop is None else "stop"
         return last | {"token_ids": ids[:stop], "logprobs": logprobs[:stop], "finish_reason": reason}
+
+    async def _abort(self, server: Server, name: str) -> None:
+        await self._call(server, "/abort_requests", {"request_ids": [f"generate-tokens-{name}"]}, timeout_s=ABORT_S)
 
     async def score(self, token_ids: IntArray) -> dict[str, FloatArray]:
         """Log-probs of tokens 1, 2, ... of a sequence given those before, [T - 1] by server URL: to verify weights."""
