@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-A, B = "rlkit-a", "rlkit-b"
-ADDRESS = {A: "10.77.0.1", B: "10.77.0.2"}
+A, B, C = "rlkit-a", "rlkit-b", "rlkit-c"  # the learner's host, the worker's, and the one that takes its place
+ADDRESS = {A: "10.77.0.1", B: "10.77.0.2", C: "10.77.1.2"}
 CUT_S, DEADLINE_S = 30.0, 1500.0
 
 
@@ -30,14 +30,20 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, timeout=30)
 
 
-def plug_in() -> None:
-    """A host B, on a cable to A."""
-    ip("netns", "add", B)
-    ip("link", "add", "veth-a", "netns", A, "type", "veth", "peer", "name", "veth-b", "netns", B)
-    for host, end in ((A, "veth-a"), (B, "veth-b")):
-        ip("-n", host, "address", "add", f"{ADDRESS[host]}/24", "dev", end)
-        ip("-n", host, "link", "set", end, "up")
-        ip("-n", host, "link", "set", "lo", "up")
+def inside(host: str) -> list[str]:
+    return ["nsenter", f"--net=/run/netns/{host}"]
+
+
+def plug_in(host: str) -> str:
+    """A worker's host on a cable of its own to A; returns A's end of it."""
+    end, other = f"a-{host}", f"b-{host}"
+    ip("netns", "add", host)
+    ip("link", "add", end, "netns", A, "type", "veth", "peer", "name", other, "netns", host)
+    ip("-n", A, "address", "add", f"{ADDRESS[A]}/32", "peer", f"{ADDRESS[host]}/32", "dev", end)
+    ip("-n", host, "address", "add", f"{ADDRESS[host]}/32", "peer", f"{ADDRESS[A]}/32", "dev", other)
+    for name, link in ((A, end), (host, other), (host, "lo")):
+        ip("-n", name, "link", "set", link, "up")
+    return end
 
 
 def kill_host(name: str) -> int:
@@ -45,6 +51,7 @@ def kill_host(name: str) -> int:
     found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30).stdout.split()
     if found:
         subprocess.run(["kill", "-9", *found], check=False, timeout=30)
+        time.sleep(1)
     subprocess.run(["ip", "netns", "del", name], check=False, timeout=30, stderr=subprocess.DEVNULL)
     return len(found)
 
@@ -52,7 +59,7 @@ def kill_host(name: str) -> int:
 @contextlib.contextmanager
 def on(host: str, folder: Path, name: str, role: str, settings: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     folder.mkdir(exist_ok=True)
-    command = ["ip", "netns", "exec", host, sys.executable, "-m", "rlkit", role, *settings, f"output_dir={folder}"]
+    command = [*inside(host), sys.executable, "-m", "rlkit", role, *settings, f"output_dir={folder}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
@@ -72,12 +79,13 @@ def hosts(options: argparse.Namespace, folder: Path, snapshots: Path) -> dict[st
 
     from rlkit.buffer.database import connect, parsed
 
-    plug_in()
+    cable = plug_in(B)
     with postgres.server(folder / "a" / "postgresql", ADDRESS[A]) as url:
         recipe = "quickstart_async" if options.engine == "vllm" else "quickstart"
         settings = [
             f"recipe={recipe}", f"steps={options.steps}", "name=two_hosts", f"buffer.url={url}", "max_staleness=2",
-            f"rollout.snapshot_dir={snapshots}", "rollout.workers=1", "rollout.lease_timeout_s=20", "data.eval={}",
+            f"rollout.snapshot_dir={snapshots}", "rollout.workers=1", "rollout.lease_timeout_s=20",
+            "evaluation.at_start=false",
             "checkpoint.every_steps=5", f"sft.cache_dir={options.cache}", "telemetry.report=false",
         ]  # fmt: skip
         metrics, seen = folder / "a" / "two_hosts" / "metrics.jsonl", dict[str, object]()
@@ -94,21 +102,25 @@ def hosts(options: argparse.Namespace, folder: Path, snapshots: Path) -> dict[st
                     sys.exit(f"no {what}\n" + "\n----\n".join(logs))
                 time.sleep(0.1)
 
-        with on(A, folder / "a", "learner", "learner", settings) as learner:
+        with (
+            on(A, folder / "a", "learner", "learner", settings) as learner,
+            on(A, folder / "a", "evaluator", "evaluator", settings),
+        ):
             with on(B, folder / "b1", "workers", "workers", settings) as workers:
                 until("first steps", lambda: steps() >= 4, [learner, workers])
                 print(f"step {steps()}: the cable is cut for {CUT_S:.0f} s", flush=True)
-                ip("-n", A, "link", "set", "veth-a", "down")
+                ip("-n", A, "link", "set", cable, "down")
                 time.sleep(CUT_S)
-                ip("-n", A, "link", "set", "veth-a", "up")
+                ip("-n", A, "link", "set", cable, "up")
+                ip("-n", A, "route", "replace", f"{ADDRESS[B]}/32", "dev", cable)
                 at, since = steps(), time.monotonic()
                 until("steps after the cut", lambda: steps() >= min(at + 4, options.steps - 4), [learner, workers])
                 seen["seconds_to_go_on_after_the_cut"] = round(time.monotonic() - since, 1)
                 print(f"step {steps()}: host B is killed", flush=True)
                 seen["processes_killed"] = kill_host(B)
-            plug_in()
-            with on(B, folder / "b2", "workers", "workers", settings):
-                until("end", lambda: learner.poll() is not None, [])
+            plug_in(C)
+            with on(C, folder / "c", "workers", "workers", settings) as workers:
+                until("end", lambda: learner.poll() is not None, [workers])
         with engine.connect() as connection:
             rows = connection.execute(
                 text("SELECT ordinal, trained_step FROM groups WHERE state = 'trained' ORDER BY 1")
@@ -139,14 +151,14 @@ def main() -> None:
     options = parser.parse_args()
     options.cache = str(Path(options.cache).absolute())
     if not options.inside:
-        for host in (A, B):
+        for host in (A, B, C):
             kill_host(host)
         ip("netns", "add", A)
         ip("-n", A, "link", "set", "lo", "up")
         try:
-            sys.exit(subprocess.run(["ip", "netns", "exec", A, sys.executable, *sys.argv, "--inside"]).returncode)
+            sys.exit(subprocess.run([*inside(A), sys.executable, *sys.argv, "--inside"]).returncode)
         finally:
-            for host in (B, A):
+            for host in (C, B, A):
                 kill_host(host)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
