@@ -71,7 +71,7 @@ def test_pragmas(buffer: SqlBuffer) -> None:
             name: connection.execute(text(f"PRAGMA {name}")).scalar()
             for name in ("journal_mode", "foreign_keys", "busy_timeout", "synchronous")
         }
-    assert found == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 30_000, "synchronous": 1}
+    assert found == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 90_000, "synchronous": 1}
 
 
 @pytest.mark.parametrize("setting", [{"prompts": 3}, {"staleness": 0}])
