@@ -85,9 +85,10 @@ class Trainer:
             while self.step < config.steps:
                 self.session.check_stop()
                 metrics = await self.train_step()
-                if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
-                    metrics["time/checkpoint"] = self.save()
+                # Before it is saved: resuming removes a row beyond the checkpoint, and cannot make a missing one.
                 self.telemetry.log(self.step, metrics)
+                if self.step % config.checkpoint.every_steps == 0 or self.step == config.steps:
+                    self.telemetry.log(self.step, {"time/checkpoint": self.save()})
                 await self.evaluate()
             self._log_evaluations(await self.rollouts.finish())
         except BaseException:

@@ -55,8 +55,9 @@ def wait_until(holds: Callable[[], object], seconds: float = 20.0) -> None:
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    before = set(psutil.Process().children(recursive=True))  # of other tests' fixtures
     yield
-    wait_until(lambda: not psutil.Process().children(recursive=True))
+    wait_until(lambda: not set(psutil.Process().children(recursive=True)) - before)
 
 
 def test_the_vital_parts_end_ends_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
