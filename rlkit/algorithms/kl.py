@@ -24,6 +24,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "k2": lambda d, _: 0.5 * d.square(),
     "k3": lambda _, clamped: torch.expm1(clamped) - clamped,
 }
+NOISE_AS_LOSS = frozenset({"k1"})  # estimates whose gradient has expectation 0
 
 
 class KL(Protocol):
@@ -57,7 +58,7 @@ class KLPenalty(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.estimator == "k1" and self.coefficient > 0 and not self.in_reward:
+        if self.estimator in NOISE_AS_LOSS and self.coefficient > 0 and not self.in_reward:
             fix = "estimator=k2 has the gradient of the same KL; k1 belongs in the reward (KLInReward)"
             problem = "as a loss, its expected gradient is 0"
             raise ConfigError(problem, key="estimator", value=self.estimator, fix=fix)

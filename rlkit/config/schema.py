@@ -99,9 +99,7 @@ class RolloutConfig:
     slice_samples: int = number(64, 1)  # Samples of one lease: the unit of work a worker takes from the buffer.
     lease_timeout_s: float = number(600.0, 1)  # A lease not renewed for this long is taken back.
     workers: int = number(0, 0)  # Worker processes that `rlkit train` starts; 0: the learner samples between its steps.
-    verify_every: int = number(
-        10, 0
-    )  # Workers compare weights after the first and every so many updates; 0: the first.
+    verify_every: int = number(10, 0)  # Updates between two comparisons of weights; 0: only after the first update.
     verify_tolerance: float = number(1e-3, 0)  # Most that a log-prob may differ then; 16-bit weights need about 0.3.
     wait_s: float = number(1800.0, 1)  # Longest that the learner waits for workers with nothing moving in the buffer.
     snapshot_dir: str | None = None  # Where weights are left for workers; default: snapshots/ in the run folder.

@@ -47,7 +47,6 @@ class Part:
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)  # in addition to the supervisor's own
     vital: bool = False
-    again: Sequence[str] = ()  # added to the command of every life but the first
 
 
 class PartFailed(RlkitError):
@@ -141,13 +140,12 @@ class Supervisor:
 
     async def _live(self, life: _Life) -> int:
         """One life of a part: its exit status, -n where signal n ended it. Whatever ends this ends the process."""
-        command = [*life.part.command, *(life.part.again if life.restarts else ())]
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         environment = os.environ | {PULSE: str(theirs.fileno())} | dict(life.part.environment)
         with theirs, life.log.open("ab") as log:
             life.process = process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                *life.part.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                 pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
         hearing = asyncio.create_task(self._hear(life, ours))

@@ -41,9 +41,9 @@ class LocalRollouts:
         worker = RolloutWorker(buffer, engine, pool, sampling, "embedded-0", capacity, timeout)
         return cls(session, engine, worker, held_out, likelihood)
 
-    async def run_once(self) -> dict[str, float]:
-        """Sample and score what is requested; returns metrics, none if nothing is."""
-        return await self.worker.run_once()
+    async def run_once(self) -> dict[str, float] | None:
+        """Sample and score what is requested; returns metrics, None if nothing is."""
+        return await self.worker.run_once() or None
 
     async def serve(self, version: int) -> None:
         """The present weights are `version`."""

@@ -150,15 +150,15 @@ class Trainer:
     async def collect(self) -> tuple[list[Group], list[str], dict[str, float]]:
         """Take `prompts_per_step` groups to train on; refuse and replace others. With their reasons, and metrics."""
         wanted = self.config.prompts_per_step
-        clock = {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
+        clock = dict[str, float]()
         usable, drawn, refused = list[Group](), list[Group](), list[str]()
         while missing := wanted - len(usable):
             self.request()
             while (taken := self.buffer.take(missing)) is None:
-                if not (measured := await self.rollouts.run_once()):
+                if (measured := await self.rollouts.run_once()) is None:
                     states = self.buffer.stats().states
                     raise TrainingError("no group is ready and none is left to sample", key="buffer", value=states)
-                clock = {name: clock[name] + value for name, value in measured.items()}
+                clock |= {name: clock.get(name, 0.0) + value for name, value in measured.items()}
             may_filter = len(drawn) < self.config.algorithm.max_filter_draws * wanted
             if self.likelihood is not None:
                 taken = [self.likelihood.gate(group) for group in taken]
@@ -170,6 +170,7 @@ class Trainer:
                     usable.append(group)
             drawn += taken
             self._check_scored(drawn)
+        clock["perf/sampled_tokens"] = float(sum(len(r.token_ids) for group in drawn for r in group.rollouts))
         return usable, refused, clock
 
     def _refusal(self, group: Group, may_filter: bool) -> str | None:

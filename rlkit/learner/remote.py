@@ -62,9 +62,9 @@ class RemoteRollouts:
         )  # fmt: skip
 
     async def run_once(self) -> dict[str, float]:
-        """Wait a little. TrainingError when nothing has moved in the buffer for `limit_s`."""
+        """Wait a little; no metrics. TrainingError when nothing has moved in the buffer for `limit_s`."""
         await self._wait(self.buffer.stats())
-        return {"time/generate": 0.0, "time/score": 0.0, "perf/sampled_tokens": 0.0}
+        return {}
 
     async def _wait(self, state: Any) -> None:
         self.check_stop()

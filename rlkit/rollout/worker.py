@@ -122,12 +122,11 @@ class RolloutWorker:
         started = time.perf_counter()
         held = {lease.lease_id: lease for lease in leases}
         renewing = asyncio.create_task(self._renew(held))
-        scoring, tokens = list[asyncio.Task[None]](), 0
+        scoring = list[asyncio.Task[None]]()
         try:
             async for finished in self._finished_slices(leases):
                 if renewing.done():
                     renewing.result()  # raises what ended it
-                tokens += sum(len(r.token_ids) for _, rollouts in finished for r in rollouts)
                 with self._giving_up(held):
                     self.buffer.submit_many([work for work in finished if work[0].lease_id in held])
                 if kept := [work for work in finished if work[0].lease_id in held]:
@@ -144,7 +143,7 @@ class RolloutWorker:
             renewing.cancel()
             await asyncio.wait([renewing])
         scored = time.perf_counter() - generated  # from the last token to the last verdict
-        return {"time/generate": generated - started, "time/score": scored, "perf/sampled_tokens": float(tokens)}
+        return {"time/generate": generated - started, "time/score": scored}
 
     async def _finished_slices(self, leases: list[Lease]) -> AsyncIterator[list[tuple[Lease, list[Rollout]]]]:
         """Generate all samples of `leases`; yield the slices whose last samples have just come."""

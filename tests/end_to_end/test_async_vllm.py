@@ -48,6 +48,7 @@ def test_a_run_on_vllm(tmp_path: Path) -> None:
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert max(row["off_policy/lag/max"] for row in steps) <= STALENESS
     assert max(row["off_policy/versions_per_rollout"] for row in steps) > 1, "no rollout spans two versions"
+    assert all(row["perf/sampled_tokens"] >= 16 for row in steps)
     # Tokens of the weights that the learner has, by the server's word, have the learner's log-probs.
     compared = [row["mismatch/logprob_absdiff/max"] for row in steps if "mismatch/logprob_absdiff/max" in row]
     assert compared and max(compared) < TOLERANCE

@@ -78,7 +78,7 @@ def worker(buffer, engine, pool, name="w", timeout=60.0):
 
 def test_a_round_hands_in_every_slice(buffer, pool):
     measured = asyncio.run(worker(buffer, PacedEngine(), pool).run_once())
-    assert measured["perf/sampled_tokens"] == 16 and buffer.stats().fenced_writes == 0
+    assert measured.keys() == {"time/generate", "time/score"} and buffer.stats().fenced_writes == 0
     groups = buffer.take(2)
     assert [[v.score for v in g.verdicts] for g in groups] == [[1.0] * 4] * 2
     assert asyncio.run(worker(buffer, PacedEngine(), pool).run_once()) == {}

@@ -1,0 +1,55 @@
+"""Evaluations asked for and answered, reports, and the end, on both databases."""
+
+from __future__ import annotations
+
+import pytest
+from buffer_work import START, Buffer, Clock, finish, request, train
+
+from rlkit.buffer.snapshots import Snapshot
+
+pytestmark = pytest.mark.usefixtures("database")
+
+
+def stored(buffer: Buffer, version: int) -> Snapshot:
+    snapshot = Snapshot(version=version, path=f"v{version}", checksum="00", size=1, probe=([4, 5], [-1.5]))
+    buffer.stored(snapshot)
+    return snapshot
+
+
+def step(buffer: Buffer) -> None:
+    request(buffer, 2, samples=2)
+    finish(buffer, buffer.lease("a", 4, 60.0))
+    train(buffer)
+
+
+def test_a_version_is_kept_until_its_evaluation_is_there(buffer: Buffer) -> None:
+    first = stored(buffer, 0)
+    buffer.ask(0, 0)
+    buffer.ask(0, 7)  # asked before: nothing changes
+    for version in (1, 2):
+        step(buffer)
+        stored(buffer, version)
+    assert buffer.asked() == {0: first}
+    assert [x.version for x in buffer.discard()] == [1]
+    buffer.answer(0, {"eval/x/avg@4": 0.5})
+    assert (buffer.asked(), buffer.answers()) == ({}, {0: {"eval/x/avg@4": 0.5}})
+    assert [x.version for x in buffer.discard()] == [0]
+
+
+def test_an_evaluation_waits_for_its_snapshot_and_a_rollback_takes_it_back(buffer: Buffer) -> None:
+    step(buffer)
+    buffer.ask(1, 1)
+    assert buffer.asked() == {1: None}
+    buffer.rollback(START)
+    assert buffer.asked() == {}
+
+
+def test_reports_age_and_hear_of_the_end(buffer: Buffer, clock: Clock) -> None:
+    assert buffer.report("worker", {"samples": 1.0}) and buffer.report("worker", {"samples": 2.0})
+    assert buffer.reports(30.0) == {"worker": {"samples": 2.0}}
+    clock.now += 31
+    assert buffer.reports(30.0) == {}
+    buffer.end()
+    assert not buffer.report("worker", {})
+    buffer.rollback(START)  # a new part of the run
+    assert buffer.report("worker", {})

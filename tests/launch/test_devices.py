@@ -1,0 +1,35 @@
+"""Which process gets which GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlkit.config.compose import load
+from rlkit.errors import ConfigError
+from rlkit.launch.devices import VISIBLE, assign
+from rlkit.launch.supervisor import Part
+
+NAMES = ("learner", "worker-0", "worker-1", "evaluator")
+PARTS = [Part(name=name, command=["true"], environment={"A": "b"}) for name in NAMES]
+
+
+def placed(gpus: list[str], *more: str) -> dict[str, str | None]:
+    config, _ = load("quickstart_async", ["rollout.workers=2", "learner.processes=2", *more])
+    found = assign(config, PARTS, gpus)
+    assert all(part.environment["A"] == "b" for part in found)
+    return {part.name: part.environment.get(VISIBLE) for part in found}
+
+
+def test_every_process_has_devices_of_its_own() -> None:
+    found = placed([*"01234567"], "rollout.engine.tensor_parallel_size=2")
+    assert found == {"learner": "0,1", "worker-0": "2,3", "worker-1": "4,5", "evaluator": "6"}
+
+
+def test_one_device_is_shared_and_none_is_none() -> None:
+    assert placed(["3"])["worker-1"] == "3"
+    assert set(placed([]).values()) == {None}
+
+
+def test_too_few_devices_are_named() -> None:
+    with pytest.raises(ConfigError, match="5: 2 learner, 1 worker-0, 1 worker-1, 1 evaluator"):
+        placed(["0", "1", "2"])
