@@ -257,7 +257,7 @@ def test_a_run_that_left_no_checkpoint_leaves_nothing_to_the_next(tmp_path):
         process.kill()
         process.wait()
     assert main(["train", *settings(tmp_path, "run", "steps=2", "seed=7")]) == 0
-    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 2]
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 2, 2]  # step 2, its checkpoint, its evaluation
     assert sorted(p.name for p in (run / "rollouts").iterdir()) == ["step_1.parquet", "step_2.parquet"]
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["seed"], summary["steps"], summary["avg@4_after_step"]) == (7, 2, 2)
