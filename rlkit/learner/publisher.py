@@ -25,7 +25,7 @@ class Publisher:
     buffer: SqlBuffer
     folder: Path
     most_gb: float
-    _writing: asyncio.Task[None] | None = None
+    _writing: asyncio.Future[None] | None = None
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Make the folder, with the model's config.json, and remove what a killed learner left there unlisted."""
@@ -44,7 +44,8 @@ class Publisher:
         # Tied parameters are named once, which loaders of tied models expect.
         tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
         scored = None if probe is None else (probe.tolist(), probe_logprobs(model, probe).tolist())
-        self._writing = asyncio.create_task(asyncio.to_thread(self._write, version, tensors, scored))
+        # A task would begin when the event loop is next idle, which is after the next step's training.
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._write, version, tensors, scored)
 
     async def done(self) -> None:
         """Wait for the last file. Raises what went wrong: TrainingError over the cap, OSError of a full disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) 
         assert sorted(path.name for path in folder.iterdir()) == [ARCHITECTURE, "v1.safetensors", "v2.safetensors"]
 
     asyncio.run(run())
+
+
+def test_the_file_is_written_while_the_event_loop_is_busy_training(buffer: Buffer, tmp_path: Path) -> None:
+    async def run() -> bool:
+        publisher = Publisher(buffer, tmp_path / "weights", 1.0)
+        publisher.prepare(tiny())
+        await publisher.publish(0, tiny())
+        end = time.monotonic() + 30.0
+        while buffer.snapshot() is None and time.monotonic() < end:
+            time.sleep(0.005)  # a step with its groups at hand: nothing is awaited
+        written = buffer.snapshot() is not None
+        await publisher.done()
+        return written
+
+    assert asyncio.run(run())
 
 
 def test_a_full_disk_or_cap_is_named_and_nothing_is_listed(buffer: Buffer, tmp_path: Path) -> None:
