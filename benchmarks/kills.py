@@ -288,9 +288,11 @@ def main() -> None:
                     print(*(f"    {line}" for line in log[-60:]), sep="\n", flush=True)
                 elif not given.keep:
                     shutil.rmtree(trial.run)
+            violations += len(ends) < given.times  # too many runs were over before their kill
             out[kind] = {
-                "killed": len(ends), "seconds_to_end_mean": round(sum(ends) / len(ends), 1), "seconds_to_end_max": round(max(ends), 1),
-                "restarts": restarts, "dead_versions": dead, "expired_leases": expired, "fenced_writes": fenced,
+                "killed": len(ends), "seconds_to_end_mean": round(sum(ends) / max(1, len(ends)), 1),
+                "seconds_to_end_max": round(max(ends, default=0.0), 1), "restarts": restarts, "dead_versions": dead,
+                "expired_leases": expired, "fenced_writes": fenced,
             }  # fmt: skip
     finally:
         if not given.keep and not violations:
