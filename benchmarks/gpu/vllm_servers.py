@@ -130,7 +130,7 @@ class Run:
     def run(self, name: str, transfer: str, sleep: bool, devices: str | None) -> None:
         share = 0.5 if sleep else 0.9
         settings = VllmEngine(
-            max_num_seqs=self.arguments.samples, max_model_len=4096, weight_transfer=transfer, sleep_mode=sleep,
+            max_num_seqs=self.arguments.samples, max_model_len=4096, weight_transfer=transfer, takes_turns=sleep,
             gpu_memory_utilization=share,
         )  # fmt: skip
         before = os.environ.get("CUDA_VISIBLE_DEVICES")

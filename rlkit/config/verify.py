@@ -75,6 +75,9 @@ def _check_processes(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
             "accelerate launch -m rlkit train ...",
         )
         yield _fault("learner.processes", config.learner.processes, problem, "1 with rollout.workers=0", fix)
+    if config.learner.processes > 1 and getattr(engine, "takes_turns", False):
+        problem, expected = "one process takes turns with the engine", "1 with rollout.engine.takes_turns"
+        yield _fault("learner.processes", config.learner.processes, problem, expected)
     evaluator = engine if config.evaluation.engine is None else built.get("evaluation.engine")
     if (
         workers

@@ -29,12 +29,14 @@ def needs(config: Config, name: str) -> int:
 
 
 def assign(config: Config, parts: Sequence[Part], gpus: Sequence[str] | None = None) -> list[Part]:
-    """The parts with their GPUs, in order; where there is one, all share it. ConfigError where there are too few."""
+    """The parts with their GPUs, in order; one is shared, as are those taken in turn. ConfigError: too few."""
     free = visible() if gpus is None else list(gpus)
     if not free or config.learner.device == "cpu":
         return list(parts)
     wanted = {part.name: needs(config, part.name) for part in parts}
-    if (total := sum(wanted.values())) > len(free) > 1:
+    turns = build(config.rollout.engine, key="rollout.engine").takes_turns
+    total = max(wanted.values()) if turns else sum(wanted.values())
+    if total > len(free) > 1:
         each, fix = ", ".join(f"{n} {name}" for name, n in wanted.items()), "lower one of them, or learner.device=cpu"
         raise ConfigError("not enough GPUs", key=VISIBLE, value=",".join(free), expected=f"{total}: {each}", fix=fix)
     if len(free) == 1:
@@ -42,7 +44,7 @@ def assign(config: Config, parts: Sequence[Part], gpus: Sequence[str] | None = N
     placed, first = [], 0
     for part in parts:
         own = ",".join(free[first : first + wanted[part.name]])
-        first += wanted[part.name]
+        first += 0 if turns else wanted[part.name]
         print(f"{part.name}: GPU {own}")
         placed.append(dataclasses.replace(part, environment={**part.environment, VISIBLE: own}))
     return placed

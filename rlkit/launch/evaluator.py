@@ -25,18 +25,24 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         sampling = session.sampling(settings.temperature, settings.seed)
         with (
             open_pool(config.reward) as pool, open_buffer(config) as buffer,
-            open_engine(session, buffer, key, name) as (engine, policy),
+            open_engine(session, buffer, key, name) as (engine, policy, turns),
         ):  # fmt: skip
             likelihood = None if policy is None else LikelihoodScorer.of(session, policy)
 
             async def answer(step: int, snapshot: Snapshot) -> None:
+                if turns is not None:
+                    await turns.take(engine)
                 started, metrics = time.perf_counter(), dict[str, float]()
                 await engine.update_weights(snapshot.version, snapshot)
                 for label, prompts in held_out.items():
                     metrics |= await evaluate(label, prompts.prompts, engine, pool, sampling, settings, likelihood)
                 buffer.answer(step, metrics | {"time/eval": time.perf_counter() - started})
+                if turns is not None:
+                    await turns.give(engine)
 
             async def serve() -> None:
+                if turns is not None and turns.mine:
+                    await turns.give(engine)
                 while buffer.report(name, {}):
                     for step, snapshot in buffer.asked().items():
                         if snapshot is not None:

@@ -23,6 +23,7 @@ from rlkit.learner.policy import Policy
 from rlkit.learner.publisher import ARCHITECTURE
 from rlkit.learner.setup import Session, interruptible, open_buffer, open_pool
 from rlkit.rollout.engine import Engine
+from rlkit.rollout.turns import Turns
 from rlkit.rollout.verification import WeightCheck
 from rlkit.rollout.worker import POLL_S, RolloutWorker
 
@@ -37,9 +38,9 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         timeout_s, check = config.rollout.lease_timeout_s, WeightCheck(config.rollout.verify_tolerance)
         with (
             open_pool(config.reward) as pool, open_buffer(config) as buffer,
-            open_engine(session, buffer, "rollout.engine", name) as (engine, _),
+            open_engine(session, buffer, "rollout.engine", name) as (engine, _, turns),
         ):  # fmt: skip
-            worker = RolloutWorker(buffer, engine, pool, sampling, name, engine.capacity, timeout_s, check)
+            worker = RolloutWorker(buffer, engine, pool, sampling, name, engine.capacity, timeout_s, check, turns)
             asyncio.run(closing(engine, worker.serve(check_stop)))
 
     return interruptible(work)
@@ -60,14 +61,20 @@ def open_session(config: Config, resolved: Mapping[str, Any], check_stop: Callab
 
 
 @contextlib.contextmanager
-def open_engine(session: Session, buffer: SqlBuffer, key: str, name: str) -> Iterator[tuple[Engine, Policy | None]]:
-    """The engine of the component at `key`, with no version's weights yet, and the policy it is embedded on, if any."""
+def open_engine(
+    session: Session, buffer: SqlBuffer, key: str, name: str
+) -> Iterator[tuple[Engine, Policy | None, Turns | None]]:
+    """The engine of the component at `key`, with no version's weights yet; the policy it is embedded on, if any.
+
+    Where the run takes turns, it is this process's: a server measures the memory of its device while it starts.
+    """
     config, settings = session.config, session.component(key)
+    turns = Turns.of(config, session.component("rollout.engine").takes_turns, session.check_stop)
     if settings.in_process:
         policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
         engine = settings.open(policy.model, session.tokenizer, session.check_stop)
         engine.version, engine.engine_id = -1, name
-        yield engine, policy
+        yield engine, policy, turns
         return
     from rlkit.rollout.vllm_server import running
 
@@ -75,8 +82,10 @@ def open_engine(session: Session, buffer: SqlBuffer, key: str, name: str) -> Ite
     log = Path(config.output_dir) / config.name / "logs" / f"{name}-vllm.log"
     dtype = str(resolve_dtype(config.model.dtype, session.accelerator.device)).removeprefix("torch.")
     seed = zlib.crc32(f"{config.seed}/{name}".encode())  # two lives of a server with one seed would draw the same
+    if turns is not None:
+        asyncio.run(turns.take())
     with running(settings, folder / ARCHITECTURE, log, seed, dtype, session.check_stop) as urls:
-        yield settings.open(urls, session.tokenizer, folder, name), None
+        yield settings.open(urls, session.tokenizer, folder, name), None, turns
 
 
 def first_snapshot(buffer: SqlBuffer, check_stop: Callable[[], None], limit_s: float) -> Snapshot:

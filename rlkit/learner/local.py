@@ -45,6 +45,9 @@ class LocalRollouts:
         """Sample and score what is requested; returns metrics, None if nothing is."""
         return await self.worker.run_once() or None
 
+    async def begin_training(self) -> None:
+        """Nothing else uses the device."""
+
     async def serve(self, version: int) -> None:
         """The present weights are `version`."""
         await self.engine.update_weights(version, None)

@@ -102,6 +102,7 @@ class Trainer:
         """One batch through the whole cycle; returns its metrics."""
         config, started = self.config, time.perf_counter()
         groups, refused, clock = await self.collect()
+        await self.rollouts.begin_training()
         collected = time.perf_counter()
         sampled = {span.version for g in groups for r in g.rollouts for span in r.version_spans}
         groups, made, measured = self.likelihood.score(groups) if self.likelihood else (groups, [], {})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from rlkit.buffer.sql import SqlBuffer
@@ -18,6 +19,7 @@ from rlkit.data.prompts import PromptSet
 from rlkit.errors import TrainingError
 from rlkit.learner.publisher import Publisher
 from rlkit.learner.setup import Session
+from rlkit.rollout.turns import Turns
 from rlkit.rollout.verification import PROBE_TOKENS
 from rlkit.rollout.worker import POLL_S
 from rlkit.telemetry.record import read_mapping
@@ -39,6 +41,7 @@ class RemoteRollouts:
     check_stop: Callable[[], None]
     supervisor: Path  # its file of restarts
     evaluates: bool
+    turns: Turns | None = None  # where engines share the learner's device
     version: int = 0
     updates: int = 0
     moved: tuple[Any, float] = (None, 0.0)  # what the buffer held, and since when
@@ -59,6 +62,7 @@ class RemoteRollouts:
         return cls(
             buffer, publisher, model, probe, rollout.verify_every, rollout.wait_s, session.check_stop,
             folder / "supervisor.json", bool(config.data.eval),
+            Turns.of(config, session.component("rollout.engine").takes_turns, session.check_stop),
         )  # fmt: skip
 
     async def run_once(self) -> dict[str, float]:
@@ -78,11 +82,19 @@ class RemoteRollouts:
         await asyncio.sleep(POLL_S)
         self.waited_s += time.monotonic() - now
 
+    async def begin_training(self) -> None:
+        """A batch is there: wait for the device."""
+        if self.turns is not None:
+            await self.turns.take()
+
     async def serve(self, version: int) -> None:
-        """The present weights are `version`."""
+        """The present weights are `version`; the device may be others' until the next training."""
         due = self.updates == 0 or (self.verify_every > 0 and self.updates % self.verify_every == 0)
         await self.publisher.publish(version, self.model, self.probe if due else None)
         self.version, self.updates = version, self.updates + 1
+        if self.turns is not None and self.turns.mine:
+            torch.cuda.empty_cache()  # nothing without a GPU
+            await self.turns.give()
 
     async def evaluate(self, step: int | None) -> dict[int, dict[str, float]]:
         """Have the present weights, those after `step` if that is not None, evaluated; returns all that is done."""

@@ -45,6 +45,9 @@ class Engine(Protocol):
     async def healthy(self) -> None:
         """EngineError, which names it, where a part of the engine does not answer."""
 
+    async def move(self, asleep: bool) -> None:
+        """Free the device, or take it back; requests under way are finished first. Nothing where it takes no memory."""
+
     async def close(self) -> None:
         """Stop the engine; idempotent."""
 

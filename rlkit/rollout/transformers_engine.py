@@ -39,6 +39,7 @@ class TransformersEngine(Checked):
 
     compact_every: int = number(8, 1)  # tokens between two removals of finished rows
     max_batch_samples: int = number(256, 1)  # rows generated at a time; bounds the key-value cache
+    takes_turns: bool = False  # a worker's engine and the learner use their one device in turn
     in_process: ClassVar[bool] = True  # `open` takes the model itself
     devices: ClassVar[int] = 1
 
@@ -245,6 +246,9 @@ class EmbeddedEngine:
 
     async def healthy(self) -> None:
         """It is as healthy as this process."""
+
+    async def move(self, asleep: bool) -> None:
+        """Its weights stay where they are."""
 
     async def close(self) -> None:
         """Nothing to stop."""

@@ -47,7 +47,7 @@ class VllmEngine(Checked):
     tensor_parallel_size: int = number(1, 1)  # devices of a server
     gpu_memory_utilization: float = number(0.9, 0.01, 1)  # share of a GPU that a server takes
     cpu_kv_cache_gib: int = number(1, 1)  # key-value cache of a server on the CPU
-    sleep_mode: bool = False  # servers can give their GPUs away: learner and server on one device
+    takes_turns: bool = False  # on one GPU with the learner: servers sleep, their memory free, while it trains
     host: str = "127.0.0.1"  # address to listen on; whoever reaches it may set weights and run methods
     extra_args: tuple[str, ...] = ()  # further arguments of the server's command line
     start_timeout_s: float = number(600.0, 1)  # until a server answers
@@ -264,8 +264,6 @@ class VllmClient:
 
     async def move(self, asleep: bool) -> None:
         """Finish what is under way and free the GPU (weights wait in main memory), or take it back."""
-        if not self.settings.sleep_mode:
-            raise EngineError("it is off", key="rollout.engine.sleep_mode", value=False, expected="true, on a GPU")
         path = "/sleep?level=1&mode=wait" if asleep else "/wake_up"
         await asyncio.gather(*(self._call(server, path) for server in self.servers))
 

@@ -68,9 +68,9 @@ def command(settings: VllmEngine, model: Path | str, port: int, seed: int, dtype
         options["max-model-len"] = settings.max_model_len
     if (name := installed()) == "vllm":
         options["gpu-memory-utilization"] = settings.gpu_memory_utilization
-        flags += ["--enable-sleep-mode"] * settings.sleep_mode
-    elif settings.sleep_mode or settings.weight_transfer == "nccl":
-        raise ConfigError("sleep_mode and nccl need a GPU and its vllm", key="rollout.engine", value=name)
+        flags += ["--enable-sleep-mode"] * settings.takes_turns
+    elif settings.takes_turns or settings.weight_transfer == "nccl":
+        raise ConfigError("takes_turns and nccl need a GPU and its vllm", key="rollout.engine", value=name)
     else:
         flags.append("--enforce-eager")
     pairs = [word for key, value in options.items() for word in (f"--{key}", str(value))]

@@ -18,6 +18,7 @@ from rlkit.buffer.protocol import FencedError, Lease
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import EngineError
 from rlkit.rollout.engine import Engine, GenerationRequest
+from rlkit.rollout.turns import Turns
 from rlkit.rollout.verification import WeightCheck
 from rlkit.types import Prompt, Rollout, SamplingParams, Verdict
 
@@ -38,6 +39,7 @@ class RolloutWorker:
     capacity: int  # samples of a round
     lease_timeout_s: float
     check: WeightCheck = field(default_factory=WeightCheck)
+    turns: Turns | None = None  # where the engine shares its device with the learner
     sync_s: float = 0.0  # of the last update of weights
 
     async def run_once(self) -> dict[str, float]:
@@ -71,7 +73,8 @@ class RolloutWorker:
             for task in [task for task in under_way if task.done()]:
                 del under_way[task]
                 task.result()  # raises what ended it
-            if (self.engine.in_flight or not under_way) and await self._follow():
+            here = self.turns is None or bool(under_way) or await self._has_turn(self.turns)
+            if here and (self.engine.in_flight or not under_way) and await self._follow():
                 free = self.capacity - sum(under_way.values())
                 leases = self.lease(free) if free > 0 else []
                 for part in [[lease] for lease in leases] if self.engine.in_flight else [leases] * bool(leases):
@@ -81,6 +84,16 @@ class RolloutWorker:
                 await asyncio.wait(under_way, timeout=POLL_S, return_when=FIRST_COMPLETED)
             else:
                 await asyncio.sleep(POLL_S)
+
+    async def _has_turn(self, turns: Turns) -> bool:
+        """Take the device while there is something to sample, and leave it to the others while there is not."""
+        states = self.buffer.stats().states
+        wanted = states["requested"] + states["leased"] > 0  # others' leases may expire
+        if wanted and not turns.mine:
+            await turns.take(self.engine)
+        elif turns.mine and not wanted:
+            await turns.give(self.engine)
+        return wanted
 
     async def _report(self, under_way: Work) -> None:
         """Tell the buffer how this worker fares, and look after its engine, until the run ends."""

@@ -30,6 +30,13 @@ def test_one_device_is_shared_and_none_is_none() -> None:
     assert set(placed([]).values()) == {None}
 
 
+def test_devices_taken_in_turn_are_the_first_ones() -> None:
+    found = placed([*"01"], "learner.processes=1", "rollout.engine.takes_turns=true")
+    assert set(found.values()) == {"0"}
+    found = placed([*"012"], "learner.processes=1", "rollout.engine={takes_turns: true, tensor_parallel_size: 2}")
+    assert found == {"learner": "0", "worker-0": "0,1", "worker-1": "0,1", "evaluator": "0"}
+
+
 def test_too_few_devices_are_named() -> None:
     with pytest.raises(ConfigError, match="5: 2 learner, 1 worker-0, 1 worker-1, 1 evaluator"):
         placed(["0", "1", "2"])
