@@ -68,7 +68,8 @@ def main(config: Config, resolved: Mapping[str, Any], checkpoint: Path | None) -
     session = Session.open(config, resolved)
     _, held_out = session.prompt_sets()
     policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
-    engine, likelihood = session.engine(policy.model), LikelihoodScorer.of(session, policy)
+    key = "rollout.engine" if settings.engine is None else "evaluation.engine"
+    engine, likelihood = session.engine(policy.model, key), LikelihoodScorer.of(session, policy)
     sampling = session.sampling(settings.temperature, settings.seed)
 
     async def all_sets() -> dict[str, float]:

@@ -105,6 +105,8 @@ class RemoteRollouts:
     async def finish(self) -> dict[int, dict[str, float]]:
         """Wait for the last snapshot and every evaluation; then the others may go."""
         await self.publisher.done()
+        if asked := self.buffer.asked():
+            print(f"waiting for the evaluator, which has steps {', '.join(map(str, asked))} to do")
         while asked := self.buffer.asked():
             await self._wait(len(asked))
         self.buffer.end()

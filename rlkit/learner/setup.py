@@ -100,12 +100,12 @@ class Session:
         reference = made(start).requires_grad_(False).to(device) if objective.kl.needs_reference else None
         return Learner(policy, reference, objective, config.learner, self.accelerator, config.steps)
 
-    def engine(self, model: PreTrainedModel) -> Engine:
+    def engine(self, model: PreTrainedModel, key: str = "rollout.engine") -> Engine:
         """The recipe's inference engine, on the weights of `model`."""
-        settings, rank = self.component("rollout.engine"), self.accelerator.process_index
+        settings, rank = self.component(key), self.accelerator.process_index
         if not settings.in_process:
             problem, value = "here the model itself is sampled from", type(settings).__name__
-            raise ConfigError(problem, key="rollout.engine", value=value, fix="rollout=embedded")
+            raise ConfigError(problem, key=key, value=value, fix="rollout=embedded")
         return cast(Engine, settings.open(model, self.tokenizer, self.check_stop, rank))
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:

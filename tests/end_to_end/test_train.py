@@ -161,6 +161,10 @@ def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_and_it_loads_anywh
     capsys.readouterr()
     assert main(["eval", *arguments, "--checkpoint", str(checkpoint)]) == 0
     assert json.loads(capsys.readouterr().out) == during
+    own = "evaluation.engine={_target_: rlkit.rollout.transformers_engine.TransformersEngine}"
+    elsewhere = [*arguments, "rollout=vllm", own]  # a run on servers is evaluated without them
+    assert main(["eval", *elsewhere, "--checkpoint", str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out) == during
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     saved = load_file(checkpoint / "model.safetensors")
