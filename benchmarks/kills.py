@@ -14,7 +14,8 @@ of a second (or, one time in six, up to 12 s from the start), and kills
 Then it waits for the end and compares: exit status 0; every ordinal that was not dropped trained exactly once, in
 order, prompts_per_step a step; live versions one a step; no version published twice, no snapshot of a version with two
 contents; one file of rollouts a step, of that step's groups; metrics of every step once; no process left, and no file
-in /dev/shm that one of them had mapped. What does not hold is printed and counted. The last line is JSON.
+in /dev/shm that one of them had mapped (vLLM's, after a kill of everything at once, are counted apart: its resource
+tracker is dead too). What does not hold is printed and counted. The last line is JSON.
 """
 
 import argparse
@@ -93,6 +94,8 @@ class Trial:
     moment: str = ""
     missed: bool = False  # the run had ended, or there was nobody to kill: no trial
     looked: float = 0.0
+    all_at_once: bool = False
+    files_left: list[str] = field(default_factory=list)
 
     def start(self) -> subprocess.Popen[bytes]:
         places = [f"output_dir={self.folder}", f"name={self.name}", f"sft.cache_dir={self.folder}/cache"]
@@ -201,6 +204,7 @@ class Trial:
             return process
         whole, wait = self.draw.random() < 0.5, self.draw.random() < 0.5
         self.moment += f", {'all at once' if whole else 'the supervisor'}, {'again when gone' if wait else 'at once'}"
+        self.all_at_once = whole
         if whole:
             for one in marked(self.name):
                 with contextlib.suppress(psutil.Error):
@@ -222,8 +226,9 @@ class Trial:
         time.sleep(0.5)
         if left := marked(self.name):
             wrong.append(f"left behind: {[' '.join(x.cmdline())[:200] for x in left]}")
-        if files := [x for x in self.shared if Path(x).exists()]:
-            wrong.append(f"left in shared memory: {files}")
+        self.files_left = sorted(x for x in self.shared if Path(x).exists())
+        if self.files_left and not self.all_at_once:
+            wrong.append(f"left in shared memory: {self.files_left}")
         trained = self.rows("SELECT trained_step, ordinal FROM groups WHERE state = 'trained' ORDER BY 1, 2")
         ordinals = [ordinal for _, ordinal in trained]
         dropped = {ordinal for (ordinal,) in self.rows("SELECT ordinal FROM groups WHERE state = 'dropped'")}
@@ -265,7 +270,7 @@ def main() -> None:
     violations = 0
     try:
         for kind in [x for x in kinds if not given.only or x in given.only.split(",")]:
-            ends, restarts, expired, fenced, dead = list[float](), 0, 0, 0, 0
+            ends, restarts, expired, fenced, dead, files = list[float](), 0, 0, 0, 0, 0
             for number in range(2 * given.times):
                 if len(ends) == given.times:
                     break
@@ -282,6 +287,7 @@ def main() -> None:
                     expired, fenced = expired + counts[0], fenced + counts[1]
                 dead += sum(n for (n,) in trial.rows("SELECT count(*) FROM versions WHERE NOT live"))
                 violations += len(trial.wrong)
+                files += len(trial.files_left)
                 print(f"{trial.name}: {trial.moment}; ended {measured['to_end']:.1f} s later", *trial.wrong, flush=True)
                 if trial.wrong:
                     log = (folder / f"{trial.name}.log").read_text(errors="replace").splitlines()
@@ -293,6 +299,7 @@ def main() -> None:
                 "killed": len(ends), "seconds_to_end_mean": round(sum(ends) / max(1, len(ends)), 1),
                 "seconds_to_end_max": round(max(ends, default=0.0), 1), "restarts": restarts, "dead_versions": dead,
                 "expired_leases": expired, "fenced_writes": fenced,
+                "files_left_in_shared_memory": files,
             }  # fmt: skip
     finally:
         if not given.keep and not violations:
