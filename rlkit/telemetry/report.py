@@ -76,7 +76,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
 
 def print_summary(run_dir: Path, console: Console | None = None) -> None:
     """Print held-out figures before and after, and the paths of report and learning curve."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, soft_wrap=True)  # a line a figure, also in a log
     run = RunRecord(run_dir)
     for curve in run.evaluations:
         held = f"{curve.set} {curve.label}: {with_error(curve.before)} before, {with_error(curve.after)} after"
