@@ -20,12 +20,17 @@ from rlkit import __version__
 from rlkit.errors import ConfigError, RlkitError
 from rlkit.launch.supervisor import follow
 
-# Command -> what its main takes (a recipe's config, a run folder, arguments of its own), where that is, and its help.
+# Command -> what its main takes (a recipe's config, and the command line for processes that it starts; a run folder;
+# arguments of its own), where that is, and its help.
 COMMANDS = {
-    "train": ("recipe", "rlkit.launch.run", "train with RL: recipe=NAME [key=value ...]"),
+    "train": ("processes", "rlkit.launch.run", "train with RL: recipe=NAME [key=value ...]"),
     "learner": ("recipe", "rlkit.learner.train", "only the learner of a run with workers in other processes"),
     "worker": ("recipe", "rlkit.launch.worker", "a rollout worker of such a run, on any machine"),
-    "workers": ("recipe", "rlkit.launch.workers", "this machine's workers of such a run, started again when they fail"),
+    "workers": (
+        "processes",
+        "rlkit.launch.workers",
+        "this machine's workers of such a run, started again when they fail",
+    ),
     "evaluator": ("recipe", "rlkit.launch.evaluator", "the evaluator of such a run, on any machine"),
     "sft": ("recipe", "rlkit.learner.sft", "only the warm start of a recipe"),
     "eval": ("recipe", "rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on held-out sets"),
@@ -54,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not own)
         if kind == "run":
             command.add_argument("run", type=Path, help="run folder, outputs/NAME")
-        if kind == "recipe":
+        if kind in ("recipe", "processes"):
             command.add_argument("overrides", nargs="*", metavar="recipe=NAME [key=value ...]", help="Hydra overrides")
             command.add_argument("--config-dir", type=Path, help="folder with your own recipes, searched first")
         if name == "eval":
@@ -125,6 +130,7 @@ def _dispatch(arguments: list[str]) -> int:
             given = load(recipe, overrides, config_dir=options.config_dir)
             verify(given[0])
             given += (options.checkpoint,) if options.command == "eval" else ()
+            given += (arguments[arguments.index(options.command) + 1 :],) if kind == "processes" else ()
     return int(import_module(module).main(*given) or 0)
 
 

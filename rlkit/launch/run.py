@@ -23,12 +23,14 @@ from rlkit.learner.setup import locked, open_buffer
 COMMAND = (sys.executable, "-m", "rlkit")
 
 
-def main(config: Config, resolved: Mapping[str, Any]) -> int:
-    """Returns 0, or 128 + signal number; raises PartFailed when a part cannot go on."""
+def main(config: Config, resolved: Mapping[str, Any], arguments: list[str]) -> int:
+    """Returns 0, or 128 + signal number; raises PartFailed when a part cannot go on.
+
+    `arguments`: the command line behind "train". The parts read it too.
+    """
     if not config.rollout.workers or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return train.main(config, resolved)
-    # The parts read the same command line; a part that is started again goes on, whatever resume says.
-    arguments = sys.argv[sys.argv.index("train") + 1 :]
+    # A part that is started again goes on, whatever resume says.
     train.move_aside(config)
     ranks = config.learner.processes
     learner = [sys.executable, "-m", "rlkit.launch.ranks", str(ranks)] if ranks > 1 else COMMAND

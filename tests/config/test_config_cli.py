@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from rlkit import cli
-from rlkit.config.schema import Config
 from rlkit.errors import ConfigError
 
 
@@ -81,15 +80,18 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, module: str, main: Any) -> None:
     [("train", "rlkit.launch.run"), ("sft", "rlkit.learner.sft"), ("check-parity", "rlkit.learner.parity")],
 )
 def test_recipe_commands_pass_config_and_status(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Config, dict[str, Any]]] = []
+    seen: list[tuple[Any, ...]] = []
 
-    def main(config: Config, raw: dict[str, Any]) -> int:
-        seen.append((config, raw))
+    def main(*given: Any) -> int:
+        seen.append(given)
         return 143
 
     _stand_in(monkeypatch, module, main)
     assert cli.main([command, "recipe=quickstart", "seed=3"]) == 143
-    assert seen[0][0].seed == seen[0][1]["seed"] == 3
+    config, raw, *arguments = seen[0]
+    assert config.seed == raw["seed"] == 3
+    # What starts processes of its own hands its command line on to them.
+    assert arguments == ([["recipe=quickstart", "seed=3"]] if command == "train" else [])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_errors_that_are_not_the_inputs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def main(config: Config, raw: dict[str, Any]) -> int:
+    def main(*given: Any) -> int:
         raise ZeroDivisionError
 
     _stand_in(monkeypatch, "rlkit.launch.run", main)

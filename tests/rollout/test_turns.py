@@ -13,10 +13,11 @@ import filelock
 import numpy as np
 import pytest
 from paced import PacedEngine, open_buffer, worker
-from runs import metrics, running, settings, trained
+from runs import metrics, settings, trained
 
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.snapshots import Snapshot
+from rlkit.cli import main
 from rlkit.config.compose import load
 from rlkit.config.verify import verify
 from rlkit.errors import ConfigError, EngineError
@@ -126,8 +127,7 @@ def test_a_worker_keeps_its_turn_while_there_is_something_to_sample_and_no_longe
 @pytest.mark.slow
 def test_a_run_whose_processes_take_turns(tmp_path: Path) -> None:
     more = ["steps=6", "max_staleness=1", "rollout.workers=1", "rollout.engine.takes_turns=true"]
-    with running("train", settings(tmp_path, "run", *more)) as it:
-        assert it.ended() == 0, it.text()
+    assert main(["train", *settings(tmp_path, "run", *more)]) == 0
     assert trained(tmp_path / "run") == list(range(24))
     assert max(row.get("off_policy/lag/max", 0) for row in metrics(tmp_path / "run")) <= 1
     assert (tmp_path / "run" / "device.lock").exists()
