@@ -101,6 +101,19 @@ sys.exit(asyncio.run(Supervisor(Path(".")).run([learner])))
 """
 
 
+def test_a_part_that_takes_its_time_to_end_hears_one_signal(tmp_path: Path) -> None:
+    """A second one would have it leave at once, in the middle of its checkpoint."""
+    slow = """
+        signal.signal(signal.SIGTERM, lambda *_: lives.open("a").write("t"))
+        lives.touch()
+        signal.pause()
+        time.sleep(2.5)
+    """
+    started = part("learner", "while not lives.exists(): time.sleep(.01)", vital=True)
+    assert asyncio.run(Supervisor(tmp_path).run([part("worker", slow), started])) == 0
+    assert (tmp_path / "lives").read_text() == "t"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP])
 def test_no_part_outlives_its_supervisor(tmp_path: Path, number: signal.Signals) -> None:
     """Killed or stopped, too: the part hears nothing, says so and ends itself."""
