@@ -31,7 +31,7 @@ def test_a_version_is_kept_until_its_evaluation_is_there(buffer: Buffer) -> None
         stored(buffer, version)
     assert buffer.asked() == {0: first}
     assert [x.version for x in buffer.discard()] == [1]
-    buffer.answer(0, {"eval/x/avg@4": 0.5})
+    buffer.answer(0, 0, {"eval/x/avg@4": 0.5})
     assert (buffer.asked(), buffer.answers()) == ({}, {0: {"eval/x/avg@4": 0.5}})
     assert [x.version for x in buffer.discard()] == [0]
 
@@ -42,6 +42,20 @@ def test_an_evaluation_waits_for_its_snapshot_and_a_rollback_takes_it_back(buffe
     assert buffer.asked() == {1: None}
     buffer.rollback(START)
     assert buffer.asked() == {}
+
+
+def test_an_answer_for_weights_of_a_dead_lineage_is_not_that_of_the_new_one(buffer: Buffer) -> None:
+    """The learner died and is back at step 1 before the evaluator is done with the weights of the first step 1."""
+    step(buffer)
+    buffer.ask(1, 1)
+    buffer.rollback(START)
+    step(buffer)
+    again = buffer.watermark().version
+    buffer.ask(1, again)
+    buffer.answer(1, 1, {"eval/x/avg@4": 0.0})
+    assert buffer.answers() == {}
+    buffer.answer(1, again, {"eval/x/avg@4": 0.5})
+    assert buffer.answers() == {1: {"eval/x/avg@4": 0.5}}
 
 
 def test_reports_age_and_hear_of_the_end(buffer: Buffer, clock: Clock) -> None:
