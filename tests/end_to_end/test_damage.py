@@ -53,6 +53,21 @@ def test_damaged_payloads_are_found_on_resume_and_sampled_again(tmp_path, capsys
     ]
 
 
+def test_a_changed_recipe_trains_on_nothing_that_the_old_one_sampled(tmp_path, capsys, monkeypatch):
+    """Same name, no checkpoint: other weights are version 0 now, and other prompts are the first ordinals."""
+    arguments = settings(tmp_path, "run", "steps=1")
+    assert main(["sft", *arguments]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", lambda *_, **__: cut(tmp_path / "nowhere"))
+        with pytest.raises(FileNotFoundError):
+            main(["train", *arguments])
+    assert len(trained(tmp_path / "run")) == 4
+    assert main(["train", *arguments, "seed=5"]) == 0
+    assert "groups go on" not in capsys.readouterr().out
+    (first,) = [row for row in metrics(tmp_path / "run") if "reward/mean" in row]
+    assert first["mismatch/logprob_absdiff/max"] < 1e-4
+
+
 def test_half_written_checkpoints_are_removed_or_named(tmp_path, capsys):
     assert main(["train", *settings(tmp_path, "run", "steps=2")]) == 0
     folder = tmp_path / "run" / "checkpoints"
