@@ -63,6 +63,10 @@ def open_session(config: Config, resolved: Mapping[str, Any], check_stop: Callab
 def open_engine(session: Session, buffer: SqlBuffer, key: str, name: str) -> Iterator[tuple[Engine, Policy | None]]:
     """The engine of the component at `key`, with no version's weights yet, and the policy it is embedded on, if any."""
     config, settings = session.config, session.component(key)
+    # A run that has ended may be about to go on to more steps: its learner takes the end back, and starts slower.
+    while not buffer.report(name, {}) and buffer.stats().step < config.steps:
+        session.check_stop()
+        time.sleep(POLL_S)
     if settings.in_process:
         policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
         engine = settings.open(policy.model, session.tokenizer, session.check_stop)

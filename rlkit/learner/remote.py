@@ -50,9 +50,8 @@ class RemoteRollouts:
         """By the recipe; the probe is the first training prompts."""
         config, rollout = session.config, session.config.rollout
         folder = Path(config.output_dir) / config.name
-        publisher = Publisher(
-            buffer, Path(rollout.snapshot_dir or folder / "snapshots").absolute(), rollout.snapshot_gb
-        )
+        snapshots = Path(rollout.snapshot_dir, config.name) if rollout.snapshot_dir else folder / "snapshots"
+        publisher = Publisher(buffer, snapshots.absolute(), rollout.snapshot_gb)
         publisher.prepare(model)
         length = min(PROBE_TOKENS, rollout.max_completion_tokens)  # a server has room for this and a prompt
         probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), max(2, length))

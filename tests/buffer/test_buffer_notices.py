@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from buffer_work import START, Buffer, Clock, finish, request, train
 
 from rlkit.buffer.snapshots import Snapshot
+from rlkit.launch.worker import open_engine
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -67,3 +70,25 @@ def test_reports_age_and_hear_of_the_end(buffer: Buffer, clock: Clock) -> None:
     assert not buffer.report("worker", {})
     buffer.rollback(START)  # a new part of the run
     assert buffer.report("worker", {})
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_worker_of_a_run_that_goes_on_to_more_steps_waits_for_its_learner(buffer: Buffer, steps: int) -> None:
+    """The end of the first part is still there when the worker of the next one starts."""
+    buffer.end()
+    waits, engine = list[int](), SimpleNamespace()
+
+    def check_stop() -> None:
+        waits.append(1)
+        if len(waits) == 3:
+            buffer.rollback(START)
+
+    embedded = SimpleNamespace(in_process=True, open=lambda *_: engine)
+    policy = SimpleNamespace(to=lambda _: SimpleNamespace(model=None))
+    rollout = SimpleNamespace(temperature=1.0)
+    session = SimpleNamespace(
+        config=SimpleNamespace(steps=steps, model=None, seed=0, rollout=rollout), component=lambda _: embedded,
+        accelerator=SimpleNamespace(device="cpu"), tokenizer=None, policy=lambda *_: policy, check_stop=check_stop,
+    )  # fmt: skip
+    with open_engine(session, buffer, "rollout.engine", "worker") as (opened, _):  # type: ignore[arg-type]
+        assert opened is engine and len(waits) == (3 if steps else 0)
