@@ -34,7 +34,8 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         name = process_name("worker")
         session = open_session(config, resolved, check_stop, "rollout.engine")
         sampling = session.sampling(config.rollout.temperature, config.seed)
-        timeout_s, check = config.rollout.lease_timeout_s, WeightCheck(config.rollout.verify_tolerance)
+        rollout = config.rollout
+        timeout_s, check = rollout.lease_timeout_s, WeightCheck(rollout.verify_tolerance, rollout.verify_every)
         with (
             open_pool(config.reward) as pool, open_buffer(config) as buffer,
             open_engine(session, buffer, "rollout.engine", name) as (engine, _),

@@ -34,13 +34,11 @@ class RemoteRollouts:
     publisher: Publisher
     model: PreTrainedModel
     probe: IntArray  # tokens on which engines are compared with the learner
-    verify_every: int
     limit_s: float
     check_stop: Callable[[], None]
     supervisor: Path  # its file of restarts
     evaluates: bool
     version: int = 0
-    updates: int = 0
     moved: tuple[Any, float] = (None, 0.0)  # what the buffer held, and since when
     waited_s: float = 0.0  # since the last metrics
     measured: float = field(default_factory=time.monotonic)  # when those were
@@ -56,7 +54,7 @@ class RemoteRollouts:
         length = min(PROBE_TOKENS, rollout.max_completion_tokens)  # a server has room for this and a prompt
         probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), max(2, length))
         return cls(
-            buffer, publisher, model, probe, rollout.verify_every, rollout.wait_s, session.check_stop,
+            buffer, publisher, model, probe, rollout.wait_s, session.check_stop,
             folder / "supervisor.json", bool(config.data.eval),
         )  # fmt: skip
 
@@ -79,9 +77,8 @@ class RemoteRollouts:
 
     async def serve(self, version: int) -> None:
         """The present weights are `version`."""
-        due = self.updates == 0 or (self.verify_every > 0 and self.updates % self.verify_every == 0)
-        await self.publisher.publish(version, self.model, self.probe if due else None)
-        self.version, self.updates = version, self.updates + 1
+        await self.publisher.publish(version, self.model, self.probe)
+        self.version = version
 
     async def evaluate(self, step: int | None) -> dict[int, dict[str, float]]:
         """Have the present weights, those after `step` if that is not None, evaluated; returns all that is done."""

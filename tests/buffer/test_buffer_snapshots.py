@@ -170,11 +170,20 @@ def test_runs_that_share_a_snapshot_folder_keep_out_of_each_others_files(buffer:
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
     )
-    rollout = SimpleNamespace(
-        snapshot_dir=str(tmp_path), snapshot_gb=1.0, max_completion_tokens=4, verify_every=1, wait_s=1.0
-    )
+    rollout = SimpleNamespace(snapshot_dir=str(tmp_path), snapshot_gb=1.0, max_completion_tokens=4, wait_s=1.0)
     run = SimpleNamespace(output_dir=str(tmp_path), name="run", rollout=rollout, data=SimpleNamespace(eval={}))
     prompts = SimpleNamespace(prompts=[SimpleNamespace(token_ids=torch.arange(3).numpy())])
     session = SimpleNamespace(config=run, check_stop=lambda: None)
     remote = RemoteRollouts.of(session, LlamaForCausalLM(config), buffer, prompts)  # type: ignore[arg-type]
     assert (tmp_path / "v1.safetensors").exists() and remote.publisher.folder == tmp_path / "run"
+
+    async def publish() -> None:
+        """With a probe each: a worker that is started late, or again, has its first update there."""
+        await remote.serve(0)
+        await remote.publisher.done()
+        first = buffer.snapshot()
+        await remote.serve(0)
+        await remote.publisher.done()
+        assert first is not None and first == buffer.snapshot() and first.probe is not None
+
+    asyncio.run(publish())
