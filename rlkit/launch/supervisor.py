@@ -211,7 +211,8 @@ class Supervisor:
     def _say(self, name: str, text: str) -> None:
         width = max(10, *(len(life.part.name) for life in self._lives))
         for line in text.splitlines():
-            print(f"{name:>{width}} | {line}", flush=True)
+            with contextlib.suppress(OSError):  # the console is gone, the logs are not
+                print(f"{name:>{width}} | {line}", flush=True)
 
 
 def follow(silence_s: float = SILENCE_S) -> None:

@@ -101,6 +101,17 @@ sys.exit(asyncio.run(Supervisor(Path(".")).run([learner])))
 """
 
 
+def test_a_console_that_is_gone_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rlkit train | head`, or a terminal that was closed."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    crashes = worker("if lives.stat().st_size < 2: sys.exit(1)")
+    assert asyncio.run(Supervisor(tmp_path).run([crashes, learner(2)])) == 0
+
+
 def test_a_part_that_takes_its_time_to_end_hears_one_signal(tmp_path: Path) -> None:
     """A second one would have it leave at once, in the middle of its checkpoint."""
     slow = """
