@@ -49,7 +49,7 @@ class Checkpoints:
             for table in (slices, groups, evaluations):
                 connection.execute(delete(table))
             connection.execute(update(versions).values(path=None, checksum=None, size=None, probe=None))
-            connection.execute(update(meta).values(next_ordinal=0, committed_step=None, ended=False))
+            connection.execute(update(meta).values(step=0, next_ordinal=0, committed_step=None, ended=False))
 
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.

@@ -68,6 +68,17 @@ def test_a_changed_recipe_trains_on_nothing_that_the_old_one_sampled(tmp_path, c
     assert first["mismatch/logprob_absdiff/max"] < 1e-4
 
 
+def test_a_database_with_another_run_of_this_name_is_left_alone(tmp_path, capsys):
+    """A database holds many runs; this one's folder is somewhere else, or on another machine."""
+    shared = ["steps=1", f"buffer.url=sqlite:///{tmp_path}/buffer.db"]
+    assert main(["train", *settings(tmp_path, "run", *shared)]) == 0
+    elsewhere = [*settings(tmp_path, "run", *shared), f"output_dir={tmp_path}/elsewhere"]
+    assert main(["train", *elsewhere]) == 2
+    assert "holds a run of this name, at step 1" in capsys.readouterr().err
+    assert trained(tmp_path) == list(range(4))
+    assert main(["train", *elsewhere, "resume=never"]) == 0
+
+
 def test_half_written_checkpoints_are_removed_or_named(tmp_path, capsys):
     assert main(["train", *settings(tmp_path, "run", "steps=2")]) == 0
     folder = tmp_path / "run" / "checkpoints"
