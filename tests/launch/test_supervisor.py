@@ -143,3 +143,8 @@ def test_no_part_outlives_its_supervisor(tmp_path: Path, number: signal.Signals)
     finally:
         process.kill()
         process.wait(20)
+
+
+def test_several_ranks_are_started_without_a_gpu() -> None:
+    command = [sys.executable, "-m", "rlkit.launch.ranks", "2", "--version"]
+    assert subprocess.check_output(command, text=True, timeout=100).count("rlkit ") == 2
