@@ -24,6 +24,10 @@ _NETWORK = re.compile(
     r"^(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|gpfs|beegfs\w*|glusterfs|ocfs2|gfs2?|orangefs"
     r"|pvfs2|davfs|panfs|wekafs|fuse\.(?!fuse-overlayfs|ext|ntfs|lxcfs).*)$"
 )
+_LOGIN = re.compile(r"//[^/@\s]+@")
+# Of a connection: its host may be cut off or dead without a word. libpq's own limit is over two hours.
+ALIVE = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 15, "keepalives_count": 4}
+ALIVE |= {"tcp_user_timeout": round(BUSY_TIMEOUT_S * 1000)}  # in milliseconds
 # One writer at a time, in PostgreSQL for each run; readers see a snapshot and wait for nobody.
 READ = {"sqlite": "BEGIN", "postgresql": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
 WRITE = {
@@ -131,7 +135,7 @@ def parsed(url: str) -> URL:
     if kind != "sqlite" or not file or file == ":memory:" or file.startswith("file:"):
         problem = "the buffer must be a SQLite file or a PostgreSQL database: other processes open it too"
         expected = "sqlite:///path/to/buffer.db, or postgresql://user@host/database; null: a file in the run folder"
-        raise BufferError(problem, key="buffer.url", value=url, expected=expected)
+        raise BufferError(problem, key="buffer.url", value=_LOGIN.sub("//***@", url), expected=expected)
     return place.set(database=str(Path(file).absolute()))
 
 
@@ -150,7 +154,7 @@ def connect(place: URL, run: str, *, read_only: bool = False) -> Engine:
             event.listen(engine, "connect", _configure_sqlite)
         return engine
     try:
-        engine = create_engine(place, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 10})
+        engine = create_engine(place, isolation_level="AUTOCOMMIT", connect_args=ALIVE)
     except ImportError as error:
         fix = "pip install 'rlkit-rlvr[postgresql]'"
         raise BufferError(f"{error}", key="buffer.url", value=shown(place, run), fix=fix) from error

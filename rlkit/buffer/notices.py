@@ -30,9 +30,9 @@ class Notices:
             rows = connection.execute(query).all()
         return {row.step: self.snapshot(row.version) for row in rows}
 
-    def answer(self, step: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation is done."""
-        own = update(evaluations).where(evaluations.c.step == step)
+    def answer(self, step: int, version: int, metrics: Mapping[str, float]) -> None:
+        """The evaluation of a version is done; passed over where a rollback has put another one in its place."""
+        own = update(evaluations).where(evaluations.c.step == step, evaluations.c.version == version)
         with self._db.write() as connection:
             connection.execute(own.values(metrics=encode(dict(metrics), f"metrics of step {step}")))
 

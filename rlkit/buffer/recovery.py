@@ -42,6 +42,15 @@ class Checkpoints:
             self._payloads.delete_below(connection, watermark.next_ordinal)
         self._db.reuse()
 
+    def forget(self) -> None:
+        """Another run begins here, without a checkpoint: no group, evaluation or snapshot is of its recipe."""
+        with self._db.write() as connection:
+            self._payloads.delete_below(connection, position(connection).next_ordinal)
+            for table in (slices, groups, evaluations):
+                connection.execute(delete(table))
+            connection.execute(update(versions).values(path=None, checksum=None, size=None, probe=None))
+            connection.execute(update(meta).values(step=0, next_ordinal=0, committed_step=None, ended=False))
+
     def rollback(self, watermark: Watermark) -> RollbackReport:
         """Resume from a checkpoint: undo what was trained, taken or dropped after it.
 

@@ -36,7 +36,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
                 await engine.update_weights(snapshot.version, snapshot)
                 for label, prompts in held_out.items():
                     metrics |= await evaluate(label, prompts.prompts, engine, pool, sampling, settings, likelihood)
-                buffer.answer(step, metrics | {"time/eval": time.perf_counter() - started})
+                buffer.answer(step, snapshot.version, metrics | {"time/eval": time.perf_counter() - started})
                 if turns is not None:
                     await turns.give(engine)
 

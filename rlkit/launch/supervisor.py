@@ -152,13 +152,13 @@ class Supervisor:
         try:
             return await process.wait()
         finally:
-            hearing.cancel()
-            ours.close()
             if process.returncode is None:
                 process.terminate()
                 process.send_signal(signal.SIGCONT)  # a stopped one would not hear it
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), END_S)
+            hearing.cancel()  # not before: a part that finds the other end closed would take that for a second signal
+            ours.close()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it leaves behind in its session, too
             await process.wait()
@@ -211,7 +211,8 @@ class Supervisor:
     def _say(self, name: str, text: str) -> None:
         width = max(10, *(len(life.part.name) for life in self._lives))
         for line in text.splitlines():
-            print(f"{name:>{width}} | {line}", flush=True)
+            with contextlib.suppress(OSError):  # the console is gone, the logs are not
+                print(f"{name:>{width}} | {line}", flush=True)
 
 
 def follow(silence_s: float = SILENCE_S) -> None:

@@ -12,9 +12,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rlkit.buffer.snapshots import Snapshot
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.config.schema import Config
 from rlkit.errors import EngineError
@@ -27,6 +26,8 @@ from rlkit.rollout.turns import Turns
 from rlkit.rollout.verification import WeightCheck
 from rlkit.rollout.worker import POLL_S, RolloutWorker
 
+T = TypeVar("T")
+
 
 def main(config: Config, resolved: Mapping[str, Any]) -> int:
     """Serve a run until it ends (0) or a signal comes: 128 + its number."""
@@ -35,7 +36,8 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         name = process_name("worker")
         session = open_session(config, resolved, check_stop, "rollout.engine")
         sampling = session.sampling(config.rollout.temperature, config.seed)
-        timeout_s, check = config.rollout.lease_timeout_s, WeightCheck(config.rollout.verify_tolerance)
+        rollout = config.rollout
+        timeout_s, check = rollout.lease_timeout_s, WeightCheck(rollout.verify_tolerance, rollout.verify_every)
         with (
             open_pool(config.reward) as pool, open_buffer(config) as buffer,
             open_engine(session, buffer, "rollout.engine", name) as (engine, _, turns),
@@ -69,6 +71,8 @@ def open_engine(
     Where the run takes turns, it is this process's: a server measures the memory of its device while it starts.
     """
     config, settings = session.config, session.component(key)
+    # A run that has ended may be about to go on to more steps: its learner takes the end back, and starts slower.
+    wait(lambda: buffer.report(name, {}) or buffer.stats().step >= config.steps, session, "the run has ended")
     turns = Turns.of(config, session.component("rollout.engine").takes_turns, session.check_stop)
     if settings.in_process:
         policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
@@ -78,7 +82,8 @@ def open_engine(
         return
     from rlkit.rollout.vllm_server import running
 
-    folder = Path(first_snapshot(buffer, session.check_stop, config.rollout.wait_s).path).parent
+    first = wait(buffer.snapshot, session, "the learner has published no weights")
+    folder = Path(first.path).parent
     log = Path(config.output_dir) / config.name / "logs" / f"{name}-vllm.log"
     dtype = str(resolve_dtype(config.model.dtype, session.accelerator.device)).removeprefix("torch.")
     seed = zlib.crc32(f"{config.seed}/{name}".encode())  # two lives of a server with one seed would draw the same
@@ -88,16 +93,17 @@ def open_engine(
         yield settings.open(urls, session.tokenizer, folder, name), None, turns
 
 
-def first_snapshot(buffer: SqlBuffer, check_stop: Callable[[], None], limit_s: float) -> Snapshot:
-    """The newest weights, as soon as there are any."""
+def wait(found: Callable[[], T | None], session: Session, problem: str) -> T:
+    """The first value that is true; EngineError with the problem when there is none for `rollout.wait_s`."""
+    limit_s = session.config.rollout.wait_s
     deadline = time.monotonic() + limit_s
-    while (found := buffer.snapshot()) is None:
-        check_stop()
+    while not (value := found()):
+        session.check_stop()
         if time.monotonic() > deadline:
-            problem, fix = "the learner has published no weights", "is it running, on this database?"
+            fix = "is the learner running, on this database?"
             raise EngineError(problem, key="rollout.wait_s", value=limit_s, fix=fix)
         time.sleep(POLL_S)
-    return found
+    return value
 
 
 async def closing(engine: Engine, work: Any) -> None:

@@ -36,14 +36,12 @@ class RemoteRollouts:
     publisher: Publisher
     model: PreTrainedModel
     probe: IntArray  # tokens on which engines are compared with the learner
-    verify_every: int
     limit_s: float
     check_stop: Callable[[], None]
     supervisor: Path  # its file of restarts
     evaluates: bool
     turns: Turns | None = None  # where engines share the learner's device
     version: int = 0
-    updates: int = 0
     moved: tuple[Any, float] = (None, 0.0)  # what the buffer held, and since when
     waited_s: float = 0.0  # since the last metrics
     measured: float = field(default_factory=time.monotonic)  # when those were
@@ -53,14 +51,13 @@ class RemoteRollouts:
         """By the recipe; the probe is the first training prompts."""
         config, rollout = session.config, session.config.rollout
         folder = Path(config.output_dir) / config.name
-        publisher = Publisher(
-            buffer, Path(rollout.snapshot_dir or folder / "snapshots").absolute(), rollout.snapshot_gb
-        )
+        snapshots = Path(rollout.snapshot_dir, config.name) if rollout.snapshot_dir else folder / "snapshots"
+        publisher = Publisher(buffer, snapshots.absolute(), rollout.snapshot_gb)
         publisher.prepare(model)
         length = min(PROBE_TOKENS, rollout.max_completion_tokens)  # a server has room for this and a prompt
         probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), max(2, length))
         return cls(
-            buffer, publisher, model, probe, rollout.verify_every, rollout.wait_s, session.check_stop,
+            buffer, publisher, model, probe, rollout.wait_s, session.check_stop,
             folder / "supervisor.json", bool(config.data.eval),
             Turns.of(config, session.component("rollout.engine").takes_turns, session.check_stop),
         )  # fmt: skip
@@ -89,9 +86,8 @@ class RemoteRollouts:
 
     async def serve(self, version: int) -> None:
         """The present weights are `version`; the device may be others' until the next training."""
-        due = self.updates == 0 or (self.verify_every > 0 and self.updates % self.verify_every == 0)
-        await self.publisher.publish(version, self.model, self.probe if due else None)
-        self.version, self.updates = version, self.updates + 1
+        await self.publisher.publish(version, self.model, self.probe)
+        self.version = version
         if self.turns is not None and self.turns.mine:
             torch.cuda.empty_cache()  # nothing without a GPU
             await self.turns.give()

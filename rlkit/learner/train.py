@@ -154,6 +154,9 @@ def move_aside(config: Config) -> None:
         with locked(path, busy(path), key="output_dir"), locked(path / "logs", busy(path), key="output_dir"):
             places = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
             path.rename(next(place for place in places if not place.exists()))
+    if config.resume == "never" and config.buffer.url:  # it has not moved with the folder
+        with open_buffer(config) as buffer:
+            buffer.forget()
 
 
 def busy(path: Path) -> ConfigError:
@@ -170,8 +173,20 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
     # Of a supervised run only one whose supervisor was killed a moment ago can be in the way: it is about to go.
     with locked(path, busy(path), key="output_dir", wait_s=LEAVE_S if config.rollout.workers else 0.0):
         stored = path / "config.yaml"
-        if checkpoints.steps(path / "checkpoints") and stored.exists():
+        begun, other = bool(checkpoints.steps(path / "checkpoints")), not stored.exists()
+        try:
             _match(read_mapping(stored), resolved, path)
+        except ConfigError:
+            if begun:
+                raise
+            other = True
+        if other and not begun:
+            with open_buffer(config) as buffer:
+                if (step := buffer.stats().step) and not stored.exists():
+                    problem = f"the database holds a run of this name, at step {step}, that is not of this folder"
+                    fix = "set another name, or resume=never to begin anew in its place"
+                    raise ConfigError(problem, key="name", value=config.name, fix=fix)
+                buffer.forget()  # what another recipe sampled and scored
         replace_file(stored, yaml.safe_dump(dict(resolved), sort_keys=False).encode())
         yield path
 

@@ -27,8 +27,10 @@ class Turns:
     @classmethod
     def of(cls, config: Config, takes_turns: bool, check_stop: Callable[[], None]) -> Self | None:
         """None where every process has a device of its own, or shares one without turns."""
+        if not takes_turns:
+            return None
         place = Path(config.output_dir) / config.name / "device.lock"
-        return cls(filelock.FileLock(place), config.rollout.wait_s, check_stop) if takes_turns else None
+        return cls(filelock.FileLock(place), config.rollout.wait_s, check_stop)
 
     @property
     def mine(self) -> bool:

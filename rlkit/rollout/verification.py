@@ -29,16 +29,20 @@ def probe_logprobs(model: nn.Module, token_ids: IntArray) -> FloatArray:
 
 @dataclass(slots=True)
 class WeightCheck:
-    """Compares an engine with the learner after its first update and after every one whose snapshot has a probe."""
+    """Compares an engine with the learner after its first update and after every `every`-th, if that is not 0."""
 
     tolerance: float = 1e-3  # largest difference of a log-prob
+    every: int = 1
+    updates: int = 0
     verified_version: int = -1
     difference: float = 0.0  # the largest one of the last comparison
     _before: dict[str, tuple[Snapshot, FloatArray]] = field(default_factory=dict)  # by server
 
     async def __call__(self, engine: Engine, snapshot: Snapshot) -> None:
         """TrainingError, which says which side is stale, where they disagree."""
-        if snapshot.probe is None:
+        due = self.updates == 0 or (self.every > 0 and self.updates % self.every == 0)
+        self.updates += 1
+        if snapshot.probe is None or not due:
             return
         tokens, expected = snapshot.probe
         found = await engine.score(np.array(tokens, dtype=np.int64))

@@ -41,6 +41,7 @@ class RolloutWorker:
     check: WeightCheck = field(default_factory=WeightCheck)
     turns: Turns | None = None  # where the engine shares its device with the learner
     sync_s: float = 0.0  # of the last update of weights
+    served: str = ""  # checksum of the engine's weights
 
     async def run_once(self) -> dict[str, float]:
         """Lease up to `capacity` samples, generate, score and hand them in; returns metrics, none if there are none."""
@@ -119,14 +120,14 @@ class RolloutWorker:
     async def _follow(self) -> bool:
         """Give the engine the newest weights; False while there are none, or while they are being replaced."""
         newest, started = self.buffer.snapshot(), time.perf_counter()
-        if newest is not None and newest.version != self.engine.version:
+        if newest is not None and (newest.version, newest.checksum) != (self.engine.version, self.served):
             try:
                 await self.engine.update_weights(newest.version, newest)
             except EngineError:
                 if newest == self.buffer.snapshot():
                     raise
                 return False  # its file was no longer needed
-            self.sync_s = time.perf_counter() - started
+            self.sync_s, self.served = time.perf_counter() - started, newest.checksum
             await self.check(self.engine, newest)
         return newest is not None
 

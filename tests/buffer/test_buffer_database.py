@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -188,4 +189,25 @@ def test_processes_that_contend_never_get_the_same_slice(tmp_path: Path) -> None
     assert covered == [(k, i) for k in range(40) for i in range(4)]
     assert (buffer.stats().expired_leases, buffer.stats().fenced_writes) == (0, 0)
     assert [g.ordinal for g in train(buffer, 40)] == [*range(40)]
+    buffer.close()
+
+
+def test_a_password_is_in_no_message() -> None:
+    for url in ("postgres://me:hunter2@db/x", "postgresql//me:hunter2@db"):
+        with pytest.raises(BufferError, match=r"\*\*\*@db") as caught:
+            parsed(url)
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("postgresql")
+def test_a_server_that_is_cut_off_is_given_up(tmp_path: Path) -> None:
+    """By the system's defaults a process that waits for its answer would wait for hours, and beat its pulse."""
+    buffer = open_at(tmp_path, Clock())
+    with buffer._db.read() as connection:
+        raw = connection.connection.driver_connection
+        assert raw is not None
+        own = socket.socket(fileno=os.dup(raw.fileno()))
+    with own:
+        limits = [own.getsockopt(socket.IPPROTO_TCP, x) for x in (socket.TCP_KEEPIDLE, socket.TCP_USER_TIMEOUT)]
+    assert limits == [30, 90_000]
     buffer.close()

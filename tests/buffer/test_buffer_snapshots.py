@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rlkit.buffer.snapshots import Snapshot
 from rlkit.errors import BufferError, TrainingError
 from rlkit.learner.checkpoint import checksum
 from rlkit.learner.publisher import ARCHITECTURE, Publisher
+from rlkit.learner.remote import RemoteRollouts
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -160,3 +162,29 @@ def test_a_full_disk_or_cap_is_named_and_nothing_is_listed(buffer: Buffer, tmp_p
     with pytest.raises(OSError):
         asyncio.run(run(1.0, tmp_path / "file"))
     assert buffer.snapshot() is None and [x.name for x in (tmp_path / "weights").iterdir()] == [ARCHITECTURE]
+
+
+def test_runs_that_share_a_snapshot_folder_keep_out_of_each_others_files(buffer: Buffer, tmp_path: Path) -> None:
+    """docs/asynchronous.md has one folder for all hosts, and any number of runs in a database."""
+    (tmp_path / "v1.safetensors").write_bytes(b"another run's, or the user's own")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
+    rollout = SimpleNamespace(snapshot_dir=str(tmp_path), snapshot_gb=1.0, max_completion_tokens=4, wait_s=1.0)
+    run = SimpleNamespace(output_dir=str(tmp_path), name="run", rollout=rollout, data=SimpleNamespace(eval={}))
+    prompts = SimpleNamespace(prompts=[SimpleNamespace(token_ids=torch.arange(3).numpy())])
+    engine = SimpleNamespace(takes_turns=False)
+    session = SimpleNamespace(config=run, check_stop=lambda: None, component=lambda _: engine)
+    remote = RemoteRollouts.of(session, LlamaForCausalLM(config), buffer, prompts)  # type: ignore[arg-type]
+    assert (tmp_path / "v1.safetensors").exists() and remote.publisher.folder == tmp_path / "run"
+
+    async def publish() -> None:
+        """With a probe each: a worker that is started late, or again, has its first update there."""
+        await remote.serve(0)
+        await remote.publisher.done()
+        first = buffer.snapshot()
+        await remote.serve(0)
+        await remote.publisher.done()
+        assert first is not None and first == buffer.snapshot() and first.probe is not None
+
+    asyncio.run(publish())

@@ -53,6 +53,32 @@ def test_damaged_payloads_are_found_on_resume_and_sampled_again(tmp_path, capsys
     ]
 
 
+def test_a_changed_recipe_trains_on_nothing_that_the_old_one_sampled(tmp_path, capsys, monkeypatch):
+    """Same name, no checkpoint: other weights are version 0 now, and other prompts are the first ordinals."""
+    arguments = settings(tmp_path, "run", "steps=1")
+    assert main(["sft", *arguments]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", lambda *_, **__: cut(tmp_path / "nowhere"))
+        with pytest.raises(FileNotFoundError):
+            main(["train", *arguments])
+    assert len(trained(tmp_path / "run")) == 4
+    assert main(["train", *arguments, "seed=5"]) == 0
+    assert "groups go on" not in capsys.readouterr().out
+    (first,) = [row for row in metrics(tmp_path / "run") if "reward/mean" in row]
+    assert first["mismatch/logprob_absdiff/max"] < 1e-4
+
+
+def test_a_database_with_another_run_of_this_name_is_left_alone(tmp_path, capsys):
+    """A database holds many runs; this one's folder is somewhere else, or on another machine."""
+    shared = ["steps=1", f"buffer.url=sqlite:///{tmp_path}/buffer.db"]
+    assert main(["train", *settings(tmp_path, "run", *shared)]) == 0
+    elsewhere = [*settings(tmp_path, "run", *shared), f"output_dir={tmp_path}/elsewhere"]
+    assert main(["train", *elsewhere]) == 2
+    assert "holds a run of this name, at step 1" in capsys.readouterr().err
+    assert trained(tmp_path) == list(range(4))
+    assert main(["train", *elsewhere, "resume=never"]) == 0
+
+
 def test_half_written_checkpoints_are_removed_or_named(tmp_path, capsys):
     assert main(["train", *settings(tmp_path, "run", "steps=2")]) == 0
     folder = tmp_path / "run" / "checkpoints"

@@ -101,6 +101,30 @@ sys.exit(asyncio.run(Supervisor(Path(".")).run([learner])))
 """
 
 
+def test_a_console_that_is_gone_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rlkit train | head`, or a terminal that was closed."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    crashes = worker("if lives.stat().st_size < 2: sys.exit(1)")
+    assert asyncio.run(Supervisor(tmp_path).run([crashes, learner(2)])) == 0
+
+
+def test_a_part_that_takes_its_time_to_end_hears_one_signal(tmp_path: Path) -> None:
+    """A second one would have it leave at once, in the middle of its checkpoint."""
+    slow = """
+        signal.signal(signal.SIGTERM, lambda *_: lives.open("a").write("t"))
+        lives.touch()
+        signal.pause()
+        time.sleep(2.5)
+    """
+    started = part("learner", "while not lives.exists(): time.sleep(.01)", vital=True)
+    assert asyncio.run(Supervisor(tmp_path).run([part("worker", slow), started])) == 0
+    assert (tmp_path / "lives").read_text() == "t"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP])
 def test_no_part_outlives_its_supervisor(tmp_path: Path, number: signal.Signals) -> None:
     """Killed or stopped, too: the part hears nothing, says so and ends itself."""
@@ -119,3 +143,8 @@ def test_no_part_outlives_its_supervisor(tmp_path: Path, number: signal.Signals)
     finally:
         process.kill()
         process.wait(20)
+
+
+def test_several_ranks_are_started_without_a_gpu() -> None:
+    command = [sys.executable, "-m", "rlkit.launch.ranks", "2", "--version"]
+    assert subprocess.check_output(command, text=True, timeout=100).count("rlkit ") == 2

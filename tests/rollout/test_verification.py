@@ -56,6 +56,15 @@ def test_equal_weights_are_verified_and_versions_without_a_probe_are_not() -> No
     assert check.verified_version == 0
 
 
+@pytest.mark.parametrize(("every", "verified"), [(0, [5, 5, 5, 5]), (2, [5, 5, 7, 7])])
+def test_the_first_update_of_an_engine_is_verified_whichever_version_it_is(every: int, verified: list[int]) -> None:
+    check, engine, found = WeightCheck(1e-5, every), Serving(0), list[int]()
+    for version in range(5, 9):
+        asyncio.run(check(engine, snapshot(version, 0)))
+        found.append(check.verified_version)
+    assert found == verified
+
+
 @pytest.mark.parametrize(
     ("served", "file", "learner", "says"),
     [
