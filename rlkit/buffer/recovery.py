@@ -1,6 +1,7 @@
 """Checkpoints: what one covers (ordinals below its `next_ordinal`), and how a run goes on from it: docs/buffer.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from operator import attrgetter
@@ -22,6 +23,16 @@ class Checkpoints:
     _db: Database
     _payloads: RecordFiles | RecordRows
     _clock: Callable[[], float]
+    _learner: int | None = None  # which learner this process is, once it has rolled back
+
+    @contextmanager
+    def leading(self) -> Iterator[Connection]:
+        """A write of the learner. BufferError once another one has gone on with the run: this one may have slept."""
+        with self._db.write() as connection:
+            fix = "end one of the two: only the later one's work counts"
+            ours = self._learner in (None, position(connection).learner)
+            require(ours, "another learner has gone on with this run", key="buffer", value=self._db.name, fix=fix)
+            yield connection
 
     def watermark(self) -> Watermark:
         """State to write into a checkpoint."""
@@ -30,7 +41,7 @@ class Checkpoints:
 
     def commit(self, watermark: Watermark) -> None:
         """The checkpoint is on disk: prompts and rollouts of groups it covers may be removed."""
-        with self._db.write() as connection:
+        with self.leading() as connection:
             known, newest = _check(connection, watermark), _watermark(connection)
             ours = known is not None and known.live and watermark.next_ordinal <= newest.next_ordinal
             expected = f"at most step {newest.step}, next_ordinal {newest.next_ordinal}: the checkpoint's watermark()"
@@ -99,9 +110,10 @@ class Checkpoints:
             connection.execute(of(groups, again).values(state=GroupState.REQUESTED, **undone))
             connection.execute(of(slices, again).values(state=GroupState.REQUESTED, **UNLEASED))
             connection.execute(delete(evaluations).where(evaluations.c.step > watermark.step))
-            moved = asdict(watermark) | {"next_ordinal": end, "ended": False}
+            moved = asdict(watermark) | {"next_ordinal": end, "ended": False, "learner": place.learner + 1}
             moved["next_version"] = max(place.next_version, watermark.version + 1)
             connection.execute(update(meta).values(moved))
+        self._learner = place.learner + 1
         removed = tuple(row.ordinal for row in rows if row.ordinal >= end)
         return RollbackReport(
             restored=tuple(restored), requested_again=again, dead_versions=dead, corrupt=tuple(corrupt), removed=removed

@@ -56,7 +56,7 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
         for x in requests:
             at_least("samples", x.samples, 1)
         prompts = [encode(x.prompt, f"metadata of prompt {x.prompt.id}") for x in requests]
-        with self._db.write() as connection:
+        with self.leading() as connection:
             now = tables.position(connection)
             ordinals = [x.ordinal for x in requests]
             expected = list(range(now.next_ordinal, now.next_ordinal + len(requests)))
@@ -100,7 +100,7 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
                 ordinal=ordinal, prompt=decode(row.prompt, Prompt), samples=row.samples,
                 rollouts=tuple(rollouts), verdicts=tuple(verdicts),
             ))  # fmt: skip
-        with self._db.write() as connection:
+        with self.leading() as connection:
             _check_states(connection, [row.ordinal for row in rows], (GroupState.SCORED,), "taken")
             connection.execute(UPDATE_GROUP, updates)
         return taken
@@ -108,7 +108,7 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
     def drop(self, ordinals: Sequence[int], reason: str) -> None:
         """Refuse groups, open or taken (DROPPED): their leases are void, and each raises the admission bound by one."""
         require(bool(reason), "a drop needs a reason", key="reason", value=reason)
-        with self._db.write() as connection:
+        with self.leading() as connection:
             _check_states(connection, ordinals, UNENDED, "dropped")
             connection.execute(of(groups, ordinals).values(state=GroupState.DROPPED, drop_reason=reason))
             # scored slices stay: a rollback may bring the group back
@@ -118,7 +118,7 @@ class SqlBuffer(Leases, Checkpoints, Snapshots, Notices):
 
     def publish(self, version: int, trained: Sequence[int]) -> None:
         """All TAKEN groups, `trained`, exactly P (rule R4), become TRAINED by the step that made `version`."""
-        with self._db.write() as connection:
+        with self.leading() as connection:
             now = tables.position(connection)
             at_least("version", version, now.next_version)
             _check_states(connection, trained, (GroupState.TAKEN,), "trained")

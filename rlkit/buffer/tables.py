@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBina
 from rlkit.buffer.protocol import BufferStats
 from rlkit.types import GroupState
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 metadata = sa.MetaData()
 
@@ -19,6 +19,7 @@ meta = sa.Table(
     *(Column(x, Integer, nullable=False) for x in ("schema_version", "prompts_per_step", "max_staleness")),
     *(Column(x, BigInteger, nullable=False, default=0) for x in ("step", "version", "next_ordinal", "refused")),
     *(Column(x, BigInteger, nullable=False, default=0) for x in ("next_lease", "expired_leases", "fenced_writes")),
+    Column("learner", BigInteger, nullable=False, default=0),  # how many have gone on with the run: the last one leads
     Column("ended", sa.Boolean, nullable=False, default=False),  # nothing more will be requested
     Column("next_version", BigInteger, nullable=False, default=1),
     Column("committed_step", BigInteger),

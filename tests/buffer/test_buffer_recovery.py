@@ -33,6 +33,28 @@ def test_watermark_covers_what_is_below_its_ordinal(buffer: Buffer) -> None:
     assert buffer.watermark() == Watermark(step=1, version=1, next_ordinal=3, refused=1)
 
 
+def test_a_learner_that_slept_does_nothing_once_another_one_leads(tmp_path: Path, clock: Clock) -> None:
+    first, second = open_at(tmp_path, clock), open_at(tmp_path, clock)
+    first.rollback(START)
+    fill(first)
+    groups = first.take(2)
+    assert groups is not None
+    second.rollback(START)  # on another host, where the first one's lock on the folder is not seen
+    late = [
+        lambda: first.publish(first.next_version(), [g.ordinal for g in groups]),
+        lambda: first.drop([0], "late"),
+        lambda: request(first, 1, 2),
+        lambda: first.commit(first.watermark()),
+        lambda: first.take(2),
+    ]
+    for verb in late:
+        with pytest.raises(BufferError, match="another learner has gone on with this run"):
+            verb()
+    sample_all(first)  # workers serve whoever leads
+    train(second)
+    assert second.trained_ordinals() == [0, 1]
+
+
 def test_rollback_undoes_training_after_the_checkpoint(tmp_path: Path, clock: Clock) -> None:
     buffer = open_at(tmp_path, clock)
     fill(buffer)
