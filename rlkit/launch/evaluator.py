@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rlkit.buffer.snapshots import Snapshot
@@ -27,6 +28,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
             open_pool(config.reward) as pool, open_buffer(config) as buffer,
             open_engine(session, buffer, key, name) as (engine, policy, turns),
         ):  # fmt: skip
+            beat = partial(buffer.report, name, {})
             likelihood = None if policy is None else LikelihoodScorer.of(session, policy)
 
             async def answer(step: int, snapshot: Snapshot) -> None:
@@ -43,23 +45,26 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
             async def serve() -> None:
                 if turns is not None and turns.mine:
                     await turns.give(engine)
-                while buffer.report(name, {}):
+                while beat():
                     for step, snapshot in buffer.asked().items():
                         if snapshot is not None:
-                            await _watched(answer(step, snapshot), check_stop)
-                    await _watched(asyncio.sleep(REPORT_S), check_stop)
+                            await _watched(answer(step, snapshot), check_stop, beat)
+                    await _watched(asyncio.sleep(REPORT_S), check_stop, beat)
 
             asyncio.run(closing(engine, serve()))
 
     return interruptible(work)
 
 
-async def _watched(work: Any, check_stop: Callable[[], None]) -> None:
-    """Await work; whatever `check_stop` raises ends it."""
-    task = asyncio.ensure_future(work)
+async def _watched(work: Any, check_stop: Callable[[], None], beat: Callable[[], object]) -> None:
+    """Await work, with a `beat` every REPORT_S; whatever `check_stop` raises ends it."""
+    task, due = asyncio.ensure_future(work), time.monotonic() + REPORT_S
     try:
         while not task.done():
             check_stop()
+            if time.monotonic() > due:
+                beat()
+                due = time.monotonic() + REPORT_S
             await asyncio.wait([task], timeout=POLL_S)
         task.result()
     finally:

@@ -174,8 +174,11 @@ class Supervisor:
                 await loop.sock_sendall(pulse, b".")
             except TimeoutError:
                 assert life.process is not None
-                self._say("supervisor", f"{life.part.name} was silent for {limit:.0f} s and is killed\n{self.state()}")
-                os.killpg(life.process.pid, signal.SIGKILL)
+                try:
+                    silent = f"{life.part.name} was silent for {limit:.0f} s and is killed"
+                    self._say("supervisor", f"{silent}\n{self.state()}")
+                finally:
+                    os.killpg(life.process.pid, signal.SIGKILL)
                 return
             except OSError:
                 return

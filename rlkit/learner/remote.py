@@ -104,7 +104,8 @@ class RemoteRollouts:
         if asked := self.buffer.asked():
             print(f"waiting for the evaluator, which has steps {', '.join(map(str, asked))} to do")
         while asked := self.buffer.asked():
-            await self._wait(len(asked))
+            at_work = any("idle_frac" not in status for status in self.buffer.reports(LATELY_S).values())
+            await self._wait(time.monotonic() if at_work else len(asked))  # an evaluation may take its time
         self.buffer.end()
         return self.buffer.answers()
 
