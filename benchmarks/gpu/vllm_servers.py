@@ -1,23 +1,29 @@
 """Check and measure vLLM servers against the learner, in one call; the last line is JSON.
 
     python benchmarks/gpu/vllm_servers.py                 # CUDA: sleep and wake; with two devices nccl as well
-    python benchmarks/gpu/vllm_servers.py --device cpu    # the checks by file, to try the script itself
+    python benchmarks/gpu/vllm_servers.py --device cpu    # by file and two sharded ranks, to try the script itself
 
 For each way of sending weights: an update in flight splits long rollouts in two; the log-probs of both parts are those
 of a full forward pass under the version that the server names; a probe scores the same on both sides. Measured: tokens
 a second, seconds of an update, seconds to sleep and to wake up.
 
-Exit status 1 where a log-prob is off by more than 1e-4 (float32) or 5e-2 (bfloat16, other kernels), or no rollout spans
-two versions.
+Then a short `rlkit train`: weights by nccl to a worker's server where there are two devices, from a learner that is
+sharded over the others where there are more; its probe says whether they arrived. One worker is killed on the way.
+
+Exit status 1 where a log-prob is off by more than 1e-4 (float32) or 5e-2 (bfloat16, other kernels), no rollout spans
+two versions, or the run does not end with verified weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,6 +44,7 @@ from rlkit.rollout.vllm_engine import VllmClient, VllmEngine
 from rlkit.rollout.vllm_server import VllmServer
 from rlkit.types import Rollout, SamplingParams
 
+TRAIN_S = 900.0
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
 MODEL = ModelConfig(
     architecture={
@@ -83,15 +91,14 @@ class Run:
 
     async def check(self, client: VllmClient, transfer: str) -> dict[str, Any]:
         if transfer == "nccl":
-            from rlkit.rollout.vllm_weights import Broadcast
-
-            urls = [server.url for server in client.servers]
             source = load_model(MODEL, self.tokenizer, self.dtype, 0).to(self.device)
-            nccl = await asyncio.to_thread(Broadcast, source, urls, 0, "127.0.0.1", 29600)
+            nccl = await asyncio.to_thread(client.settings.sender, client.servers[0].url, source)
 
             async def send(version: int) -> None:
                 source.load_state_dict(self.models[version].state_dict())
-                await asyncio.to_thread(nccl.publish, version)
+                pairs = ((name, p.detach()) for name, p in source.named_parameters())
+                await asyncio.to_thread(nccl.send, version, pairs)
+                await client.update_weights(version, None)
         else:
 
             async def send(version: int) -> None:
@@ -174,6 +181,44 @@ class Run:
         print(name, self.results[name], flush=True)
 
 
+def train(folder: Path, device: str, devices: int) -> dict[str, Any]:
+    """Twelve steps of the quickstart with vLLM; a worker is killed after the fourth."""
+    ranks = 2 if device == "cpu" else devices - 1
+    command = [
+        sys.executable, "-m", "rlkit", "train", "recipe=quickstart_async", "steps=12", "name=run",
+        "~data.eval.heldout", "data.train.source.exclude=[]", "sft.data.source.exclude=[]",
+        "evaluation.every_steps=0", f"output_dir={folder}", "sft.steps=50", "rollout.verify_every=1",
+        f"rollout.engine.weight_transfer={'nccl' if device == 'cuda' else 'rlkit_file'}",
+        f"learner.processes={ranks}", f"learner.sharded={str(ranks > 1).lower()}", f"learner.device={device}",
+        "rollout.verify_tolerance=0.05",
+    ]  # fmt: skip
+    started, rows, killed = time.perf_counter(), folder / "run" / "metrics.jsonl", False
+    with (folder / "train.txt").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while process.poll() is None and time.perf_counter() - started < TRAIN_S:
+                steps = rows.read_text().count('"reward/mean"') if rows.exists() else 0
+                if steps >= 4 and not killed:
+                    children = psutil.Process(process.pid).children(recursive=True)
+                    killed = any(x.kill() is None for x in children if "worker" in x.cmdline()[:4])
+                time.sleep(0.2)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(120)
+    metrics = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    verified = [row for row in metrics if row.get("weights/verified_version", -1) >= 0]
+    if process.returncode:
+        print((folder / "train.txt").read_text(errors="replace")[-5000:], flush=True)
+    return {
+        "status": process.returncode, "learner_ranks": ranks, "worker_killed": killed,
+        "steps": sum("reward/mean" in row for row in metrics), "train_s": round(time.perf_counter() - started, 1),
+        "verified_version": max((row["weights/verified_version"] for row in verified), default=-1),
+        "probe_absdiff_max": max((row["weights/probe_absdiff_max"] for row in verified), default=None),
+        "weight_sync_s": [round(x["time/weight_sync"], 3) for x in metrics if "time/weight_sync" in x][-1:],
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -193,13 +238,18 @@ def main() -> int:
             run.run("nccl", "nccl", sleep=False, devices="1")
         if arguments.device == "cuda":
             run.run("sleep", "rlkit_file", sleep=True, devices="0")
+        trained = None
+        if arguments.device == "cpu" or torch.cuda.device_count() > 1:
+            trained = train(Path(folder), arguments.device, torch.cuda.device_count())
+            print("train", trained, flush=True)
     found = run.results.values()
     bound = BOUNDS[arguments.dtype]
     worst = max(value for result in found for key, value in result.items() if key.endswith("difference"))
     good = worst <= bound and all(result["spanning_rollouts"] for result in found)
-    print(
-        json.dumps({"device": arguments.device, "dtype": arguments.dtype, "bound": bound, "good": good, **run.results})
-    )
+    if trained is not None:
+        good &= trained["status"] == 0 and trained["steps"] == 12 and trained["verified_version"] >= 4
+    said = {"device": arguments.device, "dtype": arguments.dtype, "bound": bound, "good": good}
+    print(json.dumps({**said, **run.results, "train": trained}))
     return 0 if good else 1
 
 

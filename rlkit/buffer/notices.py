@@ -1,6 +1,6 @@
 """What the processes of a run tell each other besides rollouts: evaluations, how workers fare, the end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sqlalchemy import delete, insert, select, update
 
@@ -42,9 +42,9 @@ class Notices:
         with self._db.read() as connection:
             return {row.step: decode(row.metrics, dict[str, float]) for row in connection.execute(query)}
 
-    def report(self, name: str, status: Mapping[str, float]) -> bool:
-        """Say how this process fares; returns whether the run goes on."""
-        row = {"name": name, "seen_at": self._clock(), "status": encode(dict(status), "status")}
+    def report(self, name: str, status: Mapping[str, float], servers: Sequence[str] = ()) -> bool:
+        """Say how this process fares, and which servers of its wait for weights; returns whether the run goes on."""
+        row = {"name": name, "seen_at": self._clock(), "status": encode((dict(status), list(servers)), "status")}
         with self._db.write() as connection:
             connection.execute(delete(workers).where(workers.c.name == name))
             connection.execute(insert(workers).values(row))
@@ -52,9 +52,17 @@ class Notices:
 
     def reports(self, within_s: float) -> dict[str, dict[str, float]]:
         """The status of every process that has reported within so many seconds."""
+        return {name: status for name, (status, _) in self._reports(within_s).items()}
+
+    def servers(self, within_s: float) -> set[str]:
+        """URLs of the servers that wait for weights, by the same reports."""
+        return {url for _, urls in self._reports(within_s).values() for url in urls}
+
+    def _reports(self, within_s: float) -> dict[str, tuple[dict[str, float], list[str]]]:
         query = select(workers).where(workers.c.seen_at >= self._clock() - within_s).order_by(workers.c.name)
         with self._db.read() as connection:
-            return {row.name: decode(row.status, dict[str, float]) for row in connection.execute(query)}
+            rows = connection.execute(query).all()
+        return {row.name: decode(row.status, tuple[dict[str, float], list[str]]) for row in rows}
 
     def end(self) -> None:
         """Workers and evaluators may go: nothing more will be requested, until a rollback begins a new part."""

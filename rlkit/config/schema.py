@@ -137,6 +137,7 @@ class LearnerConfig(OptimizerConfig):
     mixed_precision: str = choice("auto", "no", "bf16")  # auto: bf16 where the device has it fast.
     deterministic: bool = False  # Deterministic kernels and fixed threads: bit-for-bit reproducible on one machine.
     processes: int = number(1, 1)  # Learner processes that `rlkit train` starts beside workers, one a device.
+    sharded: bool = False  # Weights, gradients and moments in shards over the processes (FSDP2); needs workers.
     num_threads: int | None = number(None, 1, 4096)  # CPU threads for torch; default: torch's choice.
     device: str = choice("auto", "cpu", "cuda")  # auto: cuda where there is one.
 

@@ -78,6 +78,12 @@ def _check_processes(config: Config, built: dict[str, Any]) -> Iterator[ConfigEr
     if config.learner.processes > 1 and getattr(engine, "takes_turns", False):
         problem, expected = "one process takes turns with the engine", "1 with rollout.engine.takes_turns"
         yield _fault("learner.processes", config.learner.processes, problem, expected)
+    if config.learner.sharded and not workers:
+        problem, fix = "the learner's process samples from a model of which it has a part", "rollout.workers=1"
+        yield _fault("learner.sharded", True, problem, "false with rollout.workers=0", fix)
+    if config.learner.sharded and config.reward.likelihood is not None:
+        problem, fix = "rank 0 scores references by itself, and has a part of the model", "learner.sharded=false"
+        yield _fault("learner.sharded", True, problem, "false with reward.likelihood", fix)
     evaluator = engine if config.evaluation.engine is None else built.get("evaluation.engine")
     if (
         workers

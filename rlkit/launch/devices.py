@@ -31,11 +31,19 @@ def needs(config: Config, name: str) -> int:
 def assign(config: Config, parts: Sequence[Part], gpus: Sequence[str] | None = None) -> list[Part]:
     """The parts with their GPUs, in order; one is shared, as are those taken in turn. ConfigError: too few."""
     free = visible() if gpus is None else list(gpus)
-    if not free or config.learner.device == "cpu":
-        return list(parts)
-    wanted = {part.name: needs(config, part.name) for part in parts}
-    turns = build(config.rollout.engine, key="rollout.engine").takes_turns
+    wanted, cpu = {part.name: needs(config, part.name) for part in parts}, config.learner.device == "cpu"
+    engine = build(config.rollout.engine, key="rollout.engine")
+    turns, apart = engine.takes_turns, getattr(engine, "own_gpus", False)
     total = max(wanted.values()) if turns else sum(wanted.values())
+    if apart and (cpu or turns or not free or len(free) == 1 < total):
+        problem, key = (
+            f"it sends weights from GPU to GPU, and {len(free)} can be used",
+            "rollout.engine.weight_transfer",
+        )
+        expected, fix = "2 GPUs or more, learner.device=auto, takes_turns=false", f"{key}=rlkit_file"
+        raise ConfigError(problem, key=key, value="nccl", expected=expected, fix=fix)
+    if not free or cpu:
+        return list(parts)
     if total > len(free) > 1:
         each, fix = ", ".join(f"{n} {name}" for name, n in wanted.items()), "lower one of them, or learner.device=cpu"
         raise ConfigError("not enough GPUs", key=VISIBLE, value=",".join(free), expected=f"{total}: {each}", fix=fix)

@@ -26,7 +26,7 @@ def main(config: Config, resolved: Mapping[str, Any]) -> int:
         sampling = session.sampling(settings.temperature, settings.seed)
         with (
             open_pool(config.reward) as pool, open_buffer(config) as buffer,
-            open_engine(session, buffer, key, name) as (engine, policy, turns),
+            open_engine(session, buffer, key, name, weight_transfer="rlkit_file") as (engine, policy, turns),
         ):  # fmt: skip
             beat = partial(buffer.report, name, {})
             likelihood = None if policy is None else LikelihoodScorer.of(session, policy)

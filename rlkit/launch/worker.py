@@ -64,11 +64,12 @@ def open_session(config: Config, resolved: Mapping[str, Any], check_stop: Callab
 
 @contextlib.contextmanager
 def open_engine(
-    session: Session, buffer: SqlBuffer, key: str, name: str
+    session: Session, buffer: SqlBuffer, key: str, name: str, **changed: Any
 ) -> Iterator[tuple[Engine, Policy | None, Turns | None]]:
     """The engine of the component at `key`, with no version's weights yet; the policy it is embedded on, if any.
 
     Where the run takes turns, it is this process's: a server measures the memory of its device while it starts.
+    `changed`: settings of servers that are others here.
     """
     config, settings = session.config, session.component(key)
     # A run that has ended may be about to go on to more steps: its learner takes the end back, and starts slower.
@@ -82,6 +83,7 @@ def open_engine(
         return
     from rlkit.rollout.vllm_server import running
 
+    settings = dataclasses.replace(settings, **changed)
     first = wait(buffer.snapshot, session, "the learner has published no weights")
     folder = Path(first.path).parent
     log = Path(config.output_dir) / config.name / "logs" / f"{name}-vllm.log"

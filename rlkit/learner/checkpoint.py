@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from rlkit.buffer.protocol import Watermark
 from rlkit.buffer.snapshots import checksum
 from rlkit.errors import CheckpointError
+from rlkit.learner.shards import gathered, laid_out_as
 from rlkit.learner.update import Learner
 
 MANIFEST = "manifest.json"
@@ -49,15 +51,18 @@ class Checkpoint:
         Raises CheckpointError if it belongs to another model.
         """
         by_name, trainer = dict(learner.model.named_parameters()), self.path / "trainer"
-        optimizer, rng = load_file(trainer / "optimizer.safetensors"), load_file(trainer / "rng.safetensors")
-        if optimizer and (unknown := {key.split("/", 1)[1] for key in optimizer} ^ set(by_name)):
-            problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
-            raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected="the parameters of this model")
-        for key, tensor in optimizer.items():
-            kind, name = key.split("/", 1)
-            # Step counters stay on the CPU, moments go where the parameter is.
-            place = "cpu" if tensor.ndim == 0 else by_name[name].device
-            learner.optimizer.state[by_name[name]][kind] = tensor.to(place, copy=True)
+        rng = load_file(trainer / "rng.safetensors")
+        with safe_open(trainer / "optimizer.safetensors", framework="pt") as optimizer:
+            keys = list(optimizer.keys())
+            if keys and (unknown := {key.split("/", 1)[1] for key in keys} ^ set(by_name)):
+                problem, key = "the optimiser state is of another model", "trainer/optimizer.safetensors"
+                expected = "the parameters of this model"
+                raise CheckpointError(problem, key=key, value=sorted(unknown)[:3], expected=expected)
+            for key in keys:
+                (kind, name), tensor = key.split("/", 1), optimizer.get_tensor(key)
+                # Step counters stay on the CPU, moments go where the parameter is, or their part of it.
+                like = tensor if tensor.ndim == 0 else by_name[name]
+                learner.optimizer.state[by_name[name]][kind] = laid_out_as(tensor, like)
         learner.optimizer_steps = self.optimizer_steps
         # Global generators are for users' components; sampling itself is keyed, not drawn.
         (version, internal, gauss), numpy_state = json.loads((trainer / "state.json").read_text())["rng"]
@@ -77,6 +82,17 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def _gather(learner: Learner) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights, and moments as "exp_avg/<parameter>" (tied parameters once), whole on rank 0. Collective."""
+    moments = {
+        f"{key}/{name}": value
+        for name, parameter in learner.model.named_parameters()
+        for key, value in learner.optimizer.state.get(parameter, {}).items()
+    }
+    main = learner.accelerator.is_main_process
+    return gathered(learner.model.state_dict(keep_vars=True), main), gathered(moments, main)
+
+
 def save(
     folder: Path, learner: Learner, tokenizer: PreTrainedTokenizerBase, progress: Mapping[str, Any], *, keep: int
 ) -> None:
@@ -88,17 +104,13 @@ def save(
     try:
         trainer = draft / "trainer"
         trainer.mkdir(parents=True)
-        learner.model.save_pretrained(draft, safe_serialization=True)
+        weights, moments = learner.together(_gather)
+        learner.model.save_pretrained(draft, state_dict=weights)
         tokenizer.save_pretrained(draft)
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         rng = {"cpu": torch.get_rng_state()} | {f"cuda{i}": state for i, state in enumerate(cuda)}
         state = {**progress, "optimizer_steps": learner.optimizer_steps}
         raw = {"state": state, "rng": [random.getstate(), np.random.get_state(legacy=True)]}
-        moments = {  # "exp_avg/<parameter>"; tied parameters once
-            f"{key}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
-            for name, parameter in learner.model.named_parameters()
-            for key, value in learner.optimizer.state.get(parameter, {}).items()
-        }
         save_file(moments, trainer / "optimizer.safetensors")
         save_file(rng, trainer / "rng.safetensors")
         (trainer / "state.json").write_text(json.dumps(raw, default=np.ndarray.tolist))

@@ -15,7 +15,7 @@ from rlkit.budget.uniform import Budget
 from rlkit.buffer.protocol import GroupRequest
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.data.prompts import PromptOrder, PromptSet
-from rlkit.errors import TrainingError, calling
+from rlkit.errors import Interrupted, TrainingError, calling
 from rlkit.learner import checkpoint as checkpoints
 from rlkit.learner.assemble import assemble, usable_samples
 from rlkit.learner.likelihood import LikelihoodScorer
@@ -51,11 +51,10 @@ class Trainer:
         self.advantage: Advantage = self.session.component("algorithm.advantage")
         self.group_filter: GroupFilter | None = self.session.component("algorithm.group_filter")
         self.budget: Budget = self.session.component("budget")
-        policy = self.session.accelerator.unwrap_model(self.learner.policy)
-        self.likelihood = LikelihoodScorer.of(self.session, policy, self.learner.reference)
+        self.likelihood = LikelihoodScorer.of(self.session, self.learner.unwrapped, self.learner.reference)
         self.rollouts: LocalRollouts | RemoteRollouts
         if config.rollout.workers:
-            self.rollouts = RemoteRollouts.of(self.session, self.learner.model, self.buffer, self.prompts)
+            self.rollouts = RemoteRollouts.of(self.session, self.learner, self.buffer, self.prompts)
         else:
             given = self.learner, self.buffer, self.pool, self.held_out, self.likelihood
             self.rollouts = LocalRollouts.of(self.session, *given)
@@ -91,10 +90,12 @@ class Trainer:
                     self.telemetry.log(self.step, {"time/checkpoint": self.save()})
                 await self.evaluate()
             self._log_evaluations(await self.rollouts.finish())
-        except BaseException:
+        except BaseException as error:
             # Weights changed but not yet published are never saved: their groups would be trained twice.
             untouched = self.learner.optimizer_steps == self.updates_of_step
-            if untouched and self.saved_step != self.step and self.step > 0:
+            # Shards are gathered after a signal only: any other failure may be that of the other ranks, too.
+            gathers = isinstance(error, Interrupted) or not self.learner.sharded
+            if untouched and gathers and self.saved_step != self.step and self.step > 0:
                 self.save()
             raise
 

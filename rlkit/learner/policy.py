@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from rlkit.errors import ConfigError
 from rlkit.learner.batching import MicroBatch, TrainingSequence, collate, plan_microbatches
 from rlkit.learner.logprobs import selected_logprobs
+from rlkit.rollout.verification import probe_logprobs
+from rlkit.types import FloatArray, IntArray
 
 # Settings that change logits after the head; the chunked head does not apply them: refused unless neutral.
 NEUTRAL = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
@@ -47,6 +49,10 @@ class Policy(nn.Module):
             chosen, head.weight, micro.targets, bias=bias, temperature=self.temperature,
             chunk_logits=self.chunk_logits, entropy_grad=entropy_grad,
         )  # fmt: skip
+
+    def probe(self, token_ids: IntArray) -> FloatArray:
+        """`rlkit.rollout.verification.probe_logprobs` of the model; collective where that is sharded."""
+        return probe_logprobs(self.model, token_ids)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[TrainingSequence], max_tokens: int) -> list[Tensor]:

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -12,10 +14,19 @@ from transformers import PreTrainedModel
 from rlkit.buffer.snapshots import Snapshot, checksum
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.errors import TrainingError
-from rlkit.rollout.verification import probe_logprobs
+from rlkit.learner.shards import gathered
+from rlkit.learner.update import Learner
 from rlkit.types import IntArray
 
+Probe: TypeAlias = tuple[list[int], list[float]]  # tokens, and log-probs of all but the first
 ARCHITECTURE = "architecture"  # folder beside the snapshots: config.json, for servers that make the model themselves
+
+
+def _gather(learner: Learner, probe: IntArray | None) -> tuple[dict[str, Tensor], Probe | None]:
+    """Weights, whole on rank 0, and what they make of the probe. Collective."""
+    scored = None if probe is None else (probe.tolist(), learner.unwrapped.probe(probe).tolist())
+    # Tied parameters are named once, which loaders of tied models expect.
+    return gathered(dict(learner.model.named_parameters()), learner.accelerator.is_main_process), scored
 
 
 @dataclass(slots=True)
@@ -35,15 +46,13 @@ class Publisher:
             if str(path) not in listed:
                 path.unlink()
 
-    async def publish(self, version: int, model: PreTrainedModel, probe: IntArray | None = None) -> None:
+    async def publish(self, version: int, learner: Learner, probe: IntArray | None = None) -> None:
         """Serve the present weights as `version`; waits only for the file of the version before. Raises as `done`.
 
         `probe`: tokens to compare engines with the learner on.
         """
         await self.done()
-        # Tied parameters are named once, which loaders of tied models expect.
-        tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
-        scored = None if probe is None else (probe.tolist(), probe_logprobs(model, probe).tolist())
+        tensors, scored = learner.together(partial(_gather, probe=probe))
         # A task would begin when the event loop is next idle, which is after the next step's training.
         self._writing = asyncio.get_running_loop().run_in_executor(None, self._write, version, tensors, scored)
 
@@ -53,7 +62,7 @@ class Publisher:
         if writing is not None:
             await writing
 
-    def _write(self, version: int, tensors: dict[str, Tensor], probe: tuple[list[int], list[float]] | None) -> None:
+    def _write(self, version: int, tensors: dict[str, Tensor], probe: Probe | None) -> None:
         for snapshot in self.buffer.discard():
             Path(snapshot.path).unlink(missing_ok=True)
         size = sum(tensor.nbytes for tensor in tensors.values())

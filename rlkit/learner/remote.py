@@ -12,16 +12,17 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from rlkit.buffer.sql import SqlBuffer
 from rlkit.data.prompts import PromptSet
 from rlkit.errors import TrainingError
+from rlkit.learner.broadcast import Broadcast
 from rlkit.learner.publisher import Publisher
 from rlkit.learner.setup import Session
+from rlkit.learner.update import Learner
 from rlkit.rollout.turns import Turns
 from rlkit.rollout.verification import PROBE_TOKENS
-from rlkit.rollout.worker import POLL_S
+from rlkit.rollout.worker import POLL_S, REPORT_S
 from rlkit.telemetry.record import read_mapping
 from rlkit.types import IntArray
 
@@ -34,7 +35,8 @@ class RemoteRollouts:
 
     buffer: SqlBuffer
     publisher: Publisher
-    model: PreTrainedModel
+    broadcast: Broadcast
+    learner: Learner
     probe: IntArray  # tokens on which engines are compared with the learner
     limit_s: float
     check_stop: Callable[[], None]
@@ -45,21 +47,24 @@ class RemoteRollouts:
     moved: tuple[Any, float] = (None, 0.0)  # what the buffer held, and since when
     waited_s: float = 0.0  # since the last metrics
     measured: float = field(default_factory=time.monotonic)  # when those were
+    looked: float = 0.0  # when new servers were looked for
 
     @classmethod
-    def of(cls, session: Session, model: PreTrainedModel, buffer: SqlBuffer, prompts: PromptSet) -> Self:
+    def of(cls, session: Session, learner: Learner, buffer: SqlBuffer, prompts: PromptSet) -> Self:
         """By the recipe; the probe is the first training prompts."""
         config, rollout = session.config, session.config.rollout
         folder = Path(config.output_dir) / config.name
         snapshots = Path(rollout.snapshot_dir, config.name) if rollout.snapshot_dir else folder / "snapshots"
         publisher = Publisher(buffer, snapshots.absolute(), rollout.snapshot_gb)
-        publisher.prepare(model)
+        publisher.prepare(learner.model)
+        engine: Any = session.component("rollout.engine")
+        broadcast = Broadcast(buffer, learner, engine, LATELY_S)
         length = min(PROBE_TOKENS, rollout.max_completion_tokens)  # a server has room for this and a prompt
         probe = np.resize(np.concatenate([p.token_ids for p in prompts.prompts[:PROBE_TOKENS]]), max(2, length))
         return cls(
-            buffer, publisher, model, probe, rollout.wait_s, session.check_stop,
+            buffer, publisher, broadcast, learner, probe, rollout.wait_s, session.check_stop,
             folder / "supervisor.json", bool(config.data.eval),
-            Turns.of(config, session.component("rollout.engine").takes_turns, session.check_stop),
+            Turns.of(config, engine.takes_turns, session.check_stop),
         )  # fmt: skip
 
     async def run_once(self) -> dict[str, float]:
@@ -76,6 +81,9 @@ class RemoteRollouts:
             problem = f"nothing came from workers or evaluator for {self.limit_s:g} s; {self.buffer.stats()}"
             fix = "see their logs (logs/ in the run folder), and `rlkit buffer` for who holds which lease"
             raise TrainingError(problem, key="rollout.wait_s", value=self.limit_s, fix=fix)
+        if now - self.looked > REPORT_S:
+            self.broadcast.serve(self.version)
+            self.looked = now
         await asyncio.sleep(POLL_S)
         self.waited_s += time.monotonic() - now
 
@@ -86,7 +94,8 @@ class RemoteRollouts:
 
     async def serve(self, version: int) -> None:
         """The present weights are `version`; the device may be others' until the next training."""
-        await self.publisher.publish(version, self.model, self.probe)
+        self.broadcast.serve(version)
+        await self.publisher.publish(version, self.learner, self.probe)
         self.version = version
         if self.turns is not None and self.turns.mine:
             torch.cuda.empty_cache()  # nothing without a GPU

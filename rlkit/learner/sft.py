@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from rlkit.algorithms.aggregation import TokenMean
 from rlkit.algorithms.kl import NoKL
@@ -103,6 +104,8 @@ def _train(session: Session, sft: SftConfig, folder: Path) -> None:
         if accelerator.is_main_process:
             progress = {"step": step, "seconds": time.perf_counter() - started, "watermark": None}
             checkpoints.save(folder / "checkpoints", learner, session.tokenizer, progress, keep=1)
+        elif learner.sharded:
+            broadcast_object_list([None], from_process=0)[0](learner)  # what rank 0 has `together` there
         accelerator.wait_for_everyone()
 
     # Lengths are mixed: batches of one length save padding, but tiny models learnt more slowly from them.

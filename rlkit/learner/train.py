@@ -36,7 +36,7 @@ FREE_KEYS = (
     "telemetry", "checkpoint", "resume", "output_dir", "name", "steps",
     "evaluation.every_steps", "evaluation.at_start", "evaluation.batch_samples",
     "rollout.workers", "rollout.wait_s", "rollout.verify_every", "rollout.verify_tolerance", "evaluation.engine",
-    "learner.processes", "rollout.snapshot_dir", "rollout.snapshot_gb",
+    "learner.processes", "learner.sharded", "rollout.snapshot_dir", "rollout.snapshot_gb",
     "reward.workers", "reward.batch_size", "reward.timeout_s", "reward.sandbox", "reward.max_unscored_frac",
 )  # fmt: skip
 
@@ -122,7 +122,7 @@ def _dismiss(kind: type[BaseException] | None, *_: object) -> None:
 
 
 async def _follow(session: Session) -> None:
-    """Ranks other than 0: sample a share, or train, as rank 0 orders, until it sends None."""
+    """Ranks other than 0: sample a share, train, or gather weights, as rank 0 orders, until it sends None."""
     config, accelerator = session.config, session.accelerator
     chosen = broadcast_object_list([None], from_process=0)[0]
     newest = checkpoints.newest(Path(config.output_dir) / config.name / "checkpoints") if chosen else None
@@ -134,6 +134,8 @@ async def _follow(session: Session) -> None:
     while (message := broadcast_object_list([None], from_process=0)[0]) is not None:
         if isinstance(message, GenerateOrder) and engine is not None:
             await carry_out(message, engine, accelerator.process_index, accelerator.num_processes)
+        elif callable(message):
+            message(learner)  # see Learner.together
         else:
             learner.step(message, never_stop)
 

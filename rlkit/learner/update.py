@@ -1,8 +1,8 @@
 """One learner step: old log-probs, then one optimiser update per part of the batch.
 
 The loss of an update is   sum_i w_i sum_t (L_it + KL_it - c_H H_it)   over all its sequences i on all ranks, with
-weights w from the aggregation; nothing else normalises. DDP averages gradients over ranks; the loss is multiplied by
-their number to undo that.
+weights w from the aggregation; nothing else normalises. DDP and FSDP average gradients over ranks; the loss is
+multiplied by their number to undo that.
 
 A `GroupLoss` F(s_1 .. s_N) needs all scores s at once: they are found first, without gradient, and gathered over ranks;
 then c_k = dF/ds_k / |o_k| is constant, and the update back-propagates   sum_k c_k sum_t logprob_kt,   whose gradient is
@@ -14,10 +14,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlkit.algorithms.base import Aggregation, GroupLoss, Loss, LossInputs, OldPolicy, group_sum
@@ -28,6 +29,7 @@ from rlkit.config.schema import LearnerConfig
 from rlkit.errors import TrainingError, calling
 from rlkit.learner.batching import MicroBatch, TrainingSequence, collate, plan_microbatches, share_of_rank, split_groups
 from rlkit.learner.policy import Policy
+from rlkit.learner.shards import shard, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +98,19 @@ class Learner:
     optimizer_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.model = self.policy.model
-        self.share_prompts = self.policy.can_share_prompts
+        self.unwrapped, self.model = self.policy, self.policy.model
+        self.sharded = self.config.sharded and self.accelerator.num_processes > 1
+        # Layers run twice in a pass that shares prompts: not on every rank, and each time is a collective of FSDP.
+        self.share_prompts = self.policy.can_share_prompts and not self.sharded
+        if self.sharded:
+            shard(self.policy, self.accelerator)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         decayed = {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.config.weight_decay}
         others = {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}  # norms, biases
         groups, betas = [x for x in (decayed, others) if x["params"]], cast(tuple[float, float], self.config.betas)
         optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.config.epsilon, fused=True)  # lr: see `step`
-        self.policy, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.policy = self.policy if self.sharded else self.accelerator.prepare(self.policy)
         alone = (self.reference is None or self.objective.kl.in_reward) and self.objective.entropy_coefficient == 0
         alone = alone and not getattr(self.objective.likelihood, "answer_gradient", False)
         loss: Any = self.objective.loss
@@ -134,6 +141,12 @@ class Learner:
             "learner/optimizer_steps": float(self.optimizer_steps),
             "learner/microbatches": float(sum(len(part) for part in parts)),
         }
+
+    def together(self, work: Callable[[Self], Any], here: Callable[[Self], Any] | None = None) -> Any:
+        """Rank 0: do `work`, or `here`, which gathers the same; if there are shards, the other ranks do `work` now."""
+        if self.sharded:
+            broadcast_object_list([work], from_process=0)
+        return (here or work)(self)
 
     def weights(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> dict[int, float]:
         """Sequence -> weight of its tokens, in an update on sequences[indices]."""
@@ -287,7 +300,7 @@ class Learner:
 
     def _apply(self) -> float:
         limit = self.config.max_grad_norm or float("inf")
-        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit))
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit)))
         if not math.isfinite(norm):
             problem = "the gradient is not finite; the weights were left as they were"
             fix = "lower learner.learning_rate, or look at the step's rollouts and rewards"

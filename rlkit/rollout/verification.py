@@ -18,7 +18,7 @@ from rlkit.types import FloatArray, IntArray
 PROBE_TOKENS = 64
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference_mode would make weights that FSDP gathers here unfit for training
 def probe_logprobs(model: nn.Module, token_ids: IntArray) -> FloatArray:
     """Log-probs (temperature 1, float32, in nats) of tokens 1, 2, ... of a sequence given those before: [T - 1]."""
     model.eval()  # without dropout; the learner turns training on again itself
@@ -44,8 +44,10 @@ class WeightCheck:
         self.updates += 1
         if snapshot.probe is None or not due:
             return
-        tokens, expected = snapshot.probe
+        (tokens, expected), version = snapshot.probe, engine.version
         found = await engine.score(np.array(tokens, dtype=np.int64))
+        if engine.version != version:
+            return  # newer weights came while it scored
         self.difference = max(float(np.abs(x - expected).max()) for x in found.values())
         for server, scores in found.items():
             if not np.abs(scores - expected).max() <= self.tolerance:

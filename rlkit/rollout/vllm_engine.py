@@ -61,6 +61,17 @@ class VllmEngine(Checked):
         """GPUs of a worker's servers."""
         return 0 if self.urls else self.servers * self.tensor_parallel_size
 
+    @property
+    def own_gpus(self) -> bool:
+        """Whether servers must have other GPUs than the learner."""
+        return self.weight_transfer == "nccl"
+
+    def sender(self, url: str, model: torch.nn.Module) -> Any:
+        """The learner's way to a server that waits for weights."""
+        from rlkit.rollout.vllm_weights import NcclSender
+
+        return NcclSender(url, model, self.update_timeout_s)
+
     def open(self, urls: Sequence[str], tokenizer: Tokenizer, snapshots: Path, engine_id: str) -> VllmClient:
         """The engine on running servers that take weights from the folder `snapshots`. Call `update_weights` first."""
         if not urls:
@@ -114,6 +125,11 @@ class VllmClient:
     def version(self) -> int:
         """Of the oldest weights that a server has; -1 before the first `update_weights`."""
         return min(server.version for server in self.servers)
+
+    @property
+    def awaiting(self) -> list[str]:
+        """URLs of the servers that the learner sends weights to."""
+        return [server.url for server in self.servers] if self.settings.weight_transfer == "nccl" else []
 
     async def generate(
         self, requests: Sequence[GenerationRequest], sampling: SamplingParams
@@ -200,6 +216,8 @@ class VllmClient:
             rows = self._read(server, await self._call(server, GENERATE, body), "prompt_logprobs")
             pairs = zip(token_ids[1:], rows[1:], strict=True)
             scores[server.url] = np.array([row[str(token)]["logprob"] for token, row in pairs], dtype=np.float32)
+            if server.url in self.awaiting:
+                await self._arrival(server, server.version)  # the learner may have sent others meanwhile
         return scores
 
     async def healthy(self) -> None:
@@ -229,14 +247,16 @@ class VllmClient:
                 raise failed
 
     async def _arrival(self, server: Server, version: int) -> None:
-        """Until the learner has sent `version` or a newer one (`rlkit.rollout.vllm_weights.Broadcast`)."""
+        """Until the learner has sent `version` or a newer one (`rlkit.learner.broadcast`)."""
         try:
             async with asyncio.timeout(self.settings.update_timeout_s):
-                while server.version < version:
+                while True:  # of a learner that was started again, it may have had newer ones before
                     answer = await self._client.get(f"{server.url}/weight_info")
                     label = self._read(server, answer.text, "weight_version")
                     server.version = int(label) if label.isdigit() else -1
-                    await asyncio.sleep(POLL_S if server.version < version else 0)
+                    if server.version >= version:
+                        return
+                    await asyncio.sleep(POLL_S)
         except (TimeoutError, httpx.HTTPError) as error:
             raise server.error(f"version {version} did not arrive: {type(error).__name__} {error}") from error
 

@@ -6,10 +6,13 @@ vLLM finds `register` through the entry-point group `vllm.general_plugins`, in e
 
 import hashlib
 import os
+import socket
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import torch
@@ -21,8 +24,6 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
-
-from rlkit.errors import EngineError
 
 
 def register() -> None:
@@ -98,32 +99,43 @@ class FileTransferEngine(base.WeightTransferEngine[FileInit, FileUpdate]):
     def shutdown(self) -> None: ...
 
 
-class Broadcast:
-    """The learner's side of `nccl`, made and used by all its ranks at the same time (not run on GPUs so far).
+class _Source(base.ModuleSource):
+    """A model's tensors as the learner hands them over, one pass at a time."""
 
-    Each tensor of `model` (FSDP2 shards or whole) is gathered on all ranks, sent by rank 0 to one server after the
-    other, and freed before the next: no rank ever holds the whole model.
-    """
+    tensors: Iterator[tuple[str, torch.Tensor]]
 
-    def __init__(self, model: torch.nn.Module, urls: list[str], rank: int, address: str, first_port: int) -> None:
-        if not torch.cuda.is_available():
-            raise EngineError("needs a GPU", key="weight_transfer", value="nccl", fix="weight_transfer=rlkit_file")
-        source, self.rank, self.senders = base.ModuleSource(model), rank, dict[str, Any]()
-        for port, url in enumerate(urls, first_port):
-            workers = httpx.get(f"{url}/get_world_size").raise_for_status().json()["world_size"]
-            info, client = NCCLTrainerInitInfo(address, port, 1 + workers, rank=rank), HTTPVLLMWeightSyncClient(url)
-            self.senders[url] = factory.WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.tensors
 
-    def publish(self, version: int, timeout_s: float = 600.0) -> None:
-        """Serve the model's weights as `version`; requests under way are held meanwhile, and go on under them."""
-        for url, sender in self.senders.items():
-            self._post(f"{url}/pause?mode=keep", timeout_s)
-            try:
-                sender.send_weights()
-                self._post(f"{url}/update_weight_version", timeout_s, {"new_version": str(version)})
-            finally:
-                self._post(f"{url}/resume", timeout_s)
 
-    def _post(self, url: str, timeout_s: float, body: Any = None) -> None:
-        if self.rank == 0:
-            httpx.post(url, json=body, timeout=timeout_s).raise_for_status()
+class NcclSender:
+    """The learner's side of `nccl` to one server, on rank 0 (`rlkit.learner.broadcast`; not run on GPUs so far)."""
+
+    def __init__(self, url: str, model: torch.nn.Module, timeout_s: float) -> None:
+        """Meet the server's processes, at an address of this machine that it can reach."""
+        self.url, self.timeout_s, self.source, place = url, timeout_s, _Source(model), urlsplit(url)
+        with socket.create_connection((place.hostname, place.port), timeout_s) as link, socket.socket() as free:
+            free.bind((link.getsockname()[0], 0))
+            address, port = free.getsockname()
+        answer = httpx.get(f"{url}/get_world_size", timeout=timeout_s).raise_for_status()
+        info = NCCLTrainerInitInfo(address, port, 1 + answer.json()["world_size"], rank=0)
+        client = HTTPVLLMWeightSyncClient(url, timeout_s)
+        self.engine = factory.WeightTransferTrainerFactory.trainer_init(info, client=client, source=self.source)
+
+    def send(self, version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Serve them as `version`; requests under way are held meanwhile, and go on under them."""
+        self.source.tensors = tensors
+        torch.cuda.synchronize()  # they are read on streams of vLLM's
+        self._post("/pause?mode=keep")
+        try:
+            self.engine.send_weights()
+            self._post("/update_weight_version", {"new_version": str(version)})
+        finally:
+            self._post("/resume")
+
+    def close(self) -> None:
+        """Abort what is under way."""
+        self.engine.shutdown()
+
+    def _post(self, path: str, body: Any = None) -> None:
+        httpx.post(f"{self.url}{path}", json=body, timeout=self.timeout_s).raise_for_status()

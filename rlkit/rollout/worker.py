@@ -108,7 +108,7 @@ class RolloutWorker:
                 "idle_frac": 1 - used / (now - began) if began is not None else 0.0,
                 "verified_version": self.check.verified_version, "difference": self.check.difference,
             }  # fmt: skip
-            if not self.buffer.report(self.worker_id, status):
+            if not self.buffer.report(self.worker_id, status, getattr(self.engine, "awaiting", ())):
                 return
             await self.engine.healthy()
             await asyncio.sleep(REPORT_S)
@@ -127,6 +127,8 @@ class RolloutWorker:
                 if newest == self.buffer.snapshot():
                     raise
                 return False  # its file was no longer needed
+            if self.engine.version != newest.version:
+                return False  # the learner has sent others meanwhile, whose snapshot is still to come
             self.sync_s, self.served = time.perf_counter() - started, newest.checksum
             await self.check(self.engine, newest)
         return newest is not None

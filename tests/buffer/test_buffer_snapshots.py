@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,12 +104,19 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
+def learner(model: LlamaForCausalLM) -> Any:
+    """What the publisher asks of a learner of one rank."""
+    it = SimpleNamespace(model=model, accelerator=SimpleNamespace(is_main_process=True))
+    it.together = lambda work: work(it)
+    return it
+
+
 def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) -> None:
     async def run() -> None:
         publisher, model, folder = Publisher(buffer, tmp_path / "weights", 1.0), tiny(), tmp_path / "weights"
         publisher.prepare(model)
         before = model.lm_head.weight.detach().clone()
-        await publisher.publish(0, model)
+        await publisher.publish(0, learner(model))
         with torch.no_grad():
             model.lm_head.weight += 1  # training goes on; the copy was made before
         await publisher.done()
@@ -119,7 +127,7 @@ def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) 
         request(buffer, 2, samples=2)
         finish(buffer, buffer.lease("a", 4, 60.0))
         train(buffer)
-        await publisher.publish(1, model)
+        await publisher.publish(1, learner(model))
         await publisher.done()
         assert buffer.snapshot().version == 1  # type: ignore[union-attr]
         assert sorted(path.name for path in folder.iterdir()) == [ARCHITECTURE, "v0.safetensors", "v1.safetensors"]
@@ -127,7 +135,7 @@ def test_the_publisher_writes_lists_and_deletes(buffer: Buffer, tmp_path: Path) 
         request(buffer, 2, samples=2)
         finish(buffer, buffer.lease("a", 4, 60.0))
         train(buffer)
-        await publisher.publish(2, model)
+        await publisher.publish(2, learner(model))
         await publisher.done()
         assert sorted(path.name for path in folder.iterdir()) == [ARCHITECTURE, "v1.safetensors", "v2.safetensors"]
 
@@ -138,7 +146,7 @@ def test_the_file_is_written_while_the_event_loop_is_busy_training(buffer: Buffe
     async def run() -> bool:
         publisher = Publisher(buffer, tmp_path / "weights", 1.0)
         publisher.prepare(tiny())
-        await publisher.publish(0, tiny())
+        await publisher.publish(0, learner(tiny()))
         end = time.monotonic() + 30.0
         while buffer.snapshot() is None and time.monotonic() < end:
             time.sleep(0.005)  # a step with its groups at hand: nothing is awaited
@@ -153,7 +161,7 @@ def test_a_full_disk_or_cap_is_named_and_nothing_is_listed(buffer: Buffer, tmp_p
     async def run(most_gb: float, folder: Path) -> None:
         publisher = Publisher(buffer, folder, most_gb)
         publisher.prepare(tiny())
-        await publisher.publish(0, tiny())
+        await publisher.publish(0, learner(tiny()))
         await publisher.done()
 
     with pytest.raises(TrainingError, match=r"rollout\.snapshot_gb"):

@@ -9,9 +9,12 @@ from rlkit.config.verify import verify
 from rlkit.errors import ConfigError
 
 VLLM = "evaluation.engine={_target_: rlkit.rollout.vllm_engine.VllmEngine}"
+SHARDED = ["rollout.workers=2", "learner.processes=2", "learner.sharded=true"]
 BAD = [
     ("quickstart_async", ["rollout.workers=0"], "rollout.workers"),
     ("quickstart", ["learner.processes=2"], "learner.processes"),
+    ("quickstart", ["learner.sharded=true"], "learner.sharded"),
+    ("quickstart_likelihood", ["rollout.workers=1", "learner.sharded=true"], "learner.sharded"),
     ("quickstart_likelihood", ["rollout.workers=1", VLLM], "evaluation.engine"),
 ]
 
@@ -23,5 +26,5 @@ def test_they_are_refused(recipe: str, overrides: list[str], named: str) -> None
 
 
 def test_workers_with_either_engine_are_right() -> None:
-    for recipe, overrides in (("quickstart_async", []), ("quickstart", ["rollout.workers=2", "learner.processes=2"])):
+    for recipe, overrides in (("quickstart_async", []), ("quickstart", SHARDED)):
         verify(load(recipe, overrides)[0])

@@ -9,6 +9,7 @@ from rlkit.errors import ConfigError
 from rlkit.launch.devices import VISIBLE, assign
 from rlkit.launch.supervisor import Part
 
+TURNS = "rollout.engine.takes_turns=true"
 NAMES = ("learner", "worker-0", "worker-1", "evaluator")
 PARTS = [Part(name=name, command=["true"], environment={"A": "b"}) for name in NAMES]
 
@@ -35,6 +36,18 @@ def test_devices_taken_in_turn_are_the_first_ones() -> None:
     assert set(found.values()) == {"0"}
     found = placed([*"012"], "learner.processes=1", "rollout.engine={takes_turns: true, tensor_parallel_size: 2}")
     assert found == {"learner": "0", "worker-0": "0,1", "worker-1": "0,1", "evaluator": "0"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more"), [([], []), (["0"], []), ([*"01234567"], ["learner.device=cpu"]), ([*"01234567"], [TURNS])]
+)
+def test_nccl_is_refused_where_learner_and_servers_have_no_gpus_of_their_own(gpus, more) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.engine\.weight_transfer"):
+        placed(gpus, "rollout.engine.weight_transfer=nccl", *more)
+
+
+def test_nccl_goes_with_gpus_of_their_own() -> None:
+    assert placed([*"01234567"], "rollout.engine.weight_transfer=nccl")["worker-0"] == "2"
 
 
 def test_too_few_devices_are_named() -> None:

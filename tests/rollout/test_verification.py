@@ -29,6 +29,8 @@ PROBE = np.arange(4, 16)
 class Serving:
     """An engine that has the weights of one of MODELS."""
 
+    version = 0
+
     def __init__(self, weights: int) -> None:
         self.weights = weights
 

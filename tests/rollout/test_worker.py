@@ -12,6 +12,7 @@ from paced import PacedEngine, open_buffer, worker
 
 from rewards import VerifierPool
 from rlkit.buffer.protocol import GroupRequest
+from rlkit.buffer.snapshots import Snapshot
 from rlkit.errors import EngineError
 from rlkit.types import Prompt
 
@@ -89,3 +90,25 @@ def test_an_engine_with_old_weights_gets_no_lease_that_asks_for_newer_ones(buffe
     buffer.request([GroupRequest(ordinal=4, prompt=prompt, samples=4)])
     assert asyncio.run(worker(buffer, PacedEngine(version=0), pool).run_once()) == {}
     assert asyncio.run(worker(buffer, PacedEngine(version=1), pool).run_once()) and buffer.stats().fenced_writes == 0
+
+
+class SentTo(PacedEngine):
+    """Weights come from elsewhere: `label` says which version it finds."""
+
+    awaiting = ("http://a",)
+    label = 0
+
+    async def update_weights(self, version, snapshot):
+        self.version = self.label
+
+
+def test_weights_sent_ahead_of_their_snapshot_wait_for_it(buffer, pool):
+    buffer.stored(Snapshot(version=0, path="v0", checksum="0", size=1))
+    it = worker(buffer, engine := SentTo(version=-1), pool)
+    engine.label = 1  # the learner is a step further, or was, before it was started again
+    assert not asyncio.run(it._follow())
+    engine.label = 0
+    assert asyncio.run(it._follow())
+    buffer.end()
+    asyncio.run(it._report({}))
+    assert buffer.servers(30.0) == {"http://a"} and buffer.reports(30.0)[it.worker_id]["version"] == 0
