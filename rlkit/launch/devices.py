@@ -33,13 +33,10 @@ def assign(config: Config, parts: Sequence[Part], gpus: Sequence[str] | None = N
     free = visible() if gpus is None else list(gpus)
     wanted, cpu = {part.name: needs(config, part.name) for part in parts}, config.learner.device == "cpu"
     engine = build(config.rollout.engine, key="rollout.engine")
-    turns, apart = engine.takes_turns, getattr(engine, "own_gpus", False)
+    turns, apart = engine.takes_turns, getattr(engine, "weight_transfer", None) == "nccl"
     total = max(wanted.values()) if turns else sum(wanted.values())
     if apart and (cpu or turns or not free or len(free) == 1 < total):
-        problem, key = (
-            f"it sends weights from GPU to GPU, and {len(free)} can be used",
-            "rollout.engine.weight_transfer",
-        )
+        problem, key = f"weights go from GPU to GPU, and there are {len(free)}", "rollout.engine.weight_transfer"
         expected, fix = "2 GPUs or more, learner.device=auto, takes_turns=false", f"{key}=rlkit_file"
         raise ConfigError(problem, key=key, value="nccl", expected=expected, fix=fix)
     if not free or cpu:

@@ -61,11 +61,6 @@ class VllmEngine(Checked):
         """GPUs of a worker's servers."""
         return 0 if self.urls else self.servers * self.tensor_parallel_size
 
-    @property
-    def own_gpus(self) -> bool:
-        """Whether servers must have other GPUs than the learner."""
-        return self.weight_transfer == "nccl"
-
     def sender(self, url: str, model: torch.nn.Module) -> Any:
         """The learner's way to a server that waits for weights."""
         from rlkit.rollout.vllm_weights import NcclSender

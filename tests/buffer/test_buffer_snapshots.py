@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from rlkit.errors import BufferError, TrainingError
 from rlkit.learner.checkpoint import checksum
 from rlkit.learner.publisher import ARCHITECTURE, Publisher
 from rlkit.learner.remote import RemoteRollouts
+from rlkit.rollout.verification import probe_logprobs
 
 pytestmark = pytest.mark.usefixtures("database")
 
@@ -106,7 +108,8 @@ def tiny() -> LlamaForCausalLM:
 
 def learner(model: LlamaForCausalLM) -> Any:
     """What the publisher asks of a learner of one rank."""
-    it = SimpleNamespace(model=model, accelerator=SimpleNamespace(is_main_process=True))
+    policy = SimpleNamespace(probe=partial(probe_logprobs, model))
+    it = SimpleNamespace(model=model, unwrapped=policy, accelerator=SimpleNamespace(is_main_process=True))
     it.together = lambda work: work(it)
     return it
 
@@ -183,7 +186,7 @@ def test_runs_that_share_a_snapshot_folder_keep_out_of_each_others_files(buffer:
     prompts = SimpleNamespace(prompts=[SimpleNamespace(token_ids=torch.arange(3).numpy())])
     engine = SimpleNamespace(takes_turns=False)
     session = SimpleNamespace(config=run, check_stop=lambda: None, component=lambda _: engine)
-    remote = RemoteRollouts.of(session, LlamaForCausalLM(config), buffer, prompts)  # type: ignore[arg-type]
+    remote = RemoteRollouts.of(session, learner(LlamaForCausalLM(config)), buffer, prompts)  # type: ignore[arg-type]
     assert (tmp_path / "v1.safetensors").exists() and remote.publisher.folder == tmp_path / "run"
 
     async def publish() -> None:
