@@ -26,11 +26,7 @@ COMMANDS = {
     "train": ("processes", "rlkit.launch.run", "train with RL: recipe=NAME [key=value ...]"),
     "learner": ("recipe", "rlkit.learner.train", "only the learner of a run with workers in other processes"),
     "worker": ("recipe", "rlkit.launch.worker", "a rollout worker of such a run, on any machine"),
-    "workers": (
-        "processes",
-        "rlkit.launch.workers",
-        "this machine's workers of such a run, started again when they fail",
-    ),
+    "workers": ("processes", "rlkit.launch.workers", "this machine's workers of such a run, started again on failure"),
     "evaluator": ("recipe", "rlkit.launch.evaluator", "the evaluator of such a run, on any machine"),
     "sft": ("recipe", "rlkit.learner.sft", "only the warm start of a recipe"),
     "eval": ("recipe", "rlkit.evaluation.evaluate", "evaluate a checkpoint (or the initial model) on held-out sets"),
