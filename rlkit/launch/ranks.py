@@ -22,6 +22,7 @@ def stop(number: int, _: object) -> None:
 
 def main() -> None:
     """Until all ranks have ended; one that fails ends the others, and this process with its status, or 1."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's launcher would set it, with a warning
     os.environ |= {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{END_S:.0f}"}
     signal.signal(signal.SIGTERM, stop)
     follow()

@@ -32,6 +32,7 @@ def main(config: Config, resolved: Mapping[str, Any], arguments: list[str]) -> i
         return train.main(config, resolved)
     # A part that is started again goes on, whatever resume says.
     train.move_aside(config)
+    train.same_recipe(Path(config.output_dir) / config.name, resolved)
     ranks = config.learner.processes
     learner = [sys.executable, "-m", "rlkit.launch.ranks", str(ranks)] if ranks > 1 else COMMAND
     parts = [Part(name="learner", command=[*learner, "learner", *arguments, "resume=auto"], vital=True)]
@@ -58,7 +59,7 @@ def supervise(config: Config, parts: list[Part]) -> int:
         try:
             Console(file=text, width=120).print(inspect.view(folder, time.time()))
         except BufferError as error:
-            return str(error)
+            return str(error).partition("\n")[0]  # in a run that has hardly begun there is none
         return text.getvalue()
 
     def give_back(pid: int) -> str:

@@ -105,6 +105,7 @@ class Supervisor:
                     task.result()  # raises what ended it
                     del keeping[task]
         except asyncio.CancelledError:
+            self._say("supervisor", f"{signal.Signals(received[0]).name}: every process is asked to end")
             return 128 + received[0]
         finally:
             for task in keeping:
@@ -125,7 +126,7 @@ class Supervisor:
             life.crashes = [then for then in life.crashes if now - then < CRASH_WINDOW_S] + [now]
             problem = f"{life.part.name} ended with {how}, {len(life.crashes)} times in {CRASH_WINDOW_S:.0f} s"
             if status == WRONG_INPUT or len(life.crashes) > self.most_crashes:
-                raise PartFailed(f"{problem}\n{self.state()}", fix=f"see {life.log}")
+                raise PartFailed(f"{problem}\n{self.state(stacks=status != WRONG_INPUT)}", fix=f"see {life.log}")
             pause = min(LONGEST_PAUSE_S, 2.0 ** (len(life.crashes) - 1))
             self._say("supervisor", f"{problem}; starting it again in {pause:.0f} s")
             life.restarts += 1
@@ -184,8 +185,8 @@ class Supervisor:
                 return
             life.heard, limit = time.monotonic(), self.silence_s
 
-    def state(self) -> str:
-        """One screen: every part, its last words, and `report`. Living parts write their stacks to their logs."""
+    def state(self, stacks: bool = True) -> str:
+        """One screen: every part, its last words, and `report`. Living parts write their `stacks` to their logs."""
         lines = []
         for life in self._lives:
             process, words = life.process, life.log.read_text(errors="replace").splitlines()[-LAST_WORDS:]
@@ -195,7 +196,8 @@ class Supervisor:
                     state = f"pid {process.pid}, {psutil.Process(process.pid).status()}"
                 if life.heard is not None:
                     state += f", heard {time.monotonic() - life.heard:.0f} s ago"
-                    process.send_signal(signal.SIGUSR1)
+                    if stacks:
+                        process.send_signal(signal.SIGUSR1)
             lines += [f"{life.part.name}: {state}; restarts {life.restarts}", *(f"    {line}" for line in words)]
         return "\n".join([*lines, self.report()])
 
@@ -233,7 +235,7 @@ def follow(silence_s: float = SILENCE_S) -> None:
 
 def _beat(pulse: socket.socket, silence_s: float) -> None:
     pulse.settimeout(silence_s)
-    how = "is gone"
+    how, parent = "is gone", os.getppid()
     try:
         while pulse.send(b".") and pulse.recv(64):
             time.sleep(BEAT_S)
@@ -241,7 +243,7 @@ def _beat(pulse: socket.socket, silence_s: float) -> None:
         how = f"was silent for {silence_s:.0f} s"
     except OSError:
         pass  # it is gone
-    print(f"the supervisor (pid {os.getppid()}) {how}: this process ends", file=sys.stderr, flush=True)
+    print(f"the supervisor (pid {parent}) {how}: this process ends", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(END_S)
     os._exit(1)

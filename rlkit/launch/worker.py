@@ -73,7 +73,11 @@ def open_engine(
     """
     config, settings = session.config, session.component(key)
     # A run that has ended may be about to go on to more steps: its learner takes the end back, and starts slower.
-    wait(lambda: buffer.report(name, {}) or buffer.stats().step >= config.steps, session, "the run has ended")
+    wait(
+        lambda: buffer.report(name, {}) or buffer.stats().step >= config.steps,
+        session,
+        "no learner goes on with this run, which has ended",
+    )
     turns = Turns.of(config, session.component("rollout.engine").takes_turns, session.check_stop)
     if settings.in_process:
         policy = session.policy(config.model, config.seed, config.rollout.temperature).to(session.accelerator.device)
@@ -84,7 +88,7 @@ def open_engine(
     from rlkit.rollout.vllm_server import running
 
     settings = dataclasses.replace(settings, **changed)
-    first = wait(buffer.snapshot, session, "the learner has published no weights")
+    first = wait(buffer.snapshot, session, "the learner has published no weights yet")
     folder = Path(first.path).parent
     log = Path(config.output_dir) / config.name / "logs" / f"{name}-vllm.log"
     dtype = str(resolve_dtype(config.model.dtype, session.accelerator.device)).removeprefix("torch.")
@@ -98,9 +102,12 @@ def open_engine(
 def wait(found: Callable[[], T | None], session: Session, problem: str) -> T:
     """The first value that is true; EngineError with the problem when there is none for `rollout.wait_s`."""
     limit_s = session.config.rollout.wait_s
-    deadline = time.monotonic() + limit_s
+    deadline, told = time.monotonic() + limit_s, False
     while not (value := found()):
         session.check_stop()
+        if not told:
+            print(f"waiting: {problem}", flush=True)
+            told = True
         if time.monotonic() > deadline:
             fix = "is the learner running, on this database?"
             raise EngineError(problem, key="rollout.wait_s", value=limit_s, fix=fix)

@@ -84,13 +84,17 @@ def estimate(config: Config) -> list[Row]:
     rows = max(sequences, config.evaluation.batch_samples if config.data.eval else 0)
     rows = min(rows, getattr(build(config.rollout.engine, key="rollout.engine"), "max_batch_samples", rows))
     cache, weights = 2 * layers * key_value_width * longest * rows * weight_bytes, count * weight_bytes
+    part, ranks = weights, f"a rank's part of {count:,} parameters"
+    if config.learner.sharded:
+        part = weights // config.learner.processes
     parts = [
-        ("weights", weights, f"{count:,} parameters"),
-        ("gradients", weights, "as the weights"),
-        ("AdamW moments", 2 * weights, "two, as the weights"),
+        ("weights", part, ranks if config.learner.sharded else f"{count:,} parameters"),
+        ("gradients", part, "as the weights"),
+        ("AdamW moments", 2 * part, "two, as the weights"),
         ("activations of a micro-batch", tokens * saved * compute_bytes, f"{tokens:,} tokens"),
-        ("key-value cache of the engine", cache, f"{rows:,} sequences of {longest:,} tokens"),
     ]
+    if not config.rollout.workers:
+        parts.append(("key-value cache of the engine", cache, f"{rows:,} sequences of {longest:,} tokens"))
     if compute_bytes < weight_bytes:
         parts.append(("bfloat16 copy of the weights", 2 * count, "autocast's cache"))
     if getattr(build(config.algorithm.kl, key="algorithm.kl"), "needs_reference", False):

@@ -105,7 +105,9 @@ class Session:
         settings, rank = self.component(key), self.accelerator.process_index
         if not settings.in_process:
             problem, value = "here the model itself is sampled from", type(settings).__name__
-            raise ConfigError(problem, key=key, value=value, fix="rollout=embedded")
+            raise ConfigError(
+                problem, key=key, value=value, fix="rollout=embedded, or (rlkit eval) an evaluation.engine"
+            )
         return cast(Engine, settings.open(model, self.tokenizer, self.check_stop, rank))
 
     def sampling(self, temperature: float, seed: int) -> SamplingParams:

@@ -193,6 +193,12 @@ def open_run_folder(config: Config, resolved: Mapping[str, Any]) -> Iterator[Pat
         yield path
 
 
+def same_recipe(path: Path, resolved: Mapping[str, Any]) -> None:
+    """ConfigError where a run folder's checkpoints are of another recipe."""
+    if checkpoints.steps(path / "checkpoints"):
+        _match(read_mapping(path / "config.yaml"), resolved, path)
+
+
 def _match(stored: Mapping[str, Any], resolved: Mapping[str, Any], path: Path) -> None:
     before, now = leaves(stored), leaves(resolved)
     changed = (k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k))

@@ -139,6 +139,8 @@ def running(
             place = log.with_stem(f"{log.stem}-{number}")
             started.append(VllmServer(settings, model, place, seed=(seed + number) % 2**32, dtype=dtype))
             stack.callback(started[-1].close)
+            print(f"a vLLM server starts; its log: {place}", flush=True)
         for server in started:
             server.wait_ready(check_stop)
+            print(f"{server.url} is ready", flush=True)
         yield settings.urls or [server.url for server in started]

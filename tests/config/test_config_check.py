@@ -93,6 +93,15 @@ def test_parameters_are_those_of_the_model(smoke: Smoke, heads: str) -> None:
     assert found["AdamW moments"] == 8 * count
 
 
+def test_ranks_share_what_is_sharded_and_workers_have_the_cache(smoke: Smoke) -> None:
+    whole = parts(smoke("rollout.workers=1"))
+    rank = parts(smoke("rollout.workers=1", "learner.processes=2", "learner.sharded=true"))
+    for name in ("weights", "gradients", "AdamW moments"):
+        assert rank[name] == whole[name] / 2
+    cache = "key-value cache of the engine"
+    assert cache not in whole and cache in parts(smoke())
+
+
 def test_activations_are_those_autograd_keeps(smoke: Smoke) -> None:
     """Bytes saved for the backward pass of a real block, against the estimate: a factor of two."""
     config = smoke(

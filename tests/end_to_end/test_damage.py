@@ -68,6 +68,16 @@ def test_a_changed_recipe_trains_on_nothing_that_the_old_one_sampled(tmp_path, c
     assert first["mismatch/logprob_absdiff/max"] < 1e-4
 
 
+def test_a_changed_recipe_is_refused_once_and_before_anything_starts(tmp_path, capsys):
+    assert main(["train", *settings(tmp_path, "run", "steps=1")]) == 0
+    capsys.readouterr()
+    changed = [*settings(tmp_path, "run", "steps=2", "rollout.workers=1"), "prompts_per_step=2"]
+    assert main(["train", *changed]) == 2
+    shown = "".join(capsys.readouterr())
+    assert shown.count("holds a run with prompts_per_step = 4") == 1 and "Traceback" not in shown
+    assert not (tmp_path / "run" / "logs" / "learner.log").exists()
+
+
 def test_a_database_with_another_run_of_this_name_is_left_alone(tmp_path, capsys):
     """A database holds many runs; this one's folder is somewhere else, or on another machine."""
     shared = ["steps=1", f"buffer.url=sqlite:///{tmp_path}/buffer.db"]

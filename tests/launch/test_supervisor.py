@@ -77,10 +77,15 @@ def test_a_part_that_crashes_is_started_again_and_counted(tmp_path: Path, capfd:
 
 @pytest.mark.parametrize(("code", "most", "says"), [("1 / 0", 1, "2 times"), ("sys.exit(2)", 5, "status 2, 1 times")])
 def test_a_crash_loop_or_wrong_input_ends_the_run(tmp_path: Path, code: str, most: int, says: str) -> None:
-    parts = [learner(9), worker(f"print('last words', flush=True)\n{code}")]
+    waits = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\ntime.sleep(60)"
+    ends = f"print('last words', flush=True)\ntime.sleep(1)\n{code}"  # when the other one has been heard
+    parts = [part("learner", waits, vital=True), worker(ends)]
     with pytest.raises(PartFailed, match=f"(?s)worker ended with.*{says}.*buffer: full") as error:
         asyncio.run(Supervisor(tmp_path, most_crashes=most, report=lambda: "buffer: full").run(parts))
     assert "ZeroDivisionError" in str(error.value) or "last words" in str(error.value)
+    # Wrong input has nothing to do with what the others are at: no stacks of theirs around the message.
+    stacks = "most recent call first" in (tmp_path / "logs" / "learner.log").read_text()
+    assert stacks == (code == "1 / 0")
 
 
 def test_a_stopped_part_is_named_killed_and_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
