@@ -25,6 +25,7 @@ from rlkit.buffer.snapshots import Snapshot
 from rlkit.errors import ConfigError, EngineError
 from rlkit.rollout.engine import GenerationRequest
 from rlkit.rollout.sampler import stop_positions
+from rlkit.rollout.vllm_known import Refused, Server
 from rlkit.settings import Checked, choice, number
 from rlkit.types import FloatArray, IntArray, Rollout, SamplingParams, VersionSpan
 
@@ -72,22 +73,6 @@ class VllmEngine(Checked):
         if not urls:
             raise ConfigError("no server", key="rollout.engine.urls", value=urls, expected="one or more URLs")
         return VllmClient(self, tokenizer, snapshots, engine_id, [Server(url.rstrip("/")) for url in urls])
-
-
-class Refused(EngineError):
-    """A server's answer has another status than 200."""
-
-
-@dataclass(slots=True)
-class Server:
-    """What the engine knows of one server."""
-
-    url: str
-    version: int = -1  # of its weights; -1: not known
-    lost: str | None = None  # why it cannot be used: an update whose outcome is not known
-
-    def error(self, problem: str, kind: type[EngineError] = EngineError) -> EngineError:
-        return kind(problem, key="server", value=self.url, fix="see the server's log; start it again if it has ended")
 
 
 @dataclass(slots=True)
