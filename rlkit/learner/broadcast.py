@@ -66,7 +66,9 @@ class Broadcast:
                 if url not in self.senders:
                     self.senders[url] = self.engine.sender(url, learner.model)
                 self.senders[url].send(version, parts)
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # of any kind, in this thread: handed to the caller, which says it and leaves the server
                 failed.append(error)
 
         thread = threading.Thread(target=run, name=f"send to {url}", daemon=True)
